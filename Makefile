@@ -1,0 +1,33 @@
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.memplan-installed
+# Without an NVIDIA driver the pinned release is asked for: its CPU build does all that the tests and the demo need.
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint setup
+
+help:
+	@echo "make demo   fit and train a small language model inside a memory budget (about 4 minutes on 2 cores)"
+	@echo "make test   run all tests"
+	@echo "make lint   ruff and mypy"
+
+demo: setup
+	$(BIN)/python examples/01_autofit.py
+
+# One thread a worker: two workers with two threads each would fight over the cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -c "import importlib.metadata; importlib.metadata.version('torch')" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e '.[dev]'
+	touch $@

@@ -1,0 +1,69 @@
+"""Fit any PyTorch training step into a memory budget: predict it, plan it, apply the plan, measure it.
+
+::
+
+    fit = memplan.autofit(model, "24GiB", sample=batch)    # plan + apply
+    ...                                                    # train as before
+    fit.undo()
+
+Importing memplan does no work: each name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from memplan.errors import MemplanError
+    from memplan.fitting import Fit
+    from memplan.gpus import Gpu, find_gpu
+    from memplan.pipeline import apply, autofit, plan, predict
+    from memplan.plan_record import Measured, Plan, Verdict
+    from memplan.prediction import Prediction
+    from memplan.strategy import Strategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fit",
+    "Gpu",
+    "Measured",
+    "MemplanError",
+    "Plan",
+    "Prediction",
+    "Strategy",
+    "Verdict",
+    "__version__",
+    "apply",
+    "autofit",
+    "find_gpu",
+    "plan",
+    "predict",
+]
+
+_HOMES: Final = {
+    "Fit": "memplan.fitting",
+    "Gpu": "memplan.gpus",
+    "Measured": "memplan.plan_record",
+    "MemplanError": "memplan.errors",
+    "Plan": "memplan.plan_record",
+    "Prediction": "memplan.prediction",
+    "Strategy": "memplan.strategy",
+    "Verdict": "memplan.plan_record",
+    "apply": "memplan.pipeline",
+    "autofit": "memplan.pipeline",
+    "find_gpu": "memplan.gpus",
+    "plan": "memplan.pipeline",
+    "predict": "memplan.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,100 @@
+"""A model with no memory behind it, for as long as a `with` block lasts.
+
+`AbstractModel` puts fake tensors in the place of a model's parameters and buffers and puts everything back on exit,
+whatever happened in between: parameters, buffers, gradients, hooks, attributes, modes and the random state.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undo every change that the block makes to the modules' attributes and to the random state."""
+    before = [(module, _shallow(module.__dict__)) for module in model.modules()]
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, attributes in before:
+            _put_back(module.__dict__, attributes)
+
+
+def _shallow(attributes: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Each attribute with a copy of its content, if it is a container: identity and content are both kept."""
+    return {k: (v, v.copy() if isinstance(v, _CONTAINERS) else None) for k, v in attributes.items()}
+
+
+def _put_back(attributes: dict[str, object], before: dict[str, tuple[object, object]]) -> None:
+    attributes.clear()
+    for name, (value, content) in before.items():
+        attributes[name] = value
+        if isinstance(value, dict) and isinstance(content, dict):
+            value.clear()
+            value.update(content)
+        elif isinstance(value, list) and isinstance(content, list):
+            value[:] = content
+        elif isinstance(value, set) and isinstance(content, set):
+            value.clear()
+            value.update(content)
+
+
+class AbstractModel:
+    """Swap a model's tensors for fakes; a shared (tied) parameter stays shared.
+
+    Floating tensors become fake CPU tensors, also where they live on `meta` or on a card. Integers and booleans keep
+    real values, in copies, since models read them. `stand_in` maps the id of each original parameter to its fake.
+    """
+
+    def __init__(self, model: nn.Module, fake: FakeTensorMode) -> None:
+        self.model = model
+        self.fake = fake
+        self.stand_in: dict[int, nn.Parameter] = {}
+        self._guard = untouched(model)
+
+    def __enter__(self) -> "AbstractModel":
+        self._guard.__enter__()
+        try:
+            for module in self.model.modules():
+                self._swap(module)
+        except BaseException:
+            self._guard.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._guard.__exit__(None, None, None)
+
+    def _swap(self, module: nn.Module) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in self.stand_in:
+                fresh = nn.Parameter(self.imitate(parameter), requires_grad=parameter.requires_grad)
+                self.stand_in[id(parameter)] = fresh
+            module._parameters[name] = self.stand_in[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = self.imitate(buffer)
+
+    def imitate(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape, strides and type: fake if floating, a real copy on the CPU if not."""
+        data = tensor.detach()
+        if not (data.is_floating_point() or data.is_complex()):
+            return torch.zeros_like(data, device="cpu") if data.is_meta else data.cpu().clone()
+        with self.fake:
+            return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu")

@@ -1,0 +1,123 @@
+"""Which modules of a model are its blocks: the links of the chain that is planned.
+
+Blocks are modules that repeat: the layers of a decoder or encoder, the blocks of a vision transformer, the bottlenecks of
+a ResNet. They are told by structure; transformers' own `GradientCheckpointingLayer`s are taken as they are.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from memplan._compat import is_checkpointing_layer
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the model's blocks, in the order of `named_modules`; none lies inside another.
+
+    Outermost first: a module is a block if it is one of transformers' checkpointing layers, or if it sits in a
+    ModuleList or Sequential together with a twin (same class, same parameter shapes, parameters at all). Stages that
+    hold such twins but differ among themselves are looked into.
+    """
+    repeated = _repeated_classes(model)
+    found: list[str] = []
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules(remove_duplicate=True):
+        if inside and path.startswith(inside):
+            continue
+        if path and _is_block(module, repeated):
+            found.append(path)
+            inside = (*inside, f"{path}.")
+    return tuple(found)
+
+
+def _is_block(module: nn.Module, repeated: frozenset[type]) -> bool:
+    return is_checkpointing_layer(module) or type(module) in repeated
+
+
+def _repeated_classes(model: nn.Module) -> frozenset[type]:
+    """The outermost classes of which some container holds twins."""
+    layers = any(is_checkpointing_layer(module) for module in model.modules())
+    if layers:
+        return frozenset()
+    level: list[nn.Module] = [model]
+    while level:
+        classes = {kind for module in level for kind in _twins(module)}
+        if classes:
+            return frozenset(classes)
+        level = [child for module in level for child in module.children()]
+    return frozenset()
+
+
+def _twins(container: nn.Module) -> Iterator[type]:
+    """Classes of which a container holds two children with the same parameters, doing more than one operation each."""
+    if not isinstance(container, nn.ModuleList | nn.Sequential):
+        return
+    kinds = Counter((type(child), _shapes(child)) for child in container if _is_composite(child))
+    yield from (kind for (kind, _), count in kinds.items() if count > 1)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def _shapes(module: nn.Module) -> tuple[object, ...]:
+    return tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
+
+
+def alike(model: nn.Module, blocks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Runs of consecutive blocks of one container that cannot be told apart but by their position.
+
+    Two blocks are alike if their whole module trees agree in class, mode, parameters (shape, dtype, requires_grad),
+    buffers and plain attributes; an attribute that just counts the blocks (`layer_idx`) is passed over.
+    """
+    described = [(path.rpartition(".")[0], describe(model.get_submodule(path), path)) for path in blocks]
+    runs = []
+    for _, group in groupby(zip(blocks, described, strict=True), key=lambda pair: pair[1]):
+        runs.append(tuple(path for path, _ in group))
+    return runs
+
+
+def describe(block: nn.Module, path: str) -> tuple[object, ...]:
+    """Everything about a block that may decide what it does, in comparable form."""
+    last = path.rpartition(".")[2]
+    position = int(last) if last.isdecimal() else None
+    rows: list[object] = []
+    for name, module in block.named_modules():
+        rows.append((name, type(module), module.training))
+        rows += [(n, tuple(p.shape), p.stride(), p.dtype, p.requires_grad) for n, p in _tensors(module)]
+        own = [(n, v) for n, v in sorted(vars(module).items()) if n[0] != "_" and _tells(n, v, position)]
+        rows += [(n, _plain(v, f".{last}.")) for n, v in own]
+        rows += [(n, len(v)) for n, v in sorted(vars(module).items()) if n.endswith("_hooks") and v]
+    return tuple(rows)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    own = {**module._parameters, **module._buffers}
+    return [(name, tensor) for name, tensor in own.items() if tensor is not None]  # type: ignore[misc]
+
+
+def _tells(name: str, value: object, position: int | None) -> bool:
+    """Whether an attribute says something beyond the block's position."""
+    counts = isinstance(value, int) and not isinstance(value, bool) and value == position and ("idx" in name or "layer" in name)
+    return not counts and name != "training"
+
+
+def _plain(value: object, place: str) -> object:
+    """A comparable stand-in: simple values and their containers as they are, functions by name, others by identity.
+
+    `place` is the block's number as it stands in dotted paths; names of modules may carry it.
+    """
+    if isinstance(value, str):
+        return value.replace(place, ".*.")
+    if isinstance(value, int | float | bool | type(None) | torch.dtype | torch.device):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _plain(entry, place)) for key, entry in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(_plain(entry, place) for entry in value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return id(value)

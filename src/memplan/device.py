@@ -1,0 +1,448 @@
+"""Where a step runs: what memory is there, what a step needs at its peak, how long it takes.
+
+The only file of memplan that says ``torch.cuda`` or ``pynvml``. There are `CpuDevice`, `CudaDevice` and, for tests,
+`FakeDevice`. `resolve_gpu` turns what a user wrote ("auto", "cuda:1", "cpu:2GiB", "rtx-4090", "24GiB") into a card and,
+where it is this machine's, the live device.
+
+All sizes are bytes (int), all times seconds (float).
+"""
+
+import gc
+import importlib
+import os
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Final, TypeVar, final
+
+import psutil
+import torch
+from torch.autograd.profiler import profile
+
+from memplan.errors import NoDevice, UnknownGpu, UsageError
+from memplan.gpus import Gpu, find_gpu
+
+CUDA_CONTEXT_BYTES: Final = 450 * 2**20
+"""What a CUDA context and its kernels take on a card that is not here to be asked.
+
+Measured elsewhere with torch 2.10 and later: 141 MiB (T4) to 426 MiB (RTX 6000 Ada, CUDA 13.0); it grows as kernels are
+loaded. Sources: fitcheck's archived runs, unslothai/unsloth-zoo#1053, pytorch/pytorch#86509. Rounded up: against us.
+"""
+
+_LIVE_CUDA = re.compile(r"cuda(?::(\d+))?")
+
+Step = Callable[[], object]
+_Scripted = TypeVar("_Scripted")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One reading of a device's memory: total = free + this process + others."""
+
+    total_bytes: int
+    free_bytes: int  # what a new process could take now
+    others_bytes: int  # held by other processes
+    context_bytes: int  # held, or to be held, by this process before its first tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The most that one step needed at any moment, counted from zero: weights and optimizer state are inside."""
+
+    tensor_bytes: int  # asked for by tensors
+    reserved_bytes: int  # taken from the device by the allocator to serve them; the same where nothing is cached
+
+
+class Device(ABC):
+    """Something a step can run on. Each reading is taken when it is asked for; nothing is cached."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As its driver calls it."""
+
+    @property
+    @abstractmethod
+    def torch_device(self) -> torch.device:
+        """Where to put the model and the batch."""
+
+    @abstractmethod
+    def memory(self) -> DeviceMemory:
+        """A reading of the memory now."""
+
+    @abstractmethod
+    def peaks_of(self, step: Step) -> Peaks:
+        """Run `step` twice and measure the second run, so that lazily made optimizer state is there. Errors pass."""
+
+    @abstractmethod
+    def seconds_of(self, step: Step, repeats: int) -> list[float]:
+        """Wall-clock seconds of each of `repeats` runs, the device idle before and after each. Warms nothing up."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device is done."""
+
+    @final
+    def peak_of(self, step: Step) -> int:
+        """The tensor bytes of `peaks_of`."""
+        return self.peaks_of(step).tensor_bytes
+
+
+@final
+class CpuDevice(Device):
+    """The processor and main memory, with a meter that is exact for what torch's CPU allocator serves.
+
+    The peak is the bytes of distinct storages alive when the measured run begins plus the allocator's own record of
+    every allocation and free during it. Not counted, because it passes by that allocator or its record: scratch memory
+    inside oneDNN and BLAS, the Python heap, allocations made on threads that `step` starts itself, and memory that only
+    C++ holds since before the first of the two runs.
+
+    Cannot be used under a running `torch.profiler`; that raises torch's RuntimeError.
+    """
+
+    @property
+    def name(self) -> str:
+        return "cpu"
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def memory(self) -> DeviceMemory:
+        """Physical memory of the machine. A limit on the process alone (cgroup, ulimit) is not seen: pass a budget."""
+        machine = psutil.virtual_memory()
+        own_bytes = psutil.Process().memory_info().rss
+        others_bytes = max(0, machine.total - machine.available - own_bytes)
+        return DeviceMemory(machine.total, machine.available, others_bytes, context_bytes=0)
+
+    def peaks_of(self, step: Step) -> Peaks:
+        with _allocator_record() as first:  # frees are recorded only for memory whose allocation was recorded
+            step()
+            gc.collect()
+        alive = _survivors(first) | _reachable_storages()
+        with _allocator_record() as second:
+            step()
+        now = peak = sum(alive.values())
+        for _, change in second:
+            now += change
+            peak = max(peak, now)
+        return Peaks(peak, peak)
+
+    def seconds_of(self, step: Step, repeats: int) -> list[float]:
+        return _stopwatch(step, repeats, self.synchronize)
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU operators return when they are done."""
+
+
+@final
+class CudaDevice(Device):
+    """One card of this machine, by torch's index (which follows CUDA_VISIBLE_DEVICES)."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.index)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self.index)
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """Major and minor, such as (9, 0)."""
+        return torch.cuda.get_device_capability(self.index)
+
+    def memory(self) -> DeviceMemory:
+        """From the driver library, which needs no CUDA context; without it, from CUDA itself, which makes one.
+
+        Where the driver does not tell what this process holds (another pid namespace, Windows), its context is taken to
+        be `CUDA_CONTEXT_BYTES`. That shifts bytes between context and others and leaves their sum as it is.
+        """
+        reserved_bytes = torch.cuda.memory_reserved(self.index)
+        reading = _nvml_reading(f"GPU-{torch.cuda.get_device_properties(self.index).uuid}")
+        own_bytes: int | None = None
+        if reading is not None:
+            total_bytes, free_bytes, own_bytes = reading
+        else:
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self.index)
+        if own_bytes is None:
+            has_context = reading is None or reserved_bytes > 0
+            own_bytes = reserved_bytes + CUDA_CONTEXT_BYTES if has_context else 0
+        context_bytes = max(own_bytes - reserved_bytes, 0) or CUDA_CONTEXT_BYTES
+        others_bytes = max(0, total_bytes - free_bytes - own_bytes)
+        return DeviceMemory(total_bytes, free_bytes, others_bytes, context_bytes)
+
+    def peaks_of(self, step: Step) -> Peaks:
+        self.synchronize()
+        torch.cuda.empty_cache()  # what earlier, larger runs left cached is not this step's
+        step()
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.index)
+        step()
+        self.synchronize()
+        return Peaks(torch.cuda.max_memory_allocated(self.index), torch.cuda.max_memory_reserved(self.index))
+
+    def seconds_of(self, step: Step, repeats: int) -> list[float]:
+        return _stopwatch(step, repeats, self.synchronize)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.index)
+
+
+@final
+class FakeDevice(Device):
+    """A device that runs the step on the CPU and answers from a script. For tests of what stands on a `Device`.
+
+    Each `peaks_of` takes the next of `peaks`, each run inside `seconds_of` the next of `seconds`; UsageError when the
+    script has run out.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, *, peaks: Iterable[Peaks] = (), seconds: Iterable[float] = (), name: str = "fake"
+    ) -> None:
+        self._memory = memory
+        self._peaks = iter(tuple(peaks))
+        self._seconds = iter(tuple(seconds))
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def memory(self) -> DeviceMemory:
+        return self._memory
+
+    def peaks_of(self, step: Step) -> Peaks:
+        step()
+        step()
+        return _next_of(self._peaks, "peaks")
+
+    def seconds_of(self, step: Step, repeats: int) -> list[float]:
+        _stopwatch(step, repeats, self.synchronize)
+        return [_next_of(self._seconds, "seconds") for _ in range(repeats)]
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+def resolve_gpu(gpu: str | Gpu) -> tuple[Gpu, Device | None]:
+    """The card that `gpu` names and, where it is this machine's, the device.
+
+    "auto" is the current CUDA device or else the CPU; "cuda" and "cuda:1" are live cards; "cpu" and "cpu:2GiB" the CPU.
+    All other text, a card's name or a size, is looked up by `find_gpu` and has no device; nor has a `Gpu` of a card.
+
+    Raises:
+        NoDevice: CUDA was asked for by "cuda" or an index and is not here; the message says what to pass instead.
+        UnknownGpu, BadBudget: as `find_gpu` does.
+    """
+    if isinstance(gpu, str):
+        text = gpu.strip()
+        if text.lower() == "auto":
+            text = "cuda" if torch.cuda.is_available() else "cpu"
+        if live := _LIVE_CUDA.fullmatch(text.lower()):
+            device = _live_cuda(int(live[1]) if live[1] else None)
+            return _record_of(device), device
+        gpu = find_gpu(text)
+    elif not isinstance(gpu, Gpu):
+        raise UnknownGpu(f"gpu is {gpu!r}: pass a text such as 'cuda:0', 'cpu:2GiB', 'rtx-4090' or '24GiB', or a Gpu")
+    return gpu, CpuDevice() if gpu.kind == "cpu" else None
+
+
+def memory_parts(gpu: Gpu, device: Device | None) -> tuple[int, int, int]:
+    """(total, others, context) in bytes: what the card has, what other processes hold, what CUDA takes for itself.
+
+    A card that is not here, and a size, count as empty and give up `CUDA_CONTEXT_BYTES`. A budget for the CPU is for
+    tensors alone: nothing is taken off. UsageError for a record with neither a size nor a device.
+    """
+    if gpu.total_bytes is not None and gpu.kind == "cpu":
+        return gpu.total_bytes, 0, 0
+    if device is not None:
+        now = device.memory()
+        return now.total_bytes, now.others_bytes, now.context_bytes
+    if gpu.total_bytes is None:
+        raise UsageError(f"{gpu.name!r} has no total_bytes and is not a device of this machine: give it a size")
+    return gpu.total_bytes, 0, CUDA_CONTEXT_BYTES
+
+
+def _live_cuda(index: int | None) -> CudaDevice:
+    """The card of that index, or the current one for None. NoDevice where it is not on this machine."""
+    instead = "pass 'cpu', 'cpu:2GiB', a card's name such as 'rtx-4090', or a size such as '24GiB'"
+    wanted = "cuda" if index is None else f"cuda:{index}"
+    if not torch.cuda.is_available():
+        why = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no usable CUDA device"
+        raise NoDevice(f"{wanted!r} was asked for, but {why}; to plan without it, {instead}")
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        known = "'cuda:0'" if count == 1 else f"'cuda:0' to 'cuda:{count - 1}'"
+        raise NoDevice(f"{wanted!r} was asked for, but this machine has {known}; pass one of those, or {instead}")
+    return CudaDevice(torch.cuda.current_device() if index is None else index)
+
+
+def _record_of(device: CudaDevice) -> Gpu:
+    """The catalogue's record with the driver's own total; a bare record for a card that the catalogue does not know."""
+    total_bytes = device.memory().total_bytes
+    try:
+        return replace(find_gpu(device.name), total_bytes=total_bytes)
+    except UnknownGpu:
+        return Gpu(
+            name=device.name,
+            kind="cuda",
+            total_bytes=total_bytes,
+            driver_names=(device.name,),
+            compute_capability=device.compute_capability,
+            source="the driver",
+        )
+
+
+def _nvml_reading(uuid: str) -> tuple[int, int, int | None] | None:
+    """(total, free, held by this process or None where it is not told), or None where the driver library cannot say.
+
+    The total leaves out what the driver keeps for itself, as CUDA's own total does. A MIG slice has another kind of
+    uuid, is not found here, and is left to CUDA.
+    """
+    try:
+        pynvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return memory.total - memory.reserved, memory.free, _nvml_own_bytes(pynvml, handle)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _nvml_own_bytes(pynvml: ModuleType, handle: object) -> int | None:
+    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+        if process.pid == os.getpid() and process.usedGpuMemory is not None:
+            return int(process.usedGpuMemory)
+    return None
+
+
+def workspaces_of(operations: Iterable[Callable[[], Callable[[], object]]]) -> list[int]:
+    """Bytes that each operation on the CPU allocates and frees again while it runs, beyond what it returns.
+
+    Each is given as a function that makes the operands and returns the operation on them, so that only one operation's
+    operands are alive at a time.
+    """
+    borders: list[tuple[torch.Tensor, torch.Tensor]] = []  # one-element tensors: their addresses cut the record
+    with _allocator_record() as record:
+        for prepare in operations:
+            operation = prepare()
+            before = torch.empty(1)
+            result = operation()
+            borders.append((before, torch.empty(1)))
+            del operation, result
+    place = {address: at for at, (address, change) in enumerate(record) if change > 0}
+    sizes = []
+    for before, after in borders:
+        now = peak = 0
+        for _, change in record[place[before.data_ptr()] + 1 : place[after.data_ptr()]]:
+            now += change
+            peak = max(peak, now)
+        sizes.append(peak - max(now, 0))
+    return sizes
+
+
+def _stopwatch(step: Step, repeats: int, synchronize: Callable[[], None]) -> list[float]:
+    if repeats < 1:
+        raise UsageError(f"repeats is {repeats}, it must be at least 1")
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        begin = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _next_of(script: Iterator[_Scripted], what: str) -> _Scripted:
+    for value in script:
+        return value
+    raise UsageError(f"this FakeDevice was given no more {what}")
+
+
+Allocations = list[tuple[int, int]]
+"""(address, bytes) in time order, bytes negative for a free."""
+
+
+@contextmanager
+def _allocator_record() -> Iterator[Allocations]:
+    """A list that is filled, when the block ends, with what torch's CPU allocator did on this thread."""
+    record: Allocations = []
+    with _quiet_profiler(), profile(profile_memory=True) as profiler:
+        yield record
+    timed = []
+    pending = list(profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
+            timed.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    record.extend((address, change) for _, address, change in sorted(timed))
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler library from writing to stderr at each start and stop, unless the user set its log level."""
+    key = "KINETO_LOG_LEVEL"
+    if key in os.environ:
+        yield
+        return
+    os.environ[key] = "6"  # above its highest level
+    try:
+        yield
+    finally:
+        os.environ.pop(key, None)
+
+
+def _survivors(record: Allocations) -> dict[int, int]:
+    """Bytes by address of what was allocated and not freed, also what only C++ holds: saved tensors of a kept graph."""
+    alive: dict[int, int] = {}
+    for address, change in record:
+        if change > 0:
+            alive[address] = change
+        else:
+            alive.pop(address, None)
+    return alive
+
+
+def _reachable_storages() -> dict[int, int]:
+    """Bytes by address of all distinct CPU storages that Python objects reach, gradients included."""
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.Tensor):  # not isinstance: on proxies that runs their code
+            continue
+        try:
+            found |= _storages_of(thing)
+        except (RuntimeError, ValueError):  # functional, batched and not yet initialised tensors have no address
+            continue
+    return found
+
+
+def _storages_of(tensor: torch.Tensor) -> dict[int, int]:
+    """Bytes by address of the storage of a tensor and of its gradient, where they are plain CPU memory."""
+    tensors = [tensor]
+    if (tensor.is_leaf or tensor.retains_grad) and tensor.grad is not None:
+        tensors.append(tensor.grad)  # has no Python object of its own until it is asked for
+    storages = [one.untyped_storage() for one in tensors if one.layout == torch.strided]
+    plain = [storage for storage in storages if storage.device.type == "cpu"]  # a fake tensor only says it is
+    return {storage.data_ptr(): storage.nbytes() for storage in plain if storage.nbytes()}

@@ -1,0 +1,186 @@
+"""Optimizers to plan with: by name, or a copy of a live one that stands on other parameters.
+
+A plan runs optimizer steps that must not train anything. So a live optimizer is never stepped: `build` copies it, with
+its groups, flags and state, onto stand-ins for the parameters, and leaves the original as it is.
+"""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from memplan.errors import BadOptimizer
+
+Factory = Callable[[Sequence[Parameter], bool | None], Optimizer]
+"""Makes an optimizer of (parameters, foreach); None leaves `foreach` to torch, and a name that says it overrules it."""
+
+_LR: Final = 1e-3  # torch wants one; no plan depends on it
+
+
+class Adam8bit(Optimizer):
+    """Allocates what bitsandbytes' AdamW8bit allocates, and trains nothing.
+
+    Two states per parameter: uint8 with one float32 scale per block of 256 elements, or float32 where the parameter has
+    fewer than 4096 elements. Two maps of 256 float32 are shared by all. The step is one kernel without temporaries.
+    Source: bitsandbytes 0.50.2, ``Optimizer2State.init_state``. Parameters for which bitsandbytes was told to keep 32
+    bits (its GlobalOptimManager; transformers' Trainer does so for embeddings) are not known here.
+    """
+
+    SMALLEST_8BIT: Final = 4096  # elements
+    BLOCK: Final = 256  # elements
+
+    def __init__(self, params: Sequence[Parameter]) -> None:
+        self.maps: dict[str, torch.Tensor] = {}
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's own
+        loss = closure() if closure is not None else None
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is None:
+                continue
+            if parameter not in self.state:
+                self.state[parameter] = self._new_state(parameter)
+            for tensor in (parameter, self.state[parameter]["state1"], self.state[parameter]["state2"]):
+                tensor.mul_(1)  # what the kernel reads and writes, in place
+        return loss
+
+    def _new_state(self, parameter: Parameter) -> dict[str, Any]:
+        if parameter.numel() < self.SMALLEST_8BIT:
+            return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+        if not self.maps:
+            self.maps = {name: torch.zeros(256, device=parameter.device) for name in ("qmap1", "qmap2")}
+        blocks = -(-parameter.numel() // self.BLOCK)
+        return {
+            **{name: torch.zeros_like(parameter, dtype=torch.uint8) for name in ("state1", "state2")},
+            **{name: torch.zeros(blocks, device=parameter.device) for name in ("absmax1", "absmax2")},
+            **self.maps,
+        }
+
+
+OPTIMIZERS: Final[Mapping[str, Factory]] = MappingProxyType(
+    {
+        "adafactor": lambda params, foreach: torch.optim.Adafactor(params, foreach=foreach),
+        "adagrad": lambda params, foreach: torch.optim.Adagrad(params, foreach=foreach),
+        "adam": lambda params, foreach: torch.optim.Adam(params, foreach=foreach),
+        "adam-foreach": lambda params, _: torch.optim.Adam(params, foreach=True),
+        "adam-fused": lambda params, _: torch.optim.Adam(params, fused=True),
+        "adam8bit": lambda params, _: Adam8bit(params),
+        "adamw": lambda params, foreach: torch.optim.AdamW(params, foreach=foreach),
+        "adamw-foreach": lambda params, _: torch.optim.AdamW(params, foreach=True),
+        "adamw-fused": lambda params, _: torch.optim.AdamW(params, fused=True),
+        "adamw-single": lambda params, _: torch.optim.AdamW(params, foreach=False),
+        "rmsprop": lambda params, foreach: torch.optim.RMSprop(params, foreach=foreach),
+        "sgd": lambda params, foreach: torch.optim.SGD(params, lr=_LR, foreach=foreach),
+        "sgd-momentum": lambda params, foreach: torch.optim.SGD(params, lr=_LR, momentum=0.9, foreach=foreach),
+    }
+)
+
+
+def build(
+    optimizer: str | Optimizer,
+    params: Sequence[Parameter],
+    replacement: Mapping[int, Parameter] = MappingProxyType({}),
+    stand_in: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    *,
+    foreach: bool | None = None,
+) -> Optimizer:
+    """An optimizer over `params` for a name; for a live one, a copy of it that can be stepped without consequences.
+
+    The copy has the same class, groups and flags. Each of its parameters is what `replacement` has for the ``id`` of
+    the original, and each of its state tensors is what `stand_in` makes of the original. Hooks and patched methods are
+    left behind. A wrapper such as accelerate's is seen through. `foreach` decides where the optimizer itself leaves the
+    choice to torch, which would look at the device of the stand-ins.
+
+    Raises:
+        BadOptimizer: an unknown name, not an optimizer, or one that holds parameters which `replacement` has not.
+    """
+    if isinstance(optimizer, str):
+        return _factory(optimizer)(params, foreach)
+    live = _unwrapped(optimizer)
+    held = [parameter for group in live.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in replacement for parameter in held)
+    if foreign:
+        raise BadOptimizer(
+            f"{foreign} of the {len(held)} parameters of this {type(live).__name__} are not parameters of the model: "
+            "build it from model.parameters(), after everything that replaces them (adapters, wrappers, conversions)"
+        )
+    copy = _copied(live, replacement, stand_in)
+    for group in copy.param_groups:
+        if foreach is not None and "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = foreach
+    return copy
+
+
+def name_of(optimizer: str | Optimizer) -> str:
+    """A name of the table as it is written there, or the class of a live optimizer.
+
+    Raises:
+        BadOptimizer: an unknown name, or not an optimizer.
+    """
+    if isinstance(optimizer, str):
+        _factory(optimizer)
+        return _spelled(optimizer)
+    return type(_unwrapped(optimizer)).__name__
+
+
+def _spelled(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _factory(name: str) -> Factory:
+    factory = OPTIMIZERS.get(_spelled(name))
+    if factory is None:
+        nearest = difflib.get_close_matches(_spelled(name), OPTIMIZERS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise BadOptimizer(
+            f"no optimizer is called {name!r}{hint} The names are {', '.join(OPTIMIZERS)}. Any other can be passed live"
+        )
+    return factory
+
+
+def _unwrapped(optimizer: object) -> Optimizer:
+    """The optimizer that does the work: accelerate and others wrap it in one that holds it as `.optimizer`."""
+    seen = optimizer
+    while isinstance(inner := getattr(seen, "optimizer", None), Optimizer):
+        seen = inner
+    if not isinstance(seen, Optimizer):
+        raise BadOptimizer(
+            f"an optimizer is a name such as 'adamw' or a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return seen
+
+
+def _copied(
+    live: Optimizer, replacement: Mapping[int, Parameter], stand_in: Callable[[torch.Tensor], torch.Tensor]
+) -> Optimizer:
+    """By the way that optimizers are unpickled: the constructor of a class that is not torch's cannot be known."""
+    copies: dict[int, torch.Tensor] = dict(replacement)  # a tensor that several states share stays shared
+
+    def copied(value: Any) -> Any:
+        match value:
+            case torch.Tensor():
+                if id(value) not in copies:
+                    copies[id(value)] = stand_in(value)
+                return copies[id(value)]
+            case defaultdict():
+                return defaultdict(value.default_factory, {copied(k): copied(v) for k, v in value.items()})
+            case dict():
+                return {copied(k): copied(v) for k, v in value.items()}
+            case list() | tuple() | set() if type(value) in (list, tuple, set):
+                return type(value)(copied(part) for part in value)
+        return value
+
+    copy = type(live).__new__(type(live))
+    copy.__setstate__({name: copied(value) for name, value in vars(live).items() if not _is_attached(live, name)})
+    return copy
+
+
+def _is_attached(live: Optimizer, name: str) -> bool:
+    """Whether users or frameworks put it on the optimizer: hooks, and methods that shadow the class's own."""
+    return name.startswith("_optimizer_") or callable(getattr(type(live), name, None))

@@ -1,0 +1,171 @@
+"""`Plan`: what to do with a model, why, and what it is predicted to cost. Frozen, JSON, schema-versioned."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from memplan.errors import PlanSchema
+from memplan.units import format_bytes, format_seconds
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """How a plan ends; the value is what the user reads."""
+
+    FITS = "fits"
+    UNCERTAIN = "uncertain"
+    DOES_NOT_FIT = "does not fit"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(_Record):
+    """How the budget is made up, in bytes: total - others - context - margin = usable."""
+
+    gpu: str
+    total_bytes: int
+    others_bytes: int = Field(description="held by other processes")
+    context_bytes: int = Field(description="taken by the CUDA context before any tensor")
+    margin_bytes: int = Field(description="kept free: allocator rounding and fragmentation, the strategy's share")
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.total_bytes - self.others_bytes - self.context_bytes - self.margin_bytes
+
+
+class Layer(_Record):
+    """One block of the model in the plan's table. Bytes and seconds are for one micro-batch."""
+
+    path: str
+    option: str = Field(description="what the plan does: keep or recompute")
+    keep_bytes: int = Field(description="held for backward if its activations are kept")
+    recompute_bytes: int = Field(description="held for backward if it is recomputed; 0 where it cannot be")
+    recompute_s: float = Field(description="extra seconds if it is recomputed")
+
+
+class Measured(_Record):
+    """A real run beside its prediction."""
+
+    peak_bytes: int
+    predicted_bytes: int
+    step_s: float
+    predicted_s: float
+    budget_bytes: int
+    device: str
+    steps: int
+
+    @property
+    def peak_error(self) -> float:
+        """Signed relative error of the predicted peak: positive if more was predicted than used."""
+        return self.predicted_bytes / self.peak_bytes - 1
+
+    def describe(self) -> str:
+        return (
+            f"measured {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.predicted_bytes)}, "
+            f"{self.peak_error:+.2%}; budget {format_bytes(self.budget_bytes)}), "
+            f"{format_seconds(self.step_s)} per step (predicted {format_seconds(self.predicted_s)})"
+        )
+
+
+class SampleField(_Record):
+    """One input tensor, without its batch dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    below: int | None = Field(None, description="integers lie in [0, below); None for floating point")
+
+
+class Plan(_Record):
+    """The answer of the planner. `decisions` and `micro_batch` x `accumulation` are what to do; the rest says why."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    reason: str = Field(description="one sentence behind the verdict")
+    budget: Budget
+    strategy: str
+    micro_batch: int
+    accumulation: int
+    effective_batch: int
+    decisions: dict[str, str] = Field(description="module path -> option, in forward order")
+    layers: tuple[Layer, ...]
+    peak_bytes: int
+    peak_phase: str
+    breakdown: dict[str, int] = Field(description="bytes at the peak by category, as in Prediction")
+    unplanned_bytes: int = Field(description="the peak at the same micro-batch with nothing recomputed")
+    step_s: float
+    samples_per_s: float
+    slowdown: float = Field(description="step time against no recomputation at the same micro-batch, minus 1")
+    gap: float = Field(description="relative distance of the step time to the proven lower bound")
+    shadow_price: float = Field(description="seconds per step that one GiB more would save")
+    times: str = Field(description='"measured" on this device, or "estimate" from the card\'s figures')
+    smallest_bytes: int = Field(description="the least usable budget that any plan of this strategy would fit")
+    frontier: tuple[tuple[int, float], ...] = Field((), description="(peak bytes, step seconds) of other plans")
+    ways_out: tuple[str, ...] = Field((), description="if it does not fit: the cheapest ways to make it fit")
+    optimizer: str
+    autocast: str | None
+    how: str
+    model: str = Field(description="the model's class")
+    signature: str = Field(description="hash over module paths and parameter shapes, checked by apply")
+    sample: tuple[SampleField, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    _live: object = PrivateAttr(default=None)  # the sample and loss it was made with; not in the file
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.budget.usable_bytes
+
+    def save(self, path: "str | Path") -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: "str | Path") -> "Plan":
+        """Read a plan. Raises PlanSchema if the file is none, or one of another schema version."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            record = json.loads(text)
+            version = record["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanSchema(f"{path} is not a memplan plan: it has no schema_version. Make one with Plan.save.") from error
+        if version != SCHEMA_VERSION:
+            raise PlanSchema(
+                f"{path} has schema version {version}; this memplan reads version {SCHEMA_VERSION}. "
+                "Plan again with this version, or install the version that wrote it."
+            )
+        try:
+            return cls.model_validate(record)
+        except ValidationError as error:
+            raise PlanSchema(f"{path} is a damaged plan: {error}") from error
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Paths of the blocks that are recomputed, in forward order."""
+        return tuple(path for path, option in self.decisions.items() if option == "recompute")
+
+    def describe(self) -> str:
+        """The plan in a few lines of plain text."""
+        b = self.budget
+        spare = self.budget_bytes - self.peak_bytes
+        lines = [
+            f"{self.verdict}: {self.reason}",
+            f"  budget    {format_bytes(self.budget_bytes)} on {b.gpu} = {format_bytes(b.total_bytes)} total"
+            f" - {format_bytes(b.others_bytes)} others - {format_bytes(b.context_bytes)} context"
+            f" - {format_bytes(b.margin_bytes)} margin",
+            f"  batch     {self.micro_batch} x {self.accumulation} accumulated = {self.effective_batch} per step",
+            f"  recompute {len(self.recomputed)} of {len(self.decisions)} blocks",
+            f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {format_bytes(abs(spare))} "
+            f"{'spare' if spare >= 0 else 'too much'}; {format_bytes(self.unplanned_bytes)} without a plan",
+            f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
+            f"{self.slowdown:.1%} slower than keeping everything, within {self.gap:.2%} of the proven bound",
+        ]
+        if self.shadow_price > 0:
+            lines.append(f"  one GiB more would save {format_seconds(self.shadow_price)} per step")
+        lines += [f"  way out   {way}" for way in self.ways_out]
+        lines += [f"  assumed   {text}" for text in self.assumptions]
+        return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""`Prediction`: the memory of one training step as it stands, before anything is planned."""
+
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from memplan.units import format_bytes
+
+
+class Timeline(BaseModel):
+    """Bytes over one step. Thinned to a few hundred moments; the peak is always among them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phase: tuple[str, ...]  # of each moment: "forward", "loss", "backward", "optimizer"
+    bytes: dict[str, tuple[int, ...]]  # category -> bytes at each moment
+
+    @cached_property
+    def total(self) -> tuple[int, ...]:
+        return tuple(map(sum, zip(*self.bytes.values(), strict=True)))
+
+
+class Prediction(BaseModel):
+    """What one steady-state step needs: optimizer state exists, gradients were dropped at the end of the last step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    peak_bytes: int = Field(description="largest number of bytes in tensors at any moment of the step")
+    phase: str = Field(description="where the peak is: forward, loss, backward or optimizer")
+    module: str = Field(description="the module that was running at the peak; empty for the model itself")
+    breakdown: dict[str, int] = Field(
+        description="bytes at the peak by category, activations split by module as `activations/<path>`; sums to the peak"
+    )
+    saved: dict[str, int] = Field(
+        description="bytes that each module keeps from its forward for its backward, at the end of the forward"
+    )
+    timeline: Timeline
+    how: str = Field(description='"fake": abstract, without memory or arithmetic; "recorded": a real step was run')
+    micro_batch: int
+    accumulation: int
+    optimizer: str
+    autocast: str | None
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """Activation bytes at the peak by module path."""
+        prefix = "activations/"
+        return {k.removeprefix(prefix): v for k, v in self.breakdown.items() if k.startswith(prefix)}
+
+    def summary(self) -> dict[str, int]:
+        """The breakdown with all activations in one number; sums to the peak."""
+        whole = {k: v for k, v in self.breakdown.items() if not k.startswith("activations/")}
+        return {**whole, "activations": sum(self.activations.values())}
+
+    def describe(self) -> str:
+        """A few lines of plain text: the peak, where it is, and what it is made of."""
+        parts = sorted(self.summary().items(), key=lambda part: -part[1])
+        lines = [f"peak {format_bytes(self.peak_bytes)} in {self.phase}" + (f" of {self.module}" if self.module else "")]
+        lines += [f"  {name:<12} {format_bytes(size):>12}" for name, size in parts if size]
+        return "\n".join([*lines, *(f"  assumed: {text}" for text in self.assumptions)])

@@ -1,0 +1,349 @@
+"""Trace a long model by a short one, where that is provably the same.
+
+Of a run of blocks that cannot be told apart (`blocks.alike`) seven are traced: three at each end would do, the middle
+three must then have left *the same trace*, event by event: the same allocations of the same sizes, dying at the same
+offsets in the same or the neighbouring block. Since a block's events depend only on what its neighbours hand it, and
+three in a row did the same, every further one inserted between them does the same again; the omitted blocks' events are
+copies of the middle block's, moved. Where the check fails the model is traced whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from memplan.blocks import alike
+from memplan.trace import BlockRun, MicroStep, Span, Trace
+
+_KEPT = 7
+_MIDDLE = 3  # of the kept: the one that is copied; its neighbours at 2 and 4 are compared with it
+
+
+class NotPeriodic(Exception):
+    """The middle blocks did not leave the same trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of alike blocks in one container, and how much of it is traced."""
+
+    container: str
+    blocks: tuple[str, ...]
+
+    @property
+    def template(self) -> str:
+        return self.blocks[_MIDDLE]
+
+    @property
+    def omitted(self) -> tuple[str, ...]:
+        """What is not traced; in forward order right behind the template."""
+        return self.blocks[_MIDDLE + 1 : len(self.blocks) - (_KEPT - _MIDDLE - 1)]
+
+
+def long_runs(model: nn.Module, blocks: Sequence[str]) -> list[Run]:
+    """Runs that are worth shortening: more than seven alike blocks in a ModuleList, indifferent to the config."""
+    runs = []
+    for paths in alike(model, blocks):
+        container = paths[0].rpartition(".")[0]
+        inside = isinstance(model.get_submodule(container), nn.ModuleList)
+        if len(paths) > _KEPT and inside and _uniform(model, len(model.get_submodule(container)._modules)):
+            runs.append(Run(container, paths))
+    return runs
+
+
+def _uniform(model: nn.Module, count: int) -> bool:
+    """No per-layer list in a config says that layers differ (layer_types and the like)."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in {id(c): c for c in configs if c is not None}.values():
+        for value in vars(config).values():
+            if isinstance(value, list | tuple) and len(value) == count and len({str(v) for v in value}) > 1:
+                return False
+    return True
+
+
+@contextmanager
+def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
+    """The model without the runs' omitted blocks, for as long as the `with` block lasts."""
+    containers = {run.container: model.get_submodule(run.container) for run in runs}
+    before = {path: dict(container._modules) for path, container in containers.items()}
+    try:
+        for run in runs:
+            for path in run.omitted:
+                del containers[run.container]._modules[path.rpartition(".")[2]]
+        yield
+    finally:
+        for path, container in containers.items():
+            container._modules.clear()
+            container._modules.update(before[path])
+
+
+def lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
+    """The trace of the whole model from that of the shortened one. Raises NotPeriodic where that cannot be shown."""
+    for run in runs:
+        trace = _Insertion(trace, run).result()
+    return trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One region of ticks: a block's forward or backward in one micro-step, up to where the next one starts."""
+
+    step: int
+    kind: str  # "forward" | "backward"
+    index: int  # relative to the template: -2 .. 2
+    span: Span
+
+
+class _Insertion:
+    """Insert `len(run.omitted)` copies of the template block's events into a trace."""
+
+    def __init__(self, trace: Trace, run: Run) -> None:
+        self.trace, self.run = trace, run
+        self.copies = len(run.omitted)
+        self.places = [place for number, step in enumerate(trace.steps) for place in _places(number, step, run, "ticks")]
+        self.op_places = [place for number, step in enumerate(trace.steps) for place in _places(number, step, run, "ops")]
+        self.place_of_row, self.offset = _locate(trace.born, self.places)
+        self.death_place, self.death_offset = _locate(trace.died, self.places)
+
+    def result(self) -> Trace:
+        self._check()
+        born, died = self._shift(self.trace.born), self._moved_deaths()
+        template = np.flatnonzero([p >= 0 and self.places[p].index == 0 for p in self.place_of_row])
+        rows = [np.arange(len(born)), *(template for _ in self.run.omitted)]
+        order = np.concatenate(rows)
+        modules, renamed = self._modules()
+        new_born = [born, *(self._copied_births(template, k) for k in range(1, self.copies + 1))]
+        new_died = [died, *(self._copied_deaths(template, k) for k in range(1, self.copies + 1))]
+        owner = self.trace.storage_module
+        new_owner = [owner, *(renamed[k][owner[template]] for k in range(self.copies))]
+        ops, op_owner = self._operators(renamed)
+        return replace(
+            self.trace,
+            modules=modules,
+            storage_bytes=self.trace.storage_bytes[order],
+            storage_category=self.trace.storage_category[order],
+            storage_module=np.concatenate(new_owner),
+            born=np.concatenate(new_born),
+            died=np.concatenate(new_died),
+            op_name=self.trace.op_name[ops],
+            op_module=op_owner,
+            op_flops=self.trace.op_flops[ops],
+            op_bytes=self.trace.op_bytes[ops],
+            op_dtype=self.trace.op_dtype[ops],
+            ticks=int(self._shift(np.array([self.trace.ticks]))[0]),
+            steps=tuple(self._step(number, step) for number, step in enumerate(self.trace.steps)),
+        )
+
+    # -- the proof -----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """The three middle blocks have equal rows, and nothing else reaches across where copies go."""
+        profiles = {}
+        for at, place in enumerate(self.places):
+            if abs(place.index) <= 1:
+                rows = np.flatnonzero(self.place_of_row == at)
+                profile = [self._fingerprint(row, place) for row in rows]
+                profiles.setdefault((place.step, place.kind), []).append((place.span.stop - place.span.start, profile))
+        for (step, kind), found in profiles.items():
+            if any(other != found[0] for other in found[1:]):
+                raise NotPeriodic(f"blocks around {self.run.template} differ in the {kind} of micro-step {step}")
+
+    def _fingerprint(self, row: np.intp, place: _Place) -> tuple[object, ...]:
+        trace, death = self.trace, self.death_place[row]
+        if death >= 0:
+            end = self.places[death]
+            if abs(end.index - place.index) > 1:
+                raise NotPeriodic(f"a tensor of {self.run.template} lives across {end.index - place.index} blocks")
+            fate: tuple[object, ...] = (end.step, end.kind, end.index - place.index, int(self.death_offset[row]))
+        else:
+            fate = ("elsewhere", int(trace.died[row]))
+        path = trace.modules[trace.storage_module[row]]
+        local = ".".join(path.split(".")[len(self.run.template.split(".")) :])
+        return int(self.offset[row]), int(trace.storage_bytes[row]), int(trace.storage_category[row]), local, fate
+
+    # -- ticks ---------------------------------------------------------------------------------------------------
+
+    def _shift(self, ticks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Old ticks to new ones: everything behind an insertion moves by its length."""
+        return _shift(ticks, self.places, self.copies)
+
+    def _start(self, place: int, copy: int) -> int:
+        """New first tick of copy `copy` (0: the template itself) of the template's region."""
+        region = self.places[place]
+        first = int(self._shift(np.array([region.span.start]))[0])
+        length = region.span.stop - region.span.start
+        return first + copy * length * (1 if region.kind == "forward" else -1)
+
+    def _template_place(self, place: int) -> int:
+        region = self.places[place]
+        return next(
+            i
+            for i, other in enumerate(self.places)
+            if (other.step, other.kind, other.index) == (region.step, region.kind, 0)
+        )
+
+    def _moved_deaths(self) -> NDArray[np.int64]:
+        """Deaths of the traced rows: one in the next block over is in the copy that now stands there."""
+        died = self._shift(self.trace.died)
+        for row in np.flatnonzero((self.place_of_row >= 0) & (self.death_place >= 0)):
+            home, end = self.places[self.place_of_row[row]].index, self.places[self.death_place[row]].index
+            if home <= 0 < end:
+                copy = 1
+            elif end <= 0 < home:
+                copy = self.copies
+            else:
+                continue
+            died[row] = self._start(self._template_place(self.death_place[row]), copy) + self.death_offset[row]
+        return died
+
+    def _copied_births(self, rows: NDArray[np.intp], copy: int) -> NDArray[np.int64]:
+        starts = {place: self._start(place, copy) for place in set(self.place_of_row[rows])}
+        return np.array([starts[self.place_of_row[row]] + self.offset[row] for row in rows], dtype=np.int64)
+
+    def _copied_deaths(self, rows: NDArray[np.intp], copy: int) -> NDArray[np.int64]:
+        died = self._shift(self.trace.died[rows])
+        for i, row in enumerate(rows):
+            if self.death_place[row] < 0:
+                continue
+            target = copy + self.places[self.death_place[row]].index
+            if target <= self.copies:  # else: the traced block behind the last copy, which is where it dies already
+                died[i] = self._start(self._template_place(self.death_place[row]), target) + self.death_offset[row]
+        return died
+
+    # -- operators, modules, steps -------------------------------------------------------------------------------
+
+    def _modules(self) -> tuple[tuple[str, ...], list[NDArray[np.int32]]]:
+        """All module paths, and for each copy a map from the template's module indices to the copy's."""
+        names = list(self.trace.modules)
+        prefix = self.run.template
+        inside = [i for i, path in enumerate(names) if path == prefix or path.startswith(f"{prefix}.")]
+        maps = []
+        for path in self.run.omitted:
+            renamed = np.arange(len(self.trace.modules), dtype=np.int32)
+            for i in inside:
+                renamed[i] = len(names)
+                names.append(path + self.trace.modules[i].removeprefix(prefix))
+            maps.append(renamed)
+        return tuple(names), maps
+
+    def _operators(self, renamed: list[NDArray[np.int32]]) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
+        pieces: list[NDArray[np.intp]] = []
+        owners: list[NDArray[np.int32]] = []
+        at = 0
+
+        def take(span: Span, copy: int | None) -> None:
+            rows = np.arange(span.start, span.stop)
+            owner = self.trace.op_module[rows]
+            pieces.append(rows)
+            owners.append(owner if copy is None else renamed[copy][owner])
+
+        for place in sorted((p for p in self.op_places if p.index == 0), key=lambda p: p.span.start):
+            forward = place.kind == "forward"
+            border = place.span.stop if forward else place.span.start
+            take(Span(at, border), None)
+            for copy in range(self.copies) if forward else reversed(range(self.copies)):
+                take(place.span, copy)
+            at = border
+        take(Span(at, len(self.trace.op_name)), None)
+        return np.concatenate(pieces), np.concatenate(owners)
+
+    def _step(self, number: int, step: MicroStep) -> MicroStep:
+        def ticks(span: Span) -> Span:
+            return _moved(span, self.places, self.copies)
+
+        def ops(span: Span) -> Span:
+            return _moved(span, self.op_places, self.copies)
+
+        blocks: list[BlockRun] = []
+        for block in step.blocks:
+            moved = BlockRun(
+                block.path, ticks(block.forward), ticks(block.backward), ops(block.forward_ops), ops(block.backward_ops)
+            )
+            blocks.append(moved)
+            if block.path == self.run.template:
+                lengths = [
+                    next(_length(p.span) for p in places if (p.step, p.kind, p.index) == (number, kind, 0))
+                    for places in (self.places, self.op_places)
+                    for kind in ("forward", "backward")
+                ]
+                blocks += [_copy_of(moved, path, k, lengths) for k, path in enumerate(self.run.omitted, 1)]
+        return MicroStep(
+            ticks(step.forward),
+            ticks(step.loss),
+            ticks(step.backward),
+            ops(step.forward_ops),
+            ops(step.loss_ops),
+            ops(step.backward_ops),
+            tuple(blocks),
+        )
+
+
+def _places(number: int, step: MicroStep, run: Run, axis: str) -> list[_Place]:
+    """The regions of the template and of two blocks on each side, on the axis of ticks or of operators."""
+    at = next((i for i, block in enumerate(step.blocks) if block.path == run.template), None)
+    if at is None or at < _MIDDLE or at + _MIDDLE >= len(step.blocks):
+        raise NotPeriodic(f"{run.template} did not run once, in order, with its neighbours")
+    around = step.blocks[at - _MIDDLE : at + _MIDDLE + 1]
+    expected = (*run.blocks[: _MIDDLE + 1], *run.blocks[-(_KEPT - _MIDDLE - 1) :])
+    if tuple(block.path for block in around) != expected:
+        raise NotPeriodic(f"the blocks around {run.template} did not run in the order of their container")
+    suffix = "" if axis == "ticks" else "_ops"
+    forward = [getattr(block, f"forward{suffix}").start for block in around]
+    backward = [getattr(block, f"backward{suffix}").start for block in around]
+    if forward != sorted(forward) or backward != sorted(backward, reverse=True):
+        raise NotPeriodic(f"the blocks around {run.template} did not run back in reverse order")
+    places = []
+    for i in range(1, _KEPT - 1):
+        places.append(_Place(number, "forward", i - _MIDDLE, Span(forward[i], forward[i + 1])))
+        places.append(_Place(number, "backward", i - _MIDDLE, Span(backward[i], backward[i - 1])))
+    return places
+
+
+def _locate(ticks: NDArray[np.int64], places: list[_Place]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """For each tick the number of the region it lies in (-1: none), and its offset there."""
+    found = np.full(len(ticks), -1, dtype=np.intp)
+    offset = np.zeros(len(ticks), dtype=np.int64)
+    for number, place in enumerate(places):
+        inside = (ticks >= place.span.start) & (ticks < place.span.stop)
+        found[inside] = number
+        offset[inside] = ticks[inside] - place.span.start
+    return found, offset
+
+
+def _shift(ticks: NDArray[np.int64], places: list[_Place], copies: int) -> NDArray[np.int64]:
+    moved = ticks.copy()
+    for place in places:
+        if place.index == 0:
+            border = place.span.stop if place.kind == "forward" else place.span.start
+            moved += np.where(ticks >= border, copies * _length(place.span), 0)
+    return moved
+
+
+def _moved(span: Span, places: list[_Place], copies: int) -> Span:
+    """A span behind the insertions before it, longer by those inside it."""
+    first = int(_shift(np.array([span.start]), places, copies)[0])
+    if span.stop <= span.start:
+        return Span(first, first)
+    return Span(first, int(_shift(np.array([span.stop - 1]), places, copies)[0]) + 1)
+
+
+def _copy_of(block: BlockRun, path: str, copy: int, lengths: list[int]) -> BlockRun:
+    forward, backward, forward_ops, backward_ops = lengths
+    return BlockRun(
+        path,
+        _by(block.forward, copy * forward),
+        _by(block.backward, -copy * backward),
+        _by(block.forward_ops, copy * forward_ops),
+        _by(block.backward_ops, -copy * backward_ops),
+    )
+
+
+def _by(span: Span, distance: int) -> Span:
+    return Span(span.start + distance, span.stop + distance)
+
+
+def _length(span: Span) -> int:
+    return span.stop - span.start

@@ -1,0 +1,1 @@
+"""From records to text: tables for people, settings to paste. Pure: no torch, no device."""

@@ -1,0 +1,182 @@
+"""Records as rich tables. What is needed is rounded up, what is there is rounded down; see `memplan.units`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from memplan.gpus import Gpu
+from memplan.plan_record import Layer, Plan, Verdict
+from memplan.prediction import Prediction
+from memplan.report.paths import Share, module_shares, path_range, pattern_of
+from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
+
+_STYLES: Final = {Verdict.FITS: "bold green", Verdict.UNCERTAIN: "bold yellow", Verdict.DOES_NOT_FIT: "bold red"}
+
+
+def prediction_tables(prediction: Prediction, top: int = 8) -> RenderableType:
+    """The peak, what it is made of, and what each module keeps for its backward.
+
+    Repeated modules are one row, and under it are the `top` kinds of modules inside them that keep most.
+    """
+    where = f" of {prediction.module}" if prediction.module else ""
+    precision = f"autocast to {prediction.autocast}" if prediction.autocast else "no autocast"
+    return Group(
+        Text(f"peak {format_bytes(prediction.peak_bytes)} in {prediction.phase}{where}", style="bold"),
+        f"micro-batch {prediction.micro_batch} x {prediction.accumulation} accumulated, {prediction.optimizer}, "
+        f"{precision}, {prediction.how} run",
+        "",
+        _categories(prediction.breakdown),
+        _modules(prediction.saved, prediction.activations, top),
+        *_sentences("Assumed", prediction.assumptions),
+    )
+
+
+def plan_tables(plan: Plan) -> RenderableType:
+    """The verdict, the budget, the batch and its time, the blocks, the predicted peak, and the ways out if there is none."""
+    return Group(
+        Text.assemble((str(plan.verdict), _STYLES[plan.verdict]), f": {plan.reason}"),
+        "",
+        _budget(plan),
+        "",
+        _step(plan),
+        "",
+        *([_layers(plan.layers)] if plan.layers else []),
+        _categories(plan.breakdown),
+        *_sentences("Ways out", plan.ways_out),
+        *_sentences("Assumed", plan.assumptions),
+    )
+
+
+def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
+    """One row per card: its memory as torch sees it, its peak rates, and when they were looked up."""
+    table = _table("", "Card", "Memory", "GB/s", "bf16 TFLOP/s", "fp32 TFLOP/s", "Compute", "As of")
+    for gpu in gpus:
+        table.add_row(
+            gpu.name,
+            format_budget(gpu.total_bytes) if gpu.total_bytes is not None else "",
+            _in_units(gpu.bandwidth_bytes_s, 1e9),
+            _in_units(gpu.flops.get("bfloat16"), 1e12),
+            _in_units(gpu.flops.get("float32"), 1e12),
+            ".".join(map(str, gpu.compute_capability or ())),
+            gpu.date.isoformat() if gpu.date else "",
+        )
+    return table
+
+
+def _budget(plan: Plan) -> RenderableType:
+    budget, spare_bytes = plan.budget, plan.budget_bytes - plan.peak_bytes
+    if spare_bytes >= 0:
+        spare = Text(f"{format_budget(spare_bytes)} spare")
+    else:
+        spare = Text(f"{format_bytes(-spare_bytes)} too much", style="red")
+    facts: dict[str, str | Text] = {
+        "total": format_budget(budget.total_bytes),
+        "- other processes": format_bytes(budget.others_bytes),
+        "- CUDA context": format_bytes(budget.context_bytes),
+        "- margin": format_bytes(budget.margin_bytes),
+        "= budget": Text(format_budget(plan.budget_bytes), style="bold"),
+        "predicted peak": Text.assemble((format_bytes(plan.peak_bytes), "bold"), f" in {plan.peak_phase}, ", spare),
+        "without a plan": f"{format_bytes(plan.unplanned_bytes)} at the same micro-batch",
+        "least that fits": f"{format_bytes(plan.smallest_bytes)} with the strategy {plan.strategy!r}",
+    }
+    return _facts(f"Budget on {budget.gpu}", facts)
+
+
+def _step(plan: Plan) -> RenderableType:
+    facts: dict[str, str | Text] = {
+        "batch": Text.assemble(
+            (f"{plan.micro_batch} x {plan.accumulation}", "bold"),
+            f" (micro-batch x accumulation) = {plan.effective_batch}",
+        ),
+        "recomputed": f"{len(plan.recomputed)} of {len(plan.decisions)} blocks",
+        "time": f"{format_seconds(plan.step_s)} ({plan.times}), {format_rate(plan.samples_per_s, 'samples')}",
+        "slowdown": f"{format_percent(plan.slowdown)} against keeping everything",
+        "gap": f"{format_percent(plan.gap)} at most to the fastest plan there is",
+    }
+    if plan.shadow_price > 0:
+        facts["one GiB more"] = f"would save {format_seconds(plan.shadow_price)}"
+    return _facts("Step", facts)
+
+
+def _layers(layers: Sequence[Layer]) -> RenderableType:
+    """One row per run of neighbours that read the same."""
+    table = _table("Blocks", "Block", "Plan", "n", "Each if kept", "Each if recomputed", "Extra time", text=2)
+
+    def cells(layer: Layer) -> tuple[str, ...]:
+        sizes = format_bytes(layer.keep_bytes), format_bytes(layer.recompute_bytes) if layer.recompute_bytes else "-"
+        return pattern_of(layer.path), layer.option, *sizes, format_seconds(layer.recompute_s)
+
+    for (_, option, kept, recomputed, extra), run in groupby(layers, cells):
+        paths = [layer.path for layer in run]
+        style = "bold" if option == "recompute" else None
+        table.add_row(path_range(paths), option, str(len(paths)), kept, recomputed, extra, style=style)
+    return table
+
+
+def _categories(breakdown: Mapping[str, int]) -> RenderableType:
+    sizes: dict[str, int] = {}
+    for name, size in breakdown.items():
+        category = "activations" if name.startswith("activations/") else name
+        sizes[category] = sizes.get(category, 0) + size
+    total = sum(sizes.values())
+    table = _table("Predicted at the peak", "Category", "Size", "Share")
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if size:
+            table.add_row(name, format_bytes(size), format_percent(size / total))
+    table.add_section()
+    table.add_row("sum", format_bytes(total), "")
+    return table
+
+
+def _modules(kept: Mapping[str, int], at_peak: Mapping[str, int], top: int) -> RenderableType:
+    table = _table("Activations by module", "Module", "n", "Kept for backward", "Each", "At the peak")
+    _add_shares(table, module_shares(kept, at_peak), top, indent="")
+    table.add_section()
+    table.add_row("sum", "", format_bytes(sum(kept.values())), "", format_bytes(sum(at_peak.values())))
+    return table
+
+
+def _add_shares(table: Table, shares: Sequence[Share], top: int, indent: str) -> None:
+    for share in shares[:top]:
+        each = f"{'' if share.alike else 'up to '}{format_bytes(share.largest_bytes)}" if share.count > 1 else ""
+        count = str(share.count) if share.count > 1 else ""
+        sizes = format_bytes(share.kept_bytes), each, format_bytes(share.peak_bytes)
+        table.add_row(f"{indent}{share.name or '(itself)'}", count, *sizes, style="bold" if share.inner else None)
+        _add_shares(table, share.inner, top, indent=f"{indent}  ")
+    if rest := shares[top:]:
+        sums = format_bytes(sum(share.kept_bytes for share in rest)), format_bytes(sum(s.peak_bytes for s in rest))
+        table.add_row(f"{indent}{len(rest)} smaller", "", sums[0], "", sums[1], style="dim")
+
+
+def _table(title: str, *columns: str, text: int = 1) -> Table:
+    """A table whose first `text` columns are words and whose others are numbers, which are never broken."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        is_text = place < text
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    return table
+
+
+def _facts(title: str, facts: Mapping[str, str | Text]) -> RenderableType:
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(f"  {name}", value)
+    return grid
+
+
+def _sentences(title: str, sentences: Sequence[str]) -> list[RenderableType]:
+    if not sentences:
+        return []
+    return [Text(title, style="bold"), *(Padding(Text(f"- {sentence}"), (0, 0, 0, 2)) for sentence in sentences), ""]
+
+
+def _in_units(value: float | None, unit: float) -> str:
+    return f"{value / unit:,.0f}" if value is not None else ""

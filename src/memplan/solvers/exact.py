@@ -1,0 +1,143 @@
+"""The oracle: the same problem as a mixed-integer linear programme, solved by HiGHS.
+
+With x[i,o] = 1 where block i takes option o, and one row for every moment that the budget limits:
+
+    minimise    sum of t_i(o) x[i,o]
+    subject to  sum over o of x[i,o] = 1                                                           for every block i
+                sum over j < i of hold_j(o) x[j,o] + sum over o of load_i(o) x[i,o] <= budget      for every block i
+                sum over j < i of hold_j(o) x[j,o] + gap_i                          <= budget      for every gap i
+
+where load_i(o) = base_i + max(forward_i(o), backward_i(o)). It shares no search with `memplan.solvers.dp`: that two so
+different programmes agree is what the tests believe. Sizes are bytes, times are seconds.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memplan.errors import UsageError
+from memplan.problem import Choice, Problem
+from memplan.solvers.solution import Solution, peak_bytes
+
+TOLERANCE = 1e-9  # relative, of HiGHS: rows may be exceeded and the optimum missed by as much
+ROWS_ABOUT = 2.0**13  # rows are scaled to this size, where the tolerance is far below one byte
+
+
+@dataclass(frozen=True, slots=True)
+class _Programme:
+    """min cost @ x with rows @ x <= room and, per block, its x summing to 1.
+
+    Sizes are bytes above the least that each block adds to a row, which is taken off the room in exact integers.
+    """
+
+    cost: NDArray[np.float64]
+    rows: NDArray[np.int64]
+    room: NDArray[np.int64]
+    first: tuple[int, ...]  # the column of each block's option 0, and the number of columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Optimum:
+    x: NDArray[np.float64]
+    bound_s: float  # proven, of all blocks, once
+
+
+def solve(problem: Problem) -> Solution:
+    """The fastest choice within the budget, proven by branch and bound.
+
+    Raises:
+        UsageError: highspy is not installed.
+    """
+    highspy = _highspy()
+    programme = _programme(problem)
+    if (programme.room < 0).any():
+        return Solution.infeasible()
+    if not problem.blocks:
+        return Solution.of(problem, (), bound_s=problem.step_s(()))
+    found = _optimum(highspy, programme)
+    if found is None:
+        return Solution.infeasible()
+    choice = _choice(programme, found.x)
+    over = peak_bytes(problem, choice) - problem.budget_bytes
+    if over > 0:
+        raise RuntimeError(f"internal error: HiGHS exceeded the budget by {over} bytes")
+    step_s = problem.step_s(choice)
+    bound_s = problem.accumulation * (found.bound_s + problem.rest_s) + problem.optimizer_s
+    return Solution.of(problem, choice, step_s if step_s - bound_s <= TOLERANCE * step_s else bound_s)
+
+
+def _highspy() -> Any:
+    try:
+        return import_module("highspy")
+    except ModuleNotFoundError as error:
+        raise UsageError("the exact solver needs HiGHS: pip install 'memplan[exact]', or take 'dp'") from error
+
+
+def _silent(highspy: Any) -> Any:
+    class Silent(highspy.Highs):  # type: ignore[misc]  # highspy is imported late, as Any
+        def enableCallbacks(self) -> None:  # noqa: N802
+            """The constructor calls this first, and any first call prints a banner on stdout unless output is off."""
+            self.setOptionValue("output_flag", False)
+            super().enableCallbacks()
+
+    return Silent()
+
+
+def _programme(problem: Problem) -> _Programme:
+    options = [option for block in problem.blocks for option in block.options]
+    first = tuple(np.cumsum([0] + [len(block.options) for block in problem.blocks]).tolist())
+    holds = np.array([option.hold_bytes for option in options], dtype=np.int64)
+    gaps = [max(gap.forward_bytes, gap.backward_bytes) for gap in problem.gaps]
+    rows = [np.zeros(len(options), dtype=np.int64)]  # before the first block nothing is held, in the optimizer neither
+    room = [problem.budget_bytes - max(gaps[0], problem.optimizer_bytes)]
+    for block, gap, start, stop in zip(problem.blocks, gaps[1:], first, first[1:], strict=False):
+        at, after = np.zeros_like(rows[0]), np.zeros_like(rows[0])
+        at[:start], after[:stop] = holds[:start], holds[:stop]
+        at[start:stop] = [block.base_bytes + max(o.forward_bytes, o.backward_bytes) for o in block.options]
+        rows += [at, after]
+        room += [problem.budget_bytes, problem.budget_bytes - gap]
+    matrix, rooms = np.array(rows), np.array(room)
+    for start, stop in pairwise(first):
+        least = matrix[:, start:stop].min(axis=1)
+        matrix[:, start:stop] -= least[:, None]
+        rooms -= least
+    return _Programme(np.array([option.step_s for option in options]), matrix, rooms, first)
+
+
+def _optimum(highspy: Any, programme: _Programme) -> _Optimum | None:
+    """None if there is no x at all."""
+    columns = programme.first[-1]
+    scale = ROWS_ABOUT / 2.0 ** float(
+        np.ceil(np.log2(max(int(programme.rows.max()), 1)))
+    )  # a power of 2 rounds nothing
+    pace = 1.0 / max(float(programme.cost.max()), 1e-12)
+    solver = _silent(highspy)
+    for name in ("mip_rel_gap", "mip_abs_gap"):
+        solver.setOptionValue(name, 0.0)
+    for name in ("mip_feasibility_tolerance", "primal_feasibility_tolerance"):
+        solver.setOptionValue(name, TOLERANCE)
+    every = np.arange(columns, dtype=np.int32)
+    solver.addVars(columns, np.zeros(columns), np.ones(columns))
+    solver.changeColsCost(columns, every, programme.cost * pace)
+    solver.changeColsIntegrality(columns, every, np.full(columns, highspy.HighsVarType.kInteger))
+    for start, stop in pairwise(programme.first):
+        solver.addRow(1.0, 1.0, stop - start, every[start:stop], np.ones(stop - start))
+    for row, room in zip(programme.rows, programme.room, strict=True):
+        if row.sum() > room:  # others cannot be exceeded
+            used = np.flatnonzero(row).astype(np.int32)
+            solver.addRow(-highspy.kHighsInf, float(room) * scale, len(used), used, row[used] * scale)
+    solver.run()
+    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return None
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        raise RuntimeError(f"internal error: HiGHS ended with {solver.modelStatusToString(solver.getModelStatus())}")
+    return _Optimum(np.array(solver.getSolution().col_value), float(solver.getInfo().mip_dual_bound) / pace)
+
+
+def _choice(programme: _Programme, x: NDArray[np.float64]) -> Choice:
+    """HiGHS returns binaries as floats near 0 and 1: more than one half is taken."""
+    return tuple(int(np.flatnonzero(x[start:stop] > 0.5)[0]) for start, stop in pairwise(programme.first))

@@ -1,0 +1,321 @@
+"""The tape: a dispatch mode that notes every storage's birth and death, and which module and operator caused it.
+
+It sees operators below autograd, so saved tensors need no hooks: a tensor kept for backward is simply one that lives.
+Modules are followed by global forward hooks (none is put on the user's modules). A backward operator belongs to the
+module whose forward created its autograd node: nodes carry a sequence number that rises in creation order, so noting
+the number at each module entry and exit is enough to look the module up.
+"""
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from memplan.kernels import cpu
+from memplan.kernels.flops import flops_of
+
+# Integer and boolean results up to this size are computed for real: models read them (is this mask full? which
+# position is last?). Larger ones are only shapes.
+_REAL_LIMIT_BYTES = 64 * 2**20
+
+# Nodes that add up parameter gradients carry the largest number (accumulate_grad.cpp); they belong to whoever ran last.
+_GRADIENT_ACCUMULATION = 2**63
+
+_ADD = torch.ops.aten.add.Tensor
+
+
+class Tape(TorchDispatchMode):
+    """Record one step. With `fake`, floating-point work is abstract; without, everything runs for real."""
+
+    def __init__(self, model: nn.Module, fake: FakeTensorMode | None) -> None:
+        super().__init__()
+        self.fake = fake
+        named = list(model.named_modules())  # the model itself comes first, as ""
+        self.modules = tuple(path for path, _ in named)
+        self._index = {id(module): i for i, (_, module) in enumerate(named)}
+        # storages
+        self.bytes: list[int] = []
+        self.module: list[int] = []
+        self.born: list[int] = []
+        self.died: list[int | None] = []
+        self.recomputed: list[bool] = []  # born in a forward inside the backward
+        self.now = 1  # the next tick; before the first one there is what is always there
+        self._live: dict[int, tuple[int | None, weakref.ref[Any]]] = {}  # storage address -> row
+        # operators
+        self.op_names: dict[str, int] = {}  # name -> index, in order of appearance
+        self.op_columns: list[tuple[int, int, int, int, int]] = []  # name, module, flops, bytes, dtype
+        self.op_ticks: list[int] = []
+        self.dtypes: dict[str, int] = {}
+        self.probes: dict[cpu.Probe, list[int]] = {}  # operators to be run for their workspace -> storage rows
+        # modules
+        self.stack: list[int] = [0]
+        self.visits: list[tuple[int, int, int, int, int]] = []  # module, first tick, last tick, first op, last op
+        self._last_entered = 0
+        self._entered: list[tuple[int, int]] = []
+        self._switches: list[int] = [0]  # autograd sequence numbers at which the running module changes ...
+        self._switched_to: list[int] = [0]  # ... and what it changes to
+        self._last_module = 0
+        self.backward = False
+        self._hooks: list[Any] = []
+
+    # -- life cycle ----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Tape":
+        _sole_owner_counts()  # needs autograd, which is out of reach inside a dispatch
+        hooks = nn.modules.module
+        self._random_state = torch.get_rng_state
+        torch.get_rng_state = self._followed_random_state  # checkpoints stash it without passing the dispatcher
+        self._hooks = [
+            hooks.register_module_forward_pre_hook(self._enter_module),
+            hooks.register_module_forward_hook(self._exit_module, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        torch.get_rng_state = self._random_state
+        for hook in self._hooks:
+            hook.remove()
+
+    def _followed_random_state(self) -> Tensor:
+        state = self._random_state()
+        self._follow(state, self.running(), None)
+        return state
+
+    def forget(self) -> None:
+        """Stop following storages; what dies later does not belong to the step."""
+        self._live.clear()
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    def _enter_module(self, module: nn.Module, args: object) -> None:
+        index = self._index.get(id(module))
+        if index is None:
+            return
+        self.stack.append(index)
+        self._last_entered = index
+        self._entered.append((self.now, len(self.op_columns)))
+        self._switch(index)
+
+    def _exit_module(self, module: nn.Module, args: object, output: object) -> None:
+        index = self._index.get(id(module))
+        if index is None:
+            return
+        while self.stack[-1] != index:  # a child left by an exception (checkpoint's early stop) has no exit of its own
+            self._leave()
+        self._leave()
+
+    @property
+    def last_entered(self) -> str:
+        """Path of the module whose forward began last; where an error comes from, most likely."""
+        return self.modules[self._last_entered]
+
+    def _leave(self) -> None:
+        index = self.stack.pop()
+        tick, op = self._entered.pop()
+        self.visits.append((index, tick, self.now, op, len(self.op_columns)))
+        self._switch(self.stack[-1])
+
+    def _switch(self, index: int) -> None:
+        self._switches.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # no stub
+        self._switched_to.append(index)
+
+    def running(self) -> int:
+        """Index of the module that the current operator belongs to."""
+        if not self.backward:
+            return self.stack[-1]
+        if len(self.stack) > 1:  # a forward inside the backward: recomputation
+            return self.stack[-1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return 0
+        number = node._sequence_nr()  # type: ignore[attr-defined]  # no stub
+        if number >= _GRADIENT_ACCUMULATION:
+            return self._last_module
+        return self._switched_to[bisect_right(self._switches, number) - 1]
+
+    # -- operators -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
+        accumulates = func is _ADD and self.backward and _may_accumulate(args)
+        out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)
+        self._note(func, args, kwargs, flat, out, args[0] if accumulates else None)
+        return out
+
+    def _abstractly(
+        self, func: torch._ops.OpOverload, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        assert self.fake is not None
+        tensors = [t for t in flat if isinstance(t, Tensor)]
+        if any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors):
+            with self.fake:
+                return func(*args, **kwargs)
+        try:
+            with self.fake:
+                out = func(*args, **kwargs)
+        except torch._subclasses.fake_tensor.DynamicOutputShapeException:
+            return func(*args, **kwargs)
+        except torch._subclasses.fake_tensor.DataDependentOutputException:
+            return func(*args, **kwargs)
+        results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        real = all(not t.is_floating_point() and t.nbytes <= _REAL_LIMIT_BYTES for t in results)
+        return func(*args, **kwargs) if real and results else out
+
+    def _note(
+        self,
+        func: torch._ops.OpOverload,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        flat: list[Any],
+        out: Any,
+        accumulator: Tensor | None,
+    ) -> None:
+        module = self.running()
+        self._last_module = module
+        self.op_ticks.append(self.now)
+        outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        fresh = [t for t in outputs if self._follow(t, module, accumulator)]
+        if func.is_view:
+            flops = moved = workspace = 0
+        else:
+            inputs = [t for t in flat if isinstance(t, Tensor)]
+            flops = flops_of(func, args, kwargs, out)
+            moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
+            if fresh or func._schema.is_mutable:
+                workspace = cpu.workspace_bytes(func, flat, outputs)
+                if cpu.wants_probe(func, flat):
+                    self._ask(func, args, kwargs)
+                elif workspace:
+                    self._add(workspace, module, self.now + 1)
+        dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else ""
+        name = self.op_names.setdefault(func._schema.name, len(self.op_names))
+        self.op_columns.append((name, module, flops, moved, self.dtypes.setdefault(dtype, len(self.dtypes))))
+
+    # -- storages ------------------------------------------------------------------------------------------------
+
+    def pass_over(self, tensor: Tensor) -> None:
+        """Know a tensor that is there before the step begins; it gets no row."""
+        storage = tensor.untyped_storage()
+        self._live[storage._cdata] = (None, weakref.ref(storage, self._death_of(storage._cdata)))
+
+    def row_of(self, tensor: Tensor) -> int | None:
+        """The row of a tensor's storage, if it is being followed."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return entry[0] if entry else None
+
+    def _follow(self, tensor: Tensor, module: int, accumulator: Tensor | None) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return False
+        if accumulator is not None:
+            inherited = self._live.pop(accumulator.untyped_storage()._cdata, None)
+            if inherited is not None:  # the engine would have added in place: the old storage lives on
+                self._live[key] = (inherited[0], weakref.ref(storage, self._death_of(key)))
+                return False
+        row = self._add(storage.nbytes(), module, None)
+        self._live[key] = (row, weakref.ref(storage, self._death_of(key)))
+        return True
+
+    def _add(self, size: int, module: int, died: int | None) -> int:
+        self.bytes.append(size)
+        self.module.append(module)
+        self.born.append(self.now)
+        self.died.append(died)
+        self.recomputed.append(self.backward and torch.is_grad_enabled())
+        self.now += 1 if died is None else 2
+        return len(self.bytes) - 1
+
+    def _death_of(self, key: int) -> Callable[[object], None]:
+        def die(_: object) -> None:
+            row, _ = self._live.pop(key, (None, None))
+            if row is not None:
+                self.died[row] = self.now
+                self.now += 1
+
+        return die
+
+    def _ask(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Leave a place for a workspace that only running the operator tells; see `cpu.probed_bytes`."""
+        probe = cpu.Probe.of(func, args, kwargs)
+        self.probes.setdefault(probe, []).append(self._add(0, self._last_module, self.now + 1))
+
+    def rows(self) -> dict[str, NDArray[Any]]:
+        """Columns of the storages, as in `Trace`."""
+        return {
+            "storage_bytes": np.asarray(self.bytes, dtype=np.int64),
+            "storage_module": np.asarray(self.module, dtype=np.int32),
+            "born": np.asarray(self.born, dtype=np.int64),
+            "died": np.asarray([self.now if tick is None else tick for tick in self.died], dtype=np.int64),
+        }
+
+    def operators(self) -> dict[str, NDArray[Any]]:
+        """Columns of the operators, as in `Trace`."""
+        ops = np.asarray(self.op_columns, dtype=np.int64).reshape(-1, 5)
+        return {
+            "op_name": ops[:, 0].astype(np.int32),
+            "op_module": ops[:, 1].astype(np.int32),
+            "op_flops": ops[:, 2],
+            "op_bytes": ops[:, 3],
+            "op_dtype": ops[:, 4].astype(np.int8),
+        }
+
+
+def _may_accumulate(args: Sequence[Any]) -> bool:
+    """Whether the autograd engine, with no mode watching, would have added in place (InputBuffer, input_buffer.cpp).
+
+    It does so if nobody else holds the gradient it has: one owner of the tensor, one of the storage, dense. Under a
+    dispatch mode it always adds out of place, so the tape has to see the difference.
+    """
+    held, more = args[0], args[1]
+    if not (isinstance(held, Tensor) and isinstance(more, Tensor)) or held.shape != more.shape:
+        return False
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(held.shape, held.stride(), strict=True))
+    if torch.is_grad_enabled() or extent != held.numel():  # an expanded gradient is not written to
+        return False
+    owners, storage_owners = _sole_owner_counts()
+    return held._use_count() <= owners and _storage_owners(held) <= storage_owners  # type: ignore[attr-defined]
+
+
+def _storage_owners(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+
+
+@cache
+def _sole_owner_counts() -> tuple[int, int]:
+    """The two counts as a mode sees them when the engine alone holds the gradient, read off a toy graph."""
+    seen: list[tuple[int, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is _ADD:
+                seen.append((args[0]._use_count(), _storage_owners(args[0])))
+            return func(*args, **(kwargs or {}))
+
+    with torch.enable_grad():
+        leaf = torch.ones(2, requires_grad=True) * 2
+        total = (leaf.sin() * leaf.cos()).sum()  # two fresh gradients meet at `leaf`
+        with Watch():
+            total.backward()
+    return seen[-1]
