@@ -98,3 +98,24 @@ class AbstractModel:
             return torch.zeros_like(data, device="cpu") if data.is_meta else data.cpu().clone()
         with self.fake:
             return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu")
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Undo what a real forward and backward leave behind: gradients, buffers, attributes, modes, random state.
+
+    Gradients are taken off for the while, buffers are copied.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with untouched(model):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

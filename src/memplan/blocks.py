@@ -4,6 +4,7 @@ Blocks are modules that repeat: the layers of a decoder or encoder, the blocks o
 a ResNet. They are told by structure; transformers' own `GradientCheckpointingLayer`s are taken as they are.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -121,3 +122,14 @@ def _plain(value: object, place: str) -> object:
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__
     return id(value)
+
+
+def signature(model: nn.Module) -> str:
+    """A hash over the names, shapes, types and requires_grad of all parameters."""
+    rows = (f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}\n" for n, p in model.named_parameters())
+    return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
+
+
+def is_batch_coupled(model: nn.Module) -> bool:
+    """Whether layers mix the samples of a batch, so that splitting it would change the mathematics: batch norms."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

@@ -57,23 +57,29 @@ class Recorder:
                 "Set requires_grad on what is to be trained (a PEFT model: is_trainable=True), then call again."
             )
         self.model, self.recipe = model, recipe
+        self.accumulation = recipe.accumulation
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._optimizer: tuple[Tape, list[int]] | None = None
 
     def record(
-        self, sample: Sample, installed: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        sample: Sample,
+        installed: Callable[[], AbstractContextManager[object]] = nullcontext,
+        accumulation: int | None = None,
     ) -> Trace:
         """Trace one steady-state step on a micro-batch.
 
         Args:
             sample: only its shapes count, and the values of its integers and booleans.
             installed: a context in which the model runs as planned.
+            accumulation: micro-steps per optimizer step, if not the recipe's.
 
         Raises:
             BadLoss: no scalar that can be differentiated was returned.
             ModelFailed: the model raised; the cause is chained.
             CannotTrace: the model asks for the value of a tensor that has none here.
         """
+        self.accumulation = accumulation or self.recipe.accumulation
         with AbstractModel(self.model, self.fake) as abstract, installed():
             self.model.train()
             optimizer, state = self._optimizer_step(abstract)
@@ -109,7 +115,7 @@ class Recorder:
             tape.pass_over(tensor)
         borders, grads = [], []
         with tape:
-            for _ in range(min(self.recipe.accumulation, 2)):
+            for _ in range(min(self.accumulation, 2)):
                 borders.append(self._micro_step(tape, batch))
                 rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
                 grads += [row for row in rows if row is not None]
@@ -125,7 +131,7 @@ class Recorder:
             blocks,
             how="fake",
             micro_batch=batch.batch_size,
-            accumulation=self.recipe.accumulation,
+            accumulation=self.accumulation,
         )
 
     def _micro_step(self, tape: Tape, batch: Sample) -> MicroBorders:
@@ -156,7 +162,7 @@ class Recorder:
                 f"{name} raised {type(error).__name__}{f' in {where}' if where else ''}: {error}\n"
                 "Run one step of it by hand on the same sample: memplan can plan what trains."
             ) from error
-        return loss / self.recipe.accumulation if self.recipe.accumulation > 1 else loss
+        return loss / self.accumulation if self.accumulation > 1 else loss
 
     def _optimizer_step(self, abstract: AbstractModel) -> tuple[Tape, list[int]]:
         """The tape of one optimizer step with its state in place, and the sizes of that state."""

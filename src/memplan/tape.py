@@ -68,6 +68,11 @@ class Tape(TorchDispatchMode):
         self.backward = False
         self._hooks: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; without torch's guard around every dispatch an operator is cheaper."""
+        return False
+
     # -- life cycle ----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Tape":

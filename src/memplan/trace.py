@@ -86,9 +86,16 @@ class Trace:
     @cached_property
     def live(self) -> NDArray[np.int64]:
         """Bytes alive at every tick, shape [ticks]."""
+        return self._alive_of(np.ones(len(self.born), dtype=np.bool_))
+
+    def of_category(self, code: int) -> NDArray[np.int64]:
+        """Bytes of one category (index into CATEGORIES) alive at every tick, shape [ticks]."""
+        return self._alive_of(self.storage_category == code)
+
+    def _alive_of(self, rows: NDArray[np.bool_]) -> NDArray[np.int64]:
         change = np.zeros(self.ticks + 1, dtype=np.int64)
-        np.add.at(change, self.born, self.storage_bytes)
-        np.subtract.at(change, self.died, self.storage_bytes)
+        np.add.at(change, self.born[rows], self.storage_bytes[rows])
+        np.subtract.at(change, self.died[rows], self.storage_bytes[rows])
         return np.cumsum(change)[: self.ticks]
 
     @property

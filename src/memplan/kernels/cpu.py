@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from memplan.device import workspaces_of
+from memplan.meter import workspaces_of
 
 # Operators with larger operands are not run for their workspace: it would cost seconds.
 _PROBE_LIMIT_BYTES = 64 * 2**20

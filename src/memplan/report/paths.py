@@ -25,9 +25,9 @@ class Share:
 
 
 def module_shares(kept: Mapping[str, int], at_peak: Mapping[str, int]) -> tuple[Share, ...]:
-    """Bytes by module path as shares of modules that differ only in a number, largest first. Modules of 0 bytes are out.
+    """Bytes by module path as shares of modules that differ only in a number, largest first; without those of 0 bytes.
 
-    A stack of repeated modules ("layers.0", "layers.1", ...) is one share, with the kinds of modules in it as its inner.
+    A stack of repeated modules ("layers.0", "layers.1", ...) is one share; the kinds of modules in it are its `inner`.
     """
     paths = [path for path in {**kept, **at_peak} if kept.get(path) or at_peak.get(path)]
 
@@ -61,17 +61,22 @@ def path_range(paths: Iterable[str]) -> str:
 
 def numbers_text(numbers: Iterable[int]) -> str:
     """Ranges of whole numbers: 0, 1, 2, 5, 7, 8 -> "0-2,5,7-8"."""
-    runs: list[list[int]] = []
+    return ",".join(str(run.start) if len(run) == 1 else f"{run.start}-{run.stop - 1}" for run in number_runs(numbers))
+
+
+def number_runs(numbers: Iterable[int]) -> list[range]:
+    """Whole numbers as ranges without gaps: 0, 1, 2, 5 -> [range(0, 3), range(5, 6)]."""
+    runs: list[range] = []
     for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
+        if runs and number == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, number + 1)
         else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+            runs.append(range(number, number + 1))
+    return runs
 
 
 def _split(path: str) -> tuple[str, str, str]:
-    """Before, at and after the first number: "model.layers.3.mlp" -> ("model.layers", "3", "mlp"). All before if none."""
+    """Before, at and after the first number: "model.layers.3.mlp" -> ("model.layers", "3", "mlp"); else all before."""
     parts = path.split(".")
     for place, part in enumerate(parts):
         if part.isdecimal():

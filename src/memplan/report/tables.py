@@ -38,7 +38,7 @@ def prediction_tables(prediction: Prediction, top: int = 8) -> RenderableType:
 
 
 def plan_tables(plan: Plan) -> RenderableType:
-    """The verdict, the budget, the batch and its time, the blocks, the predicted peak, and the ways out if there is none."""
+    """The verdict, the budget, the batch and its time, the blocks, the predicted peak, and the ways out of no fit."""
     return Group(
         Text.assemble((str(plan.verdict), _STYLES[plan.verdict]), f": {plan.reason}"),
         "",
@@ -55,7 +55,8 @@ def plan_tables(plan: Plan) -> RenderableType:
 
 def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
     """One row per card: its memory as torch sees it, its peak rates, and when they were looked up."""
-    table = _table("", "Card", "Memory", "GB/s", "bf16 TFLOP/s", "fp32 TFLOP/s", "Compute", "As of")
+    table = _table("", "Card", "Memory", "GB/s", "bf16\nTFLOP/s", "fp32\nTFLOP/s", "Compute", "As of", text=0)
+    table.columns[0].justify = "left"
     for gpu in gpus:
         table.add_row(
             gpu.name,
@@ -106,7 +107,7 @@ def _step(plan: Plan) -> RenderableType:
 
 def _layers(layers: Sequence[Layer]) -> RenderableType:
     """One row per run of neighbours that read the same."""
-    table = _table("Blocks", "Block", "Plan", "n", "Each if kept", "Each if recomputed", "Extra time", text=2)
+    table = _table("Blocks, each for one micro-batch", "Block", "Plan", "n", "Kept", "Recomputed", "Extra time", text=2)
 
     def cells(layer: Layer) -> tuple[str, ...]:
         sizes = format_bytes(layer.keep_bytes), format_bytes(layer.recompute_bytes) if layer.recompute_bytes else "-"
@@ -156,7 +157,14 @@ def _add_shares(table: Table, shares: Sequence[Share], top: int, indent: str) ->
 
 def _table(title: str, *columns: str, text: int = 1) -> Table:
     """A table whose first `text` columns are words and whose others are numbers, which are never broken."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for place, column in enumerate(columns):
         is_text = place < text
         table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")

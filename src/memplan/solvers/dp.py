@@ -14,12 +14,12 @@ rounded, so a label's bytes are the bytes. Three things keep the labels few with
   in S, and the recursion an infimal convolution, which merges slopes in order. This is the linear relaxation of the
   multiple-choice knapsack (Sinha and Zoltners, Operations Research 27, 1979) with a capacity at every position instead
   of one. A label whose time plus relaxed completion exceeds a plan already known cannot lead to a better one.
-* **Beam.** That known plan comes from a first pass which keeps the BEAM most promising labels of each block.
+* **Width.** The search is repeated with more and more labels per block (WIDTHS): a narrow one is quick and finds the
+  plan that lets a wide one drop almost everything.
 
-What is left is small: benchmarks/solver.py counts it. Where a block still has more than MOST_LABELS labels (time that
-falls in exact proportion to the bytes held makes every label equally promising) the others are dropped, and the least
-time that one of them could have led to becomes the bound. So the gap is 0 unless labels were dropped, and then it is
-at most that of the relaxation.
+A label that is dropped for want of width takes the bound down to the least time that it could have led to. The answer
+is the optimum, with gap 0, as soon as no search dropped a label that could have been faster; benchmarks/solver.py shows
+where that is not so (time that falls in exact proportion to the bytes held makes every label equally promising).
 
 A solution with gap 0 is the optimum, so a larger budget never makes it slower; others are within their gap of that.
 Of equally fast choices the one that holds fewer bytes at the loss is taken, then options in a fixed order: the answer
@@ -36,8 +36,7 @@ from numpy.typing import NDArray
 from memplan.problem import Block, Choice, Problem
 from memplan.solvers.solution import Solution, peak_bytes
 
-MOST_LABELS = 2048  # per block: about 0.2 s for 128 blocks of 24 options when every block has as many
-BEAM = 100  # of 20, 50, 100 and 200 the one with the fastest worst case on 128 blocks of 24 options
+WIDTHS = (10, 100, 2048)  # labels per block in each search
 SLACK = 1e-9  # relative; far above the float error of a sum of block times, so that pruning loses nothing
 
 Bytes = NDArray[np.int64]
@@ -94,8 +93,7 @@ class _Labels:
 class _Found:
     """The end of one search."""
 
-    choice: Choice | None  # None: every choice that could be as fast was dropped on the way
-    time_s: float | None  # of all blocks, once
+    plan: tuple[Choice, float] | None  # and its blocks' seconds; None: all that could be as fast were dropped
     dropped_s: float | None  # no choice dropped for want of width is faster; None: none was dropped
 
 
@@ -109,18 +107,17 @@ def solve(problem: Problem) -> Solution:
     if peak_bytes(problem, fastest) <= problem.budget_bytes:
         return Solution.of(problem, fastest, bound_s=problem.step_s(fastest))
     chain = _Chain(links, needs, _relax(links, needs, problem.budget_bytes), problem.budget_bytes)
-    slowest_s = float(sum(link.time.max() for link in links))
-    first = _search(chain, slowest_s, BEAM)
-    if first.choice is None or first.time_s is None:
-        raise RuntimeError("internal error: a label without a feasible completion was kept")
-    second = _search(chain, first.time_s, MOST_LABELS)
-    choice, time_s = first.choice, first.time_s
-    if second.choice is not None and second.time_s is not None and second.time_s <= time_s:
-        choice, time_s = second.choice, second.time_s
-    if second.dropped_s is None or second.dropped_s >= time_s:
-        return Solution.of(problem, choice, bound_s=problem.step_s(choice))
-    bound_s = problem.accumulation * (second.dropped_s * (1 - SLACK) + problem.rest_s) + problem.optimizer_s
-    return Solution.of(problem, choice, bound_s=bound_s)
+    choice, known_s = _greedy(chain)
+    bound_s = 0.0
+    for width in WIDTHS:
+        found = _search(chain, known_s, width)
+        if found.plan is not None and found.plan[1] <= known_s:
+            choice, known_s = found.plan
+        if found.dropped_s is None or found.dropped_s >= known_s:
+            return Solution.of(problem, choice, bound_s=problem.step_s(choice))
+        bound_s = max(bound_s, found.dropped_s)
+    bound_s = problem.accumulation * (bound_s * (1 - SLACK) + problem.rest_s) + problem.optimizer_s
+    return Solution.of(problem, choice, bound_s)
 
 
 def smallest_budget(problem: Problem) -> int:
@@ -231,7 +228,18 @@ def _relax(links: tuple[_Link, ...], needs: list[int], budget: int) -> list[_Rel
     return relaxed[::-1]
 
 
-# --- the labels -----------------------------------------------------------------------------------------------------
+# --- the searches ---------------------------------------------------------------------------------------------------
+
+
+def _greedy(chain: _Chain) -> tuple[Choice, float]:
+    """A first plan and its blocks' seconds: at each block the fastest option after which the rest still fits."""
+    held, time, choice = 0, 0.0, []
+    for link, need in zip(chain.links, chain.needs[1:], strict=True):
+        fits = np.flatnonzero(held + np.maximum(link.load, link.hold + need) <= chain.budget)
+        k = fits[np.argmin(link.time[fits])]
+        held, time = held + int(link.hold[k]), time + float(link.time[k])
+        choice.append(int(link.index[k]))
+    return tuple(choice), time
 
 
 def _search(chain: _Chain, upper_s: float, width: int) -> _Found:
@@ -246,8 +254,8 @@ def _search(chain: _Chain, upper_s: float, width: int) -> _Found:
             dropped.append(dropped_s)
     least_s = min(dropped, default=None)
     if not len(layers[-1].held):
-        return _Found(None, None, least_s)
-    return _Found(_traced(layers), float(layers[-1].time[-1]), least_s)
+        return _Found(None, least_s)
+    return _Found((_traced(layers), float(layers[-1].time[-1])), least_s)
 
 
 def _extended(chain: _Chain, i: int, last: _Labels, limit_s: float, width: int) -> tuple[_Labels, float | None]:

@@ -1,0 +1,179 @@
+"""`apply(model, plan) -> Fit`: the plan in the user's own model, measured there, and taken out again."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from memplan import levers, optimizers
+from memplan.abstract import preserved
+from memplan.blocks import signature
+from memplan.device import Device, resolve_gpu
+from memplan.errors import AlreadyApplied, DoesNotFit, NoDevice, PlanMismatch
+from memplan.plan_record import Measured, Plan, Verdict
+from memplan.recorder import Loss, Recipe, loss_of
+from memplan.samples import Sample, sample_for
+
+_applied: "WeakKeyDictionary[nn.Module, Fit]" = WeakKeyDictionary()
+
+
+class Fit:
+    """A model that runs by a plan. As a context manager it undoes the plan on exit.
+
+    Attributes:
+        model: the user's own model; only how its blocks run has changed.
+        plan: what was applied. The training loop takes `plan.micro_batch` and `plan.accumulation` from it.
+        measured: what `autofit` measured on the device, if it could.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, undo: Callable[[], None], live: "Live | None" = None) -> None:
+        self.model = model
+        self.plan = plan
+        self.measured: Measured | None = None
+        self._undo = undo
+        self._live = live
+
+    def undo(self) -> None:
+        """Give every block its own functions back. A second call does nothing."""
+        self._undo()
+        if _applied.get(self.model) is self:
+            del _applied[self.model]
+
+    def __enter__(self) -> "Fit":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def measure(self, steps: int = 3, *, sample: object = None, loss: Loss | None = None) -> Measured:
+        """Run real steps on the plan's device; the peak and the median time, next to the predicted ones.
+
+        The steps train nothing: the optimizer runs at learning rate 0 on states of its own, and weights, gradients,
+        buffers and the random state are as before.
+
+        Args:
+            steps: how many steps are timed.
+            sample, loss: as for `memplan.plan`; what the plan was made with, if they are left out.
+
+        Raises:
+            NoDevice: the plan is for a device that is not here, or the model's weights are not on it.
+            BadSample: the plan comes from a file and its sample cannot be made again: pass `sample`.
+        """
+        live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=_dtype(self.plan.autocast)), None)
+        device = _device_of(self.plan, self.model)
+        micro = self._sample(sample, live).resized(self.plan.micro_batch).to(device.torch_device)
+        recipe = Recipe(loss or live.recipe.loss, live.recipe.optimizer, live.recipe.autocast, self.plan.accumulation)
+        with preserved(self.model):
+            self.model.train()
+            step = training_step(self.model, micro, recipe, device)
+            peak = device.peak_of(step)
+            seconds = sorted(device.seconds_of(step, steps))
+        return Measured(
+            peak_bytes=peak,
+            predicted_bytes=self.plan.peak_bytes,
+            step_s=seconds[len(seconds) // 2],
+            predicted_s=self.plan.step_s,
+            budget_bytes=self.plan.budget_bytes,
+            device=device.name,
+            steps=steps,
+        )
+
+    def _sample(self, sample: object, live: "Live") -> Sample:
+        if sample is not None:
+            return Sample.of(sample)
+        if live.sample is not None:
+            return live.sample
+        if self.plan.sample:
+            return Sample.from_fields(self.plan.sample, self.plan.micro_batch)
+        return sample_for(self.model, self.plan.micro_batch)
+
+
+class Live:
+    """What a plan was made with and no file can hold: the loss, the optimizer, the sample."""
+
+    def __init__(self, recipe: Recipe, sample: Sample | None) -> None:
+        self.recipe, self.sample = recipe, sample
+
+
+def apply(model: nn.Module, plan: Plan) -> Fit:
+    """Make the model run by the plan: its blocks keep or recompute as decided. Nothing else changes.
+
+    Raises:
+        DoesNotFit: the plan itself says that it does not fit.
+        AlreadyApplied: the model runs by a plan already.
+        PlanMismatch: the plan was made for other modules or shapes.
+    """
+    if plan.verdict is Verdict.DOES_NOT_FIT:
+        raise DoesNotFit(f"this plan does not fit: {plan.reason} {' '.join(plan.ways_out)}", plan.smallest_bytes)
+    if model in _applied:
+        raise AlreadyApplied(
+            f"this {type(model).__name__} runs by a plan already ({len(_applied[model].plan.recomputed)} blocks "
+            "recomputed). Call undo() on the Fit that memplan.apply returned, then apply again."
+        )
+    _check_match(model, plan)
+    live = plan._live if isinstance(plan._live, Live) else None
+    fit = Fit(model, plan, levers.install(model, plan.decisions), live)
+    _applied[model] = fit
+    return fit
+
+
+def _check_match(model: nn.Module, plan: Plan) -> None:
+    modules = {path for path, _ in model.named_modules()}
+    missing = [path for path in plan.decisions if path not in modules]
+    if missing:
+        raise PlanMismatch(
+            f"the plan is for a {plan.model} and decides on {missing[0]!r}; this {type(model).__name__} has no such "
+            f"module ({len(missing)} of {len(plan.decisions)} are missing). Plan for this model."
+        )
+    if signature(model) != plan.signature:
+        raise PlanMismatch(
+            f"the plan is for a {plan.model} whose parameters have other names, shapes, types or requires_grad than "
+            f"this {type(model).__name__}'s, so its sizes are not this model's. Plan for this model."
+        )
+
+
+def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Device) -> Callable[[], None]:
+    """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped."""
+    parameters = {id(p): p for p in model.parameters()}
+    trainable = [p for p in parameters.values() if p.requires_grad]
+    optimizer = optimizers.build(recipe.optimizer, trainable, parameters, torch.clone)  # type: ignore[arg-type]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    kind = device.torch_device.type
+
+    def step() -> None:
+        for _ in range(recipe.accumulation):
+            with nullcontext() if recipe.autocast is None else torch.autocast(kind, recipe.autocast):
+                loss = loss_of(model, micro, recipe.loss)
+            _finite(loss)
+            (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _finite(loss: Tensor) -> None:
+    """A step of size 0 times infinity would be no step of size 0."""
+    if not torch.isfinite(loss.detach()).item():
+        raise ValueError(f"the loss is {loss.item()}: measure on a sample and weights that give a finite one")
+
+
+def _device_of(plan: Plan, model: nn.Module) -> Device:
+    _, device = resolve_gpu(plan.budget.gpu)
+    here = {parameter.device.type for parameter in model.parameters()}
+    if device is None:
+        raise NoDevice(f"the plan is for {plan.budget.gpu}, which is not a device of this machine: measure there.")
+    if here != {device.torch_device.type}:
+        raise NoDevice(f"the plan runs on {device.name}, but the weights are on {', '.join(sorted(here))}: move them.")
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,117 @@
+"""Seconds of a trace on a device that is not here: each operator is bound by arithmetic, by memory, or by its launch.
+
+The roofline of Williams, Waterman and Patterson (CACM 52, 2009) with a constant efficiency per class of operators.
+These are estimates, and a plan says so. Ratios (what is the cheapest block to recompute? is it worth it?) come out far
+better than absolute times.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memplan.gpus import Gpu
+from memplan.trace import BlockRun, MicroStep, Span, Trace
+
+# Shares of the datasheet's figures that large training operators reach in practice. Products: model FLOP utilisations of
+# 50-70 % in Hagemann et al. 2023 (arXiv 2311.05610), over all operators, so a little more in the products alone.
+# Memory: what copy kernels reach. Not yet measured by memplan.
+PRODUCT_EFFICIENCY = 0.7
+MEMORY_EFFICIENCY = 0.8
+LAUNCH_S = 5e-6  # issuing one eager operator on CUDA; the host is the limit below that
+
+# What a card is taken for that is given by its size alone: only ratios mean anything then.
+NOMINAL_FLOPS = 100e12
+NOMINAL_BANDWIDTH_BYTES_S = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device does per second, efficiencies included."""
+
+    flops: Mapping[str, float]  # by dtype name; "other" for the rest
+    bytes: float
+    launch_s: float = LAUNCH_S
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> "Rates":
+        """A card's figures; a card without them gets nominal ones (see `is_nominal`)."""
+        if is_nominal(gpu):
+            return cls({"other": NOMINAL_FLOPS * PRODUCT_EFFICIENCY}, NOMINAL_BANDWIDTH_BYTES_S * MEMORY_EFFICIENCY)
+        flops = {dtype: rate * PRODUCT_EFFICIENCY for dtype, rate in gpu.flops.items()}
+        flops.setdefault("other", min(flops.values()))
+        return cls(flops, (gpu.bandwidth_bytes_s or NOMINAL_BANDWIDTH_BYTES_S) * MEMORY_EFFICIENCY)
+
+
+def is_nominal(gpu: Gpu) -> bool:
+    """Whether nothing is known of a card's speed."""
+    return not gpu.flops or gpu.bandwidth_bytes_s is None
+
+
+def op_seconds(trace: Trace, rates: Rates) -> NDArray[np.float64]:
+    """Seconds of every operator of a trace, shape [operators]. Views cost nothing."""
+    per_dtype = np.array([rates.flops.get(dtype, rates.flops["other"]) for dtype in trace.dtypes])
+    arithmetic = trace.op_flops / per_dtype[trace.op_dtype]
+    memory = trace.op_bytes / rates.bytes
+    seconds: NDArray[np.float64] = np.where(trace.op_bytes > 0, np.maximum(arithmetic, memory) + rates.launch_s, 0.0)
+    return seconds
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of the parts of a step; implements `profile.Times`.
+
+    Attributes:
+        blocks: (path, option) -> micro-batch -> seconds.
+        rest: micro-batch -> seconds of a micro-step outside the blocks.
+    """
+
+    blocks: Mapping[tuple[str, str], Mapping[int, float]]
+    rest: Mapping[int, float]
+    optimizer_s: float
+    how: str = field(default="estimate")  # or "measured"
+
+    def block_s(self, path: str, option: str, micro_batch: int) -> float:
+        return _affine(self.blocks[path, option], micro_batch)
+
+    def rest_s(self, micro_batch: int) -> float:
+        return _affine(self.rest, micro_batch)
+
+
+def estimated(traces: Mapping[int, Mapping[str, Trace]], rates: Rates) -> StepTimes:
+    """Times from traces (micro-batch -> option -> trace), by the roofline."""
+    blocks: dict[tuple[str, str], dict[int, float]] = {}
+    rest: dict[int, float] = {}
+    optimizer_s = 0.0
+    for micro_batch, by_option in traces.items():
+        for option, trace in by_option.items():
+            total = np.concatenate([[0.0], np.cumsum(op_seconds(trace, rates))])
+            step = trace.steps[0]
+            own = {block.path: _block_seconds(total, block) for block in step.blocks}
+            for path, seconds in own.items():
+                blocks.setdefault((path, option), {})[micro_batch] = seconds
+            rest[micro_batch] = _step_seconds(total, step) - sum(own.values())
+            optimizer_s = _between(total, trace.optimizer_ops)
+    return StepTimes(blocks, rest, optimizer_s)
+
+
+def _block_seconds(total: NDArray[np.float64], block: BlockRun) -> float:
+    return _between(total, block.forward_ops) + _between(total, block.backward_ops)
+
+
+def _step_seconds(total: NDArray[np.float64], step: MicroStep) -> float:
+    return sum(_between(total, span) for span in (step.forward_ops, step.loss_ops, step.backward_ops))
+
+
+def _between(total: NDArray[np.float64], span: Span) -> float:
+    return float(total[span.stop] - total[span.start])
+
+
+def _affine(points: Mapping[int, float], micro_batch: int) -> float:
+    """Through one or two points; never below the smaller of them scaled down, never negative."""
+    if len(points) == 1:
+        return next(iter(points.values()))
+    (low, first), (high, second) = sorted(points.items())
+    slope = max(0.0, (second - first) / (high - low))
+    return max(first + slope * (micro_batch - low), first * min(1.0, micro_batch / low))

@@ -1,0 +1,353 @@
+"""One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from memplan import levers, optimizers
+from memplan.advice import ways_out
+from memplan.blocks import find_blocks, is_batch_coupled, signature
+from memplan.device import Device, memory_parts
+from memplan.errors import CannotTrace, DoesNotFit, MemplanError, ModelFailed
+from memplan.fitting import Live
+from memplan.gpus import Gpu
+from memplan.plan_record import Budget, Layer, Plan, Verdict
+from memplan.planner import NoPlan, Outcome, search
+from memplan.prediction import Prediction, Timeline
+from memplan.problem import Problem
+from memplan.profile import ChainSizes, Profile
+from memplan.recorder import Recipe, Recorder
+from memplan.roofline import Rates, StepTimes, estimated, is_nominal
+from memplan.samples import Sample
+from memplan.simulator import simulate
+from memplan.strategy import Strategy
+from memplan.timing import cpu_rates, measured
+from memplan.trace import CATEGORIES, Trace
+from memplan.units import format_bytes
+
+# Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
+# fragmentation. The published predictors' median errors are 3.7 % (xMem) and more; memplan has not measured its own yet.
+CUDA_MARGIN = 0.05
+
+LARGEST_MICRO_BATCH = 4096
+_POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
+_CORRECTIONS = 4
+_TIMELINE_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model with everything that is asked about it."""
+
+    model: nn.Module
+    sample: Sample
+    recipe: Recipe
+    gpu: Gpu
+    device: Device | None
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        return Recorder(self.model, self.recipe)
+
+    # -- predict -------------------------------------------------------------------------------------------------
+
+    def predict(self) -> Prediction:
+        """What the model needs as it stands."""
+        trace = self.recorder.record(self.sample)
+        tick = trace.peak_tick
+        return Prediction(
+            peak_bytes=trace.peak_bytes,
+            phase=trace.phase_of(tick),
+            module=_module_at(trace, tick),
+            breakdown=trace.breakdown(tick),
+            saved=_saved(trace),
+            timeline=_timeline(trace),
+            how=trace.how,
+            micro_batch=trace.micro_batch,
+            accumulation=trace.accumulation,
+            optimizer=optimizers.name_of(self.recipe.optimizer),
+            autocast=_name(self.recipe.autocast),
+            assumptions=self._assumptions(),
+        )
+
+    # -- plan ----------------------------------------------------------------------------------------------------
+
+    def plan(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
+        """The best plan, checked by a trace of the model as planned."""
+        budget = self._budget(strategy)
+        points = _points(self._can_split, effective_batch, micro_batch)
+        traces = {b: self._option_traces(b) for b in points}
+        self._refuse_below_static(traces[points[0]]["keep"], budget)
+        profile = self._profile(traces)
+
+        def ask(usable: int) -> Outcome | NoPlan:
+            return search(profile, usable, strategy, effective_batch=effective_batch, micro_batch=micro_batch)
+
+        asked, taken = budget.usable_bytes, None
+        for _ in range(_CORRECTIONS):
+            outcome = ask(asked)
+            if isinstance(outcome, NoPlan):
+                break
+            trace = self._trace_of(outcome)
+            surprise = trace.peak_bytes - outcome.timeline.peak_bytes
+            fits = trace.peak_bytes <= budget.usable_bytes
+            if fits and (taken is None or outcome.samples_per_s > taken[0].samples_per_s):
+                taken = outcome, trace
+            if surprise == 0 or asked == budget.usable_bytes - surprise or (fits and surprise > 0):
+                break
+            asked = budget.usable_bytes - surprise
+        if taken is None:
+            return self._misfit(profile, ask, budget, strategy)
+        return self._record(profile, *taken, budget, strategy, Verdict.FITS)
+
+    def _option_traces(self, micro_batch: int) -> dict[str, Trace]:
+        sample = self.sample.resized(micro_batch)
+        traces = {}
+        for option in self._options:
+            decisions = dict.fromkeys(self._blocks, option)
+            traces[option] = self.recorder.record(
+                sample, lambda d=decisions: levers.decided(self.model, d), accumulation=2
+            )
+        return traces
+
+    @cached_property
+    def _options(self) -> tuple[str, ...]:
+        return (levers.KEEP, levers.RECOMPUTE) if self._blocks and not self._refused else (levers.KEEP,)
+
+    @cached_property
+    def _blocks(self) -> tuple[str, ...]:
+        """Blocks that run exactly once in a forward; a block that runs twice cannot be decided on as one."""
+        candidates = find_blocks(self.model)
+        if not candidates:
+            return ()
+        trace = self.recorder.record(self.sample.resized(2), lambda: levers.decided(self.model, dict.fromkeys(candidates, "keep")))
+        runs = [block.path for block in trace.steps[0].blocks]
+        return tuple(path for path in runs if runs.count(path) == 1)
+
+    @cached_property
+    def _refused(self) -> str | None:
+        """Why the blocks cannot be recomputed; None if they can."""
+        decisions = dict.fromkeys(self._blocks, levers.RECOMPUTE)
+        try:
+            self.recorder.record(self.sample.resized(2), lambda: levers.decided(self.model, decisions))
+        except (ModelFailed, CannotTrace, torch.utils.checkpoint.CheckpointError) as error:
+            return str(error).splitlines()[0]
+        return None
+
+    @cached_property
+    def _can_split(self) -> bool:
+        return not is_batch_coupled(self.model)
+
+    def _profile(self, traces: Mapping[int, Mapping[str, Trace]]) -> Profile:
+        return Profile(
+            first={b: ChainSizes.of(by_option, 0, self._blocks) for b, by_option in traces.items()},
+            other={b: ChainSizes.of(by_option, 1, self._blocks) for b, by_option in traces.items()},
+            times=self._times(traces),
+            can_split=self._can_split,
+            largest_micro_batch=LARGEST_MICRO_BATCH if len(traces) > 1 else next(iter(traces)),
+        )
+
+    def _times(self, traces: Mapping[int, Mapping[str, Trace]]) -> StepTimes:
+        rates = cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
+        estimate = estimated(traces, rates)
+        if self.device is None or not self._is_on(self.device):
+            return estimate
+        samples = [self.sample.resized(b) for b in traces]
+        return measured(
+            self.model, self.recipe, samples, self.device, self._blocks, self._options, estimate.optimizer_s
+        )
+
+    def _is_on(self, device: Device) -> bool:
+        return {p.device.type for p in self.model.parameters()} == {device.torch_device.type}
+
+    def _trace_of(self, outcome: Outcome) -> Trace:
+        decisions = _decisions(outcome)
+        sample = self.sample.resized(outcome.micro_batch)
+        return self.recorder.record(
+            sample, lambda: levers.decided(self.model, decisions), accumulation=outcome.accumulation
+        )
+
+    # -- the record ----------------------------------------------------------------------------------------------
+
+    def _budget(self, strategy: Strategy) -> Budget:
+        total, others, context = memory_parts(self.gpu, self.device)
+        margin = 0 if self.gpu.kind == "cpu" else int(total * CUDA_MARGIN)
+        share = int((total - others - context - margin) * (1 - strategy.budget_share))
+        name = self.device.name if self.device is not None and self.gpu.kind == "cuda" else self.gpu.name
+        return Budget(
+            gpu=name, total_bytes=total, others_bytes=others, context_bytes=context, margin_bytes=margin + share
+        )
+
+    def _refuse_below_static(self, trace: Trace, budget: Budget) -> None:
+        static = trace.breakdown(0)
+        needed = sum(static[name] for name in ("params", "buffers", "optimizer"))
+        if needed <= budget.usable_bytes:
+            return
+        smallest = int(trace.live[trace.optimizer.start : trace.optimizer.stop].max())
+        raise DoesNotFit(
+            f"the budget of {format_bytes(budget.usable_bytes)} on {budget.gpu} is below what is always there: "
+            f"{format_bytes(needed)} ({format_bytes(static['params'])} weights, {format_bytes(static['optimizer'])} "
+            f"optimizer state). No plan can help; the optimizer's step alone needs {format_bytes(smallest)}. "
+            + " ".join(ways_out(trace.breakdown(trace.peak_tick), smallest, budget, 1, self._can_split)),
+            smallest,
+        )
+
+    def _misfit(self, profile: Profile, ask: object, budget: Budget, strategy: Strategy) -> Plan:
+        """The plan that comes closest, with what it would take."""
+        assert callable(ask)
+        refusal = ask(budget.usable_bytes)
+        if isinstance(refusal, Outcome):  # the profile was too hopeful, and no correction helped
+            outcome, reason = refusal, "the plan's own trace exceeds the budget"
+        else:
+            if refusal.smallest_bytes is None:
+                raise DoesNotFit(refusal.reason, 0)
+            closest, reason = ask(refusal.smallest_bytes), refusal.reason
+            if not isinstance(closest, Outcome):
+                raise DoesNotFit(f"{closest.reason} {reason}", refusal.smallest_bytes)
+            outcome = closest
+        return self._record(profile, outcome, self._trace_of(outcome), budget, strategy, Verdict.DOES_NOT_FIT, reason)
+
+    def _record(
+        self,
+        profile: Profile,
+        outcome: Outcome,
+        trace: Trace,
+        budget: Budget,
+        strategy: Strategy,
+        verdict: Verdict,
+        reason: str = "",
+    ) -> Plan:
+        whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
+        unplanned = simulate(whole, (0,) * len(whole.blocks)).peak_bytes
+        breakdown = trace.breakdown(trace.peak_tick)
+        fits = verdict is Verdict.FITS
+        smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)
+        times = profile.times
+        assert isinstance(times, StepTimes)
+        plan = Plan(
+            verdict=verdict,
+            reason=reason or _reason(outcome, trace, budget),
+            budget=budget,
+            strategy=strategy.name,
+            micro_batch=outcome.micro_batch,
+            accumulation=outcome.accumulation,
+            effective_batch=outcome.micro_batch * outcome.accumulation,
+            decisions=_decisions(outcome),
+            layers=_layers(whole, _decisions(outcome)),
+            peak_bytes=trace.peak_bytes,
+            peak_phase=trace.phase_of(trace.peak_tick),
+            breakdown=breakdown,
+            unplanned_bytes=max(unplanned, trace.peak_bytes),
+            step_s=outcome.timeline.step_s,
+            samples_per_s=outcome.samples_per_s,
+            slowdown=outcome.slowdown,
+            gap=outcome.gap,
+            shadow_price=outcome.shadow_price_s_per_gib,
+            times=times.how,
+            smallest_bytes=smallest,
+            frontier=outcome.frontier,
+            ways_out=() if fits else ways_out(breakdown, smallest, budget, outcome.micro_batch, self._can_split),
+            optimizer=optimizers.name_of(self.recipe.optimizer),
+            autocast=_name(self.recipe.autocast),
+            how=trace.how,
+            model=type(self.model).__name__,
+            signature=signature(self.model),
+            sample=self.sample.fields(),
+            assumptions=self._assumptions(),
+        )
+        plan._live = Live(self.recipe, self.sample)
+        return plan
+
+    def _assumptions(self) -> tuple[str, ...]:
+        lines = [
+            "steady state: optimizer state exists and gradients are dropped (set_to_none) after each step",
+            "only the loss is kept of the model's output; logits held through the backward come on top",
+        ]
+        if not self.model.training:
+            lines.append("the model is in eval mode; the step is taken in training mode, as Trainer does")
+        if self.gpu.kind != "cpu":
+            lines.append("a CUDA step is predicted without the card; not yet verified on one")
+            if is_nominal(self.gpu):
+                lines.append("the card's speed is unknown: times are for 100 TFLOP/s and 1 TB/s, only ratios count")
+        if "_refused" in self.__dict__ and self._refused:
+            lines.append(f"blocks cannot be recomputed: {self._refused}")
+        if not self._can_split:
+            lines.append("batch norm couples the samples of a batch, so the batch is never split")
+        return tuple(lines)
+
+
+def _points(can_split: bool, effective_batch: int | None, micro_batch: int | None) -> Sequence[int]:
+    """Micro-batches to profile at: the one that is fixed, else two between which sizes are affine."""
+    fixed = micro_batch or (effective_batch if effective_batch is not None and not can_split else None)
+    if fixed is not None:
+        return (max(fixed, 1),)
+    if effective_batch is not None and effective_batch < _POINTS[1]:
+        return (1,) if effective_batch < 2 else (1, effective_batch)
+    return _POINTS
+
+
+def _decisions(outcome: Outcome) -> dict[str, str]:
+    choice = outcome.solution.choice or ()
+    return {block.path: block.options[k].name for block, k in zip(outcome.problem.blocks, choice, strict=True)}
+
+
+def _layers(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]:
+    rows = []
+    for block in problem.blocks:
+        options = {option.name: option for option in block.options}
+        keep = options[levers.KEEP]
+        other = options.get(levers.RECOMPUTE)
+        rows.append(
+            Layer(
+                path=block.path,
+                option=decisions[block.path],
+                keep_bytes=keep.hold_bytes,
+                recompute_bytes=other.hold_bytes if other else keep.hold_bytes,
+                recompute_s=max(0.0, other.step_s - keep.step_s) if other else 0.0,
+            )
+        )
+    return tuple(rows)
+
+
+def _reason(outcome: Outcome, trace: Trace, budget: Budget) -> str:
+    recomputed = sum(option == levers.RECOMPUTE for option in _decisions(outcome).values())
+    what = f"{recomputed} of {len(outcome.problem.blocks)} blocks are recomputed" if recomputed else "nothing is recomputed"
+    spare = budget.usable_bytes - trace.peak_bytes
+    return f"{what}, {format_bytes(spare)} to spare"
+
+
+def _module_at(trace: Trace, tick: int) -> str:
+    born = int(trace.born[trace.alive(tick)].argmax())
+    return trace.modules[int(trace.storage_module[trace.alive(tick)][born])]
+
+
+def _saved(trace: Trace) -> dict[str, int]:
+    """Bytes by module that its forward leaves behind for its backward."""
+    step = trace.steps[-1]
+    kept = (trace.born >= step.forward.start) & (trace.born < step.backward.start) & (trace.died > step.backward.start)
+    totals: dict[str, int] = {}
+    for module, size in zip(trace.storage_module[kept], trace.storage_bytes[kept], strict=True):
+        path = trace.modules[int(module)]
+        totals[path] = totals.get(path, 0) + int(size)
+    return totals
+
+
+def _timeline(trace: Trace) -> Timeline:
+    """At most a few hundred ticks, the peak among them."""
+    step = max(1, trace.ticks // _TIMELINE_POINTS)
+    ticks = sorted({*range(0, trace.ticks, step), trace.peak_tick, trace.ticks - 1})
+    columns: dict[str, list[int]] = {name: [] for name in CATEGORIES}
+    by_category = {code: trace.of_category(code) for code in range(len(CATEGORIES))}
+    for tick in ticks:
+        for code, name in enumerate(CATEGORIES):
+            columns[name].append(int(by_category[code][tick]))
+    return Timeline(
+        phase=tuple(trace.phase_of(tick) for tick in ticks), bytes={k: tuple(v) for k, v in columns.items()}
+    )
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
