@@ -24,6 +24,7 @@ FLOORS = {
     "allocator": 2,
     "problem": 2,
     "profile": 3,
+    "roofline": 3,
     "simulator": 4,
     "solvers": 5,
     "planner": 6,
@@ -44,7 +45,9 @@ FLOORS = {
     "levers": 10,
     "fitting": 11,
     "pipeline": 12,
-    "timing": 12,
+    "session": 12,
+    "timing": 11,
+    "advice": 7,
     "cli": 15,
 }
 TORCH_AND_ITS_LIKE = {"accelerate", "peft", "pynvml", "torch", "transformers", "trl"}

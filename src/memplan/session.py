@@ -26,7 +26,7 @@ from memplan.simulator import simulate
 from memplan.strategy import Strategy
 from memplan.timing import cpu_rates, measured
 from memplan.trace import CATEGORIES, Trace
-from memplan.units import format_bytes
+from memplan.units import format_budget, format_bytes
 
 # Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
 # fragmentation. The published predictors' median errors are 3.7 % (xMem) and more; memplan has not measured its own yet.
@@ -153,12 +153,10 @@ class Session:
     def _times(self, traces: Mapping[int, Mapping[str, Trace]]) -> StepTimes:
         rates = cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
         estimate = estimated(traces, rates)
-        if self.device is None or not self._is_on(self.device):
+        if self.device is None or not self._blocks or not self._is_on(self.device):
             return estimate
         samples = [self.sample.resized(b) for b in traces]
-        return measured(
-            self.model, self.recipe, samples, self.device, self._blocks, self._options, estimate.optimizer_s
-        )
+        return measured(self.model, self.recipe, samples, self.device, self._blocks, self._options, estimate)
 
     def _is_on(self, device: Device) -> bool:
         return {p.device.type for p in self.model.parameters()} == {device.torch_device.type}
@@ -315,8 +313,8 @@ def _layers(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]
 def _reason(outcome: Outcome, trace: Trace, budget: Budget) -> str:
     recomputed = sum(option == levers.RECOMPUTE for option in _decisions(outcome).values())
     what = f"{recomputed} of {len(outcome.problem.blocks)} blocks are recomputed" if recomputed else "nothing is recomputed"
-    spare = budget.usable_bytes - trace.peak_bytes
-    return f"{what}, {format_bytes(spare)} to spare"
+    spare = format_budget(budget.usable_bytes - trace.peak_bytes)
+    return f"{what}, {spare} to spare"
 
 
 def _module_at(trace: Trace, tick: int) -> str:

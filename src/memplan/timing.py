@@ -1,27 +1,27 @@
-"""Seconds of the parts of a step, measured on the device: each distinct block, each option, medians of real runs."""
+"""Seconds of each distinct block under each option, measured on the device: medians of real forwards and backwards."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from memplan import levers
 from memplan.abstract import preserved
 from memplan.blocks import alike
 from memplan.device import Device
-from memplan.errors import MemplanError
 from memplan.recorder import Recipe, loss_of
-from memplan.repeat import Run, long_runs, shortened
+from memplan.repeat import long_runs, shortened
 from memplan.roofline import Rates, StepTimes
 from memplan.samples import Sample
 
 _REPEATS = 3
-_ENOUGH_S = 2.0  # a step longer than this is measured once
+_ENOUGH_S = 2.0  # a block that takes this long is not run again
 
 
 def measured(
@@ -31,148 +31,135 @@ def measured(
     device: Device,
     blocks: Sequence[str],
     options: Sequence[str],
-    optimizer_s: float,
+    estimate: StepTimes,
 ) -> StepTimes:
-    """Run real forward and backward passes and time their parts.
+    """The estimate, with each block's times replaced by measured ones and the rest scaled to agree with them.
 
-    Of a run of alike blocks a few are run and their median stands for all; so the memory that this takes is that of a
-    short model. Model, gradients, buffers and random state are as before afterwards.
+    Every distinct block is run by itself, on the inputs that it gets in a real forward; one of a run of alike blocks
+    stands for all. Model, gradients, buffers and random state are as before afterwards.
 
     Args:
-        samples: one per micro-batch at which to measure.
-        optimizer_s: the optimizer's share, which is not run here: it would train.
+        samples: one per micro-batch at which the estimate was made.
     """
-    watch = _Watch(model, recipe, device)
+    seconds: dict[tuple[str, str], dict[int, float]] = {}
+    rest: dict[int, float] = {}
+    scale = 1.0
     with preserved(model):
         model.train()
-        runs = long_runs(model, blocks)
-        try:
-            return watch.times(samples, blocks, options, runs, optimizer_s)
-        except (IndexError, KeyError, MemplanError):
-            if not runs:
-                raise
-            return watch.times(samples, blocks, options, [], optimizer_s)  # the model counts its blocks itself
+        for sample in samples:
+            clock = _Clock(model, recipe, sample.to(device.torch_device), device)
+            found = clock.times(blocks, options)
+            size = sample.batch_size
+            for key, value in found.items():
+                seconds.setdefault(key, {})[size] = value
+            keep = [key for key in found if key[1] == levers.KEEP]
+            guessed_s = sum(estimate.blocks[key][size] for key in keep)
+            scale = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
+            rest[size] = estimate.rest[size] * scale
+    return StepTimes(seconds, rest, estimate.optimizer_s * scale, how="measured")
 
 
 @dataclass(frozen=True, slots=True)
-class _Lap:
-    """One micro-step: seconds of each block's forward and backward, and of the whole."""
+class _Call:
+    """How a block was called: its arguments, cut off from what made them."""
 
-    blocks: Mapping[str, float]
-    total_s: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        return cls(*tree_map_only(Tensor, cut, (args, kwargs)))
 
 
-class _Watch:
-    def __init__(self, model: nn.Module, recipe: Recipe, device: Device) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
+class _AllCaptured(Exception):
+    """Every block has shown its inputs; the head need not run."""
 
-    def times(
-        self,
-        samples: Sequence[Sample],
-        blocks: Sequence[str],
-        options: Sequence[str],
-        runs: Sequence[Run],
-        optimizer_s: float,
-    ) -> StepTimes:
-        omitted = {path for run in runs for path in run.omitted}
-        present = [path for path in blocks if path not in omitted]
-        groups = alike(self.model, blocks)
-        seconds: dict[tuple[str, str], dict[int, float]] = {}
-        rest: dict[int, float] = {}
-        with shortened(self.model, runs):
-            for sample in samples:
-                batch = sample.to(self.device.torch_device)
-                laps = self._laps(batch, present, options)
-                outside = []
-                for option, found in laps.items():
-                    own = {path: median(lap.blocks[path] for lap in found) for path in present}
-                    for group in groups:
-                        typical = median(own[path] for path in group if path in own)
-                        for path in group:
-                            seconds.setdefault((path, option), {})[sample.batch_size] = typical
-                    outside.append(median(lap.total_s - sum(lap.blocks.values()) for lap in found))
-                rest[sample.batch_size] = max(0.0, min(outside))
-        return StepTimes(seconds, rest, optimizer_s, how="measured")
 
-    def _laps(self, batch: Sample, blocks: Sequence[str], options: Sequence[str]) -> dict[str, list[_Lap]]:
+@dataclass(frozen=True)
+class _Clock:
+    model: nn.Module
+    recipe: Recipe
+    batch: Sample
+    device: Device
+
+    def times(self, blocks: Sequence[str], options: Sequence[str]) -> Mapping[tuple[str, str], float]:
+        """(path, option) -> seconds of one forward and backward."""
+        found = {}
+        for group, call in self._calls(blocks).items():
+            seconds = self._block(group[0], call, options)
+            found.update({(path, option): seconds[option] for path in group for option in options})
+        return found
+
+    def _calls(self, blocks: Sequence[str]) -> dict[tuple[str, ...], _Call]:
+        """The inputs of the first block of each group of alike ones, from a forward of a short model if that goes."""
+        groups = {group[0]: group for group in alike(self.model, blocks)}
+        runs = long_runs(self.model, blocks)
+        try:
+            with shortened(self.model, runs):
+                calls = self._captured(list(groups))
+        except (IndexError, KeyError, AttributeError):  # a model that counts its blocks itself
+            calls = self._captured(list(groups))
+        return {groups[path]: call for path, call in calls.items()}
+
+    def _captured(self, paths: Sequence[str]) -> dict[str, _Call]:
+        calls: dict[str, _Call] = {}
+        with _capturing(self.model, paths, calls), self._casting():
+            try:
+                loss_of(self.model, self.batch, self.recipe.loss)
+            except _AllCaptured:
+                pass
+        return calls
+
+    def _block(self, path: str, call: _Call, options: Sequence[str]) -> dict[str, float]:
         """Interleaved, so that a busy moment of the machine hits all options alike; the first round warms up."""
-        laps: dict[str, list[_Lap]] = {option: [] for option in options}
+        laps: dict[str, list[float]] = {option: [] for option in options}
         for turn in range(_REPEATS + 1):
             for option in options:
-                with levers.decided(self.model, dict.fromkeys(blocks, option)):
-                    lap = self._lap(batch, blocks)
-                if turn or lap.total_s > _ENOUGH_S:
+                with levers.decided(self.model, {path: option}):
+                    lap = self._lap(self.model.get_submodule(path), call)
+                if turn or lap > _ENOUGH_S:
                     laps[option].append(lap)
-            if all(found and found[0].total_s > _ENOUGH_S for found in laps.values()):
+            if all(found and found[0] > _ENOUGH_S for found in laps.values()):
                 break
-        return laps
-
-    def _lap(self, batch: Sample, blocks: Sequence[str]) -> _Lap:
-        casting = (
-            nullcontext()
-            if self.recipe.autocast is None
-            else torch.autocast(self.device.torch_device.type, self.recipe.autocast)
-        )
-        with _stamps(self.model, blocks, self._now) as stamps:
-            begin = self._now()
-            with casting:
-                loss = loss_of(self.model, batch, self.recipe.loss)
-            stamps.forward_stop = self._now()
-            loss.backward()
-            end = self._now()
         for parameter in self.model.parameters():
             parameter.grad = None
-        return _Lap(stamps.seconds(end), end - begin)
+        return {option: median(found) for option, found in laps.items()}
 
-    def _now(self) -> float:
+    def _lap(self, block: nn.Module, call: _Call) -> float:
         self.device.synchronize()
-        return time.perf_counter()
+        begin = time.perf_counter()
+        with self._casting():
+            output = _first_tensor(block(*call.args, **call.kwargs))
+        if output is not None and output.requires_grad:
+            torch.autograd.backward(output, torch.ones_like(output))
+        self.device.synchronize()
+        return time.perf_counter() - begin
 
-
-class _Stamps:
-    """When each block's forward began and ended, and when the gradient of its output was there."""
-
-    def __init__(self) -> None:
-        self.entered: dict[str, float] = {}
-        self.left: dict[str, float] = {}
-        self.gradient: dict[str, float] = {}
-        self.forward_stop = 0.0
-
-    def seconds(self, end: float) -> dict[str, float]:
-        """A block's backward lasts from its output's gradient to that of the block before it, or to the end."""
-        order = sorted(self.gradient, key=self.gradient.__getitem__)
-        stops = [self.gradient[path] for path in order[1:]] + [end]
-        backward = {path: stop - self.gradient[path] for path, stop in zip(order, stops, strict=True)}
-        return {path: self.left[path] - self.entered[path] + backward.get(path, 0.0) for path in self.left}
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self.recipe.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.torch_device.type, self.recipe.autocast)
 
 
 @contextmanager
-def _stamps(model: nn.Module, blocks: Sequence[str], now: Any) -> Iterator[_Stamps]:
-    stamps = _Stamps()
-
-    def enter(path: str) -> Any:
-        def hook(module: nn.Module, args: object) -> None:
-            stamps.entered.setdefault(path, now())
-
-        return hook
-
-    def leave(path: str) -> Any:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if path in stamps.left:
-                return  # recomputation
-            stamps.left[path] = now()
-            first = _first_tensor(output)
-            if first is not None and first.requires_grad:
-                first.register_hook(lambda grad: stamps.gradient.setdefault(path, now()) and None)
+def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) -> Iterator[None]:
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(path, _Call.of(args, kwargs))
+            if len(calls) == len(paths):
+                raise _AllCaptured
 
         return hook
 
-    with ExitStack() as stack:
-        for path in blocks:
-            module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(enter(path)).remove)
-            stack.callback(module.register_forward_hook(leave(path)).remove)
-        yield stamps
+    hooks = [model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in paths]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first_tensor(output: object) -> Tensor | None:
@@ -192,7 +179,7 @@ def cpu_rates() -> Rates:
     return Rates({"other": 2 * size**3 / product_s}, 2 * block.nbytes / copy_s, launch_s=2e-6)
 
 
-def _seconds(run: Any) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin

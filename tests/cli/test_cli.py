@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -17,6 +18,7 @@ from memplan.cli import app
 from memplan.errors import BadBatch, DoesNotFit
 from memplan.plan_record import Budget, Layer, Plan, Verdict
 from memplan.prediction import Prediction, Timeline
+from memplan.report.settings import settings_text
 
 LLAMA = {
     "model_type": "llama",
@@ -264,6 +266,14 @@ class TestForReal:
         assert result.exit_code == 0, result.stderr
         prediction = Prediction.model_validate_json(result.stdout)
         assert prediction.peak_bytes == sum(prediction.breakdown.values())
+
+    def test_the_pasted_flags_recompute_the_planned_layers(self) -> None:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).train()
+        lines = settings_text(a_plan()).partition("\n)\n")[2]
+        exec(lines, {"model": model})
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     def test_an_unknown_card_names_the_nearest(self, config: Path) -> None:
         result = run("plan", config, "--gpu", "rtx-4091")

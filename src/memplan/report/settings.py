@@ -39,6 +39,7 @@ def settings_text(plan: Plan, plan_file: str = "plan.json", *, native: bool = Tr
 
 
 def _arguments(plan: Plan, *, checkpointing: bool) -> str:
+    # gradient_checkpointing is what every transformers before 6 understands; 5.23 made activation_checkpointing of it
     arguments: dict[str, object] = {
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
