@@ -1,8 +1,9 @@
-"""`record`: one training step as a `Trace`, without memory and without arithmetic.
+"""`Recorder`: one training step as a `Trace`, without memory and without arithmetic, or for real.
 
 The abstract run executes the user's own Python, autograd and optimizer on tensors that have shapes but no data, so
 whatever decides memory there (which attention kernel runs, what autograd saves, when a checkpoint recomputes, what a
-foreach optimizer holds) decides it here. The model, its gradients, hooks and the random state are left as they were.
+foreach optimizer holds) decides it here. A model that reads values which an abstract run has not is run for real, if its
+weights are. Either way the model, its gradients, buffers, hooks and the random state are left as they were.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from memplan import optimizers
-from memplan.abstract import AbstractModel
+from memplan.abstract import AbstractModel, preserved
 from memplan.assembly import Border, MicroBorders, assemble, with_optimizer
 from memplan.blocks import find_blocks
 from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NothingToTrain
@@ -80,37 +81,53 @@ class Recorder:
             CannotTrace: the model asks for the value of a tensor that has none here.
         """
         self.accumulation = accumulation or self.recipe.accumulation
-        with AbstractModel(self.model, self.fake) as abstract, installed():
-            self.model.train()
-            optimizer, state = self._optimizer_step(abstract)
-            batch = sample.map(abstract.imitate)
-            static = {
-                "params": _sizes(self.model.parameters()),
-                "buffers": _sizes(self.model.buffers()),
-                "inputs": _sizes(batch.tensors()),
-                "optimizer": state,
-            }
-            blocks = find_blocks(self.model)
-            runs = long_runs(self.model, blocks)
-            trace = self._shortened(batch, blocks, static, runs) if runs else None
-            if trace is None:
-                trace = self._micro_steps(batch, blocks, static)
+        try:
+            with AbstractModel(self.model, self.fake) as abstract, installed():
+                self.model.train()
+                optimizer, state = self._optimizer_step(abstract)
+                trace = self._traced(sample.map(abstract.imitate), state)
+        except CannotTrace:
+            if any(parameter.is_meta for parameter in self.model.parameters()):
+                raise
+            with preserved(self.model), installed():
+                self.model.train()
+                batch = sample.to(next(self.model.parameters()).device)
+                trace = self._micro_steps(batch, find_blocks(self.model), self._static(batch, state), None)
         return with_optimizer(trace, optimizer)
+
+    def _traced(self, batch: Sample, state: list[int]) -> Trace:
+        """Abstractly: by a few blocks of each long run where that is the same, else whole."""
+        blocks = find_blocks(self.model)
+        runs = long_runs(self.model, blocks)
+        static = self._static(batch, state)
+        trace = self._shortened(batch, blocks, static, runs) if runs else None
+        return trace or self._micro_steps(batch, blocks, static, self.fake)
+
+    def _static(self, batch: Sample, state: list[int]) -> dict[str, list[int]]:
+        """Sizes of what is there all the time, by category."""
+        return {
+            "params": _sizes(self.model.parameters()),
+            "buffers": _sizes(self.model.buffers()),
+            "inputs": _sizes(batch.tensors()),
+            "optimizer": state,
+        }
 
     def _shortened(
         self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], runs: list[Run]
     ) -> Trace | None:
-        """By a few blocks of each long run; None if that cannot be shown to be the same."""
+        """None if it cannot be shown to be the same."""
         omitted = {path for run in runs for path in run.omitted}
         try:
             with shortened(self.model, runs):
-                short = self._micro_steps(batch, [path for path in blocks if path not in omitted], static)
+                short = self._micro_steps(batch, [path for path in blocks if path not in omitted], static, self.fake)
             return lengthened(short, runs)
         except (NotPeriodic, MemplanError):  # a true error of the model comes again when it is traced whole
             return None
 
-    def _micro_steps(self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]]) -> Trace:
-        tape = Tape(self.model, self.fake)
+    def _micro_steps(
+        self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], fake: FakeTensorMode | None
+    ) -> Trace:
+        tape = Tape(self.model, fake)
         for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
             tape.pass_over(tensor)
         borders, grads = [], []
@@ -129,7 +146,7 @@ class Recorder:
             static,
             grads,
             blocks,
-            how="fake",
+            how="recorded" if fake is None else "fake",
             micro_batch=batch.batch_size,
             accumulation=self.accumulation,
         )
@@ -148,9 +165,9 @@ class Recorder:
         return MicroBorders(start, middle, Border.of(tape))
 
     def _loss(self, tape: Tape, batch: Sample) -> Tensor:
-        casting = nullcontext() if self.recipe.autocast is None else torch.autocast("cpu", self.recipe.autocast)
+        kind = next(self.model.parameters()).device.type
         try:
-            with casting:
+            with nullcontext() if self.recipe.autocast is None else torch.autocast(kind, self.recipe.autocast):
                 loss = loss_of(self.model, batch, self.recipe.loss)
         except _NEEDS_VALUES as error:
             raise CannotTrace(_values_message(self.model, error)) from error
@@ -169,12 +186,13 @@ class Recorder:
         if self._optimizer is not None:
             return self._optimizer
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        with self.fake:
+        with Tape(self.model, self.fake, answer=1.0):
             optimizer = optimizers.build(self.recipe.optimizer, trainable, abstract.stand_in, abstract.imitate)
-            _set_grads(trainable)
+            for parameter in trainable:
+                parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # lazily created state exists from here on, as in a steady run
         state = _tensors_in(list(optimizer.state.values()))
-        tape = Tape(self.model, self.fake)
+        tape = Tape(self.model, self.fake, answer=1.0)
         for tensor in (*self.model.parameters(), *(p.grad for p in trainable if p.grad is not None), *state):
             tape.pass_over(tensor)
         with tape:
@@ -212,11 +230,6 @@ def _checked(loss: object, source: str) -> Tensor:
     if not loss.requires_grad:
         raise BadLoss(f"{source} does not depend on a trainable parameter, so there is nothing to learn. {way_out}")
     return loss
-
-
-def _set_grads(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 def _fill_probes(tape: Tape) -> None:

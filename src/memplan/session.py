@@ -1,11 +1,12 @@
 """One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers, optimizers
 from memplan.advice import ways_out
@@ -35,6 +36,7 @@ CUDA_MARGIN = 0.05
 LARGEST_MICRO_BATCH = 4096
 _POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
 _CORRECTIONS = 4
+_NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
 _TIMELINE_POINTS = 400
 
 
@@ -70,7 +72,7 @@ class Session:
             accumulation=trace.accumulation,
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
-            assumptions=self._assumptions(),
+            assumptions=self._assumptions(trace),
         )
 
     # -- plan ----------------------------------------------------------------------------------------------------
@@ -79,94 +81,89 @@ class Session:
         """The best plan, checked by a trace of the model as planned."""
         budget = self._budget(strategy)
         points = _points(self._can_split, effective_batch, micro_batch)
-        traces = {b: self._option_traces(b) for b in points}
-        self._refuse_below_static(traces[points[0]]["keep"], budget)
-        profile = self._profile(traces)
+        accumulation = 2 if effective_batch is not None and effective_batch != points[0] else 1
+        chain = self._chain(points, accumulation)
+        self._refuse_below_static(chain.traces[points[0]][levers.KEEP], budget)
+        profile = self._profile(chain)
 
         def ask(usable: int) -> Outcome | NoPlan:
             return search(profile, usable, strategy, effective_batch=effective_batch, micro_batch=micro_batch)
 
-        asked, taken = budget.usable_bytes, None
+        found = self._checked(ask, budget)
+        if found is None:
+            return self._misfit(chain, profile, ask, budget, strategy)
+        return self._record(chain, profile, *found, budget, strategy, Verdict.FITS)
+
+    def _checked(self, ask: Callable[[int], Outcome | NoPlan], budget: Budget) -> tuple[Outcome, Trace] | None:
+        """The best plan whose own trace is within the budget. What a trace shows beyond the profile is taken off."""
+        asked, taken, seen = budget.usable_bytes, None, set()
         for _ in range(_CORRECTIONS):
             outcome = ask(asked)
             if isinstance(outcome, NoPlan):
                 break
+            key = (outcome.micro_batch, outcome.accumulation, outcome.solution.choice)
+            if key in seen:
+                break
+            seen.add(key)
             trace = self._trace_of(outcome)
+            if trace.peak_bytes <= budget.usable_bytes:
+                if taken is None or outcome.samples_per_s > taken[0].samples_per_s:
+                    taken = outcome, trace
             surprise = trace.peak_bytes - outcome.timeline.peak_bytes
-            fits = trace.peak_bytes <= budget.usable_bytes
-            if fits and (taken is None or outcome.samples_per_s > taken[0].samples_per_s):
-                taken = outcome, trace
-            if surprise == 0 or asked == budget.usable_bytes - surprise or (fits and surprise > 0):
+            if abs(surprise) <= _NEGLIGIBLE * budget.usable_bytes and taken is not None:
                 break
             asked = budget.usable_bytes - surprise
-        if taken is None:
-            return self._misfit(profile, ask, budget, strategy)
-        return self._record(profile, *taken, budget, strategy, Verdict.FITS)
+        return taken
 
-    def _option_traces(self, micro_batch: int) -> dict[str, Trace]:
+    def _chain(self, points: Sequence[int], accumulation: int) -> "_Chain":
+        """Traces at every point and option. Blocks are modules that run once in a forward: only those are decided on."""
+        found = find_blocks(self.model)
+        first = self._trace(points[0], dict.fromkeys(found, levers.KEEP), accumulation)
+        runs = [block.path for block in first.steps[0].blocks]
+        blocks = tuple(path for path in runs if runs.count(path) == 1)
+        traces = {b: {levers.KEEP: first} for b in points[:1]}
+        refused = None
+        for b in points:
+            keep = first if b == points[0] else self._trace(b, dict.fromkeys(found, levers.KEEP), accumulation)
+            traces[b] = {levers.KEEP: keep}
+            if not blocks or refused:
+                continue
+            try:
+                traces[b][levers.RECOMPUTE] = self._trace(b, dict.fromkeys(blocks, levers.RECOMPUTE), accumulation)
+            except (ModelFailed, CannotTrace, CheckpointError) as error:
+                refused = str(error).splitlines()[0]
+        return _Chain(blocks, traces, refused)
+
+    def _trace(self, micro_batch: int, decisions: Mapping[str, str], accumulation: int) -> Trace:
         sample = self.sample.resized(micro_batch)
-        traces = {}
-        for option in self._options:
-            decisions = dict.fromkeys(self._blocks, option)
-            traces[option] = self.recorder.record(
-                sample, lambda d=decisions: levers.decided(self.model, d), accumulation=2
-            )
-        return traces
+        return self.recorder.record(sample, lambda: levers.decided(self.model, decisions), accumulation)
 
-    @cached_property
-    def _options(self) -> tuple[str, ...]:
-        return (levers.KEEP, levers.RECOMPUTE) if self._blocks and not self._refused else (levers.KEEP,)
-
-    @cached_property
-    def _blocks(self) -> tuple[str, ...]:
-        """Blocks that run exactly once in a forward; a block that runs twice cannot be decided on as one."""
-        candidates = find_blocks(self.model)
-        if not candidates:
-            return ()
-        trace = self.recorder.record(self.sample.resized(2), lambda: levers.decided(self.model, dict.fromkeys(candidates, "keep")))
-        runs = [block.path for block in trace.steps[0].blocks]
-        return tuple(path for path in runs if runs.count(path) == 1)
-
-    @cached_property
-    def _refused(self) -> str | None:
-        """Why the blocks cannot be recomputed; None if they can."""
-        decisions = dict.fromkeys(self._blocks, levers.RECOMPUTE)
-        try:
-            self.recorder.record(self.sample.resized(2), lambda: levers.decided(self.model, decisions))
-        except (ModelFailed, CannotTrace, torch.utils.checkpoint.CheckpointError) as error:
-            return str(error).splitlines()[0]
-        return None
+    def _trace_of(self, outcome: Outcome) -> Trace:
+        return self._trace(outcome.micro_batch, _decisions(outcome), outcome.accumulation)
 
     @cached_property
     def _can_split(self) -> bool:
         return not is_batch_coupled(self.model)
 
-    def _profile(self, traces: Mapping[int, Mapping[str, Trace]]) -> Profile:
+    def _profile(self, chain: "_Chain") -> Profile:
         return Profile(
-            first={b: ChainSizes.of(by_option, 0, self._blocks) for b, by_option in traces.items()},
-            other={b: ChainSizes.of(by_option, 1, self._blocks) for b, by_option in traces.items()},
-            times=self._times(traces),
+            first={b: ChainSizes.of(by_option, 0, chain.blocks) for b, by_option in chain.traces.items()},
+            other={b: ChainSizes.of(by_option, -1, chain.blocks) for b, by_option in chain.traces.items()},
+            times=self._times(chain),
             can_split=self._can_split,
-            largest_micro_batch=LARGEST_MICRO_BATCH if len(traces) > 1 else next(iter(traces)),
+            largest_micro_batch=LARGEST_MICRO_BATCH if len(chain.traces) > 1 else next(iter(chain.traces)),
         )
 
-    def _times(self, traces: Mapping[int, Mapping[str, Trace]]) -> StepTimes:
+    def _times(self, chain: "_Chain") -> StepTimes:
         rates = cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
-        estimate = estimated(traces, rates)
-        if self.device is None or not self._blocks or not self._is_on(self.device):
+        estimate = estimated(chain.traces, rates)
+        if self.device is None or not chain.blocks or not self._is_on(self.device):
             return estimate
-        samples = [self.sample.resized(b) for b in traces]
-        return measured(self.model, self.recipe, samples, self.device, self._blocks, self._options, estimate)
+        samples = [self.sample.resized(b) for b in chain.traces]
+        return measured(self.model, self.recipe, samples, self.device, chain.blocks, chain.options, estimate)
 
     def _is_on(self, device: Device) -> bool:
         return {p.device.type for p in self.model.parameters()} == {device.torch_device.type}
-
-    def _trace_of(self, outcome: Outcome) -> Trace:
-        decisions = _decisions(outcome)
-        sample = self.sample.resized(outcome.micro_batch)
-        return self.recorder.record(
-            sample, lambda: levers.decided(self.model, decisions), accumulation=outcome.accumulation
-        )
 
     # -- the record ----------------------------------------------------------------------------------------------
 
@@ -193,9 +190,15 @@ class Session:
             smallest,
         )
 
-    def _misfit(self, profile: Profile, ask: object, budget: Budget, strategy: Strategy) -> Plan:
+    def _misfit(
+        self,
+        chain: "_Chain",
+        profile: Profile,
+        ask: Callable[[int], Outcome | NoPlan],
+        budget: Budget,
+        strategy: Strategy,
+    ) -> Plan:
         """The plan that comes closest, with what it would take."""
-        assert callable(ask)
         refusal = ask(budget.usable_bytes)
         if isinstance(refusal, Outcome):  # the profile was too hopeful, and no correction helped
             outcome, reason = refusal, "the plan's own trace exceeds the budget"
@@ -206,10 +209,12 @@ class Session:
             if not isinstance(closest, Outcome):
                 raise DoesNotFit(f"{closest.reason} {reason}", refusal.smallest_bytes)
             outcome = closest
-        return self._record(profile, outcome, self._trace_of(outcome), budget, strategy, Verdict.DOES_NOT_FIT, reason)
+        trace = self._trace_of(outcome)
+        return self._record(chain, profile, outcome, trace, budget, strategy, Verdict.DOES_NOT_FIT, reason)
 
     def _record(
         self,
+        chain: "_Chain",
         profile: Profile,
         outcome: Outcome,
         trace: Trace,
@@ -254,12 +259,12 @@ class Session:
             model=type(self.model).__name__,
             signature=signature(self.model),
             sample=self.sample.fields(),
-            assumptions=self._assumptions(),
+            assumptions=self._assumptions(trace, chain.refused),
         )
         plan._live = Live(self.recipe, self.sample)
         return plan
 
-    def _assumptions(self) -> tuple[str, ...]:
+    def _assumptions(self, trace: Trace, refused: str | None = None) -> tuple[str, ...]:
         lines = [
             "steady state: optimizer state exists and gradients are dropped (set_to_none) after each step",
             "only the loss is kept of the model's output; logits held through the backward come on top",
@@ -270,11 +275,26 @@ class Session:
             lines.append("a CUDA step is predicted without the card; not yet verified on one")
             if is_nominal(self.gpu):
                 lines.append("the card's speed is unknown: times are for 100 TFLOP/s and 1 TB/s, only ratios count")
-        if "_refused" in self.__dict__ and self._refused:
-            lines.append(f"blocks cannot be recomputed: {self._refused}")
+        if trace.how == "recorded":
+            lines.append("the step reads values, so it was run for real rather than traced")
+        if refused:
+            lines.append(f"blocks cannot be recomputed: {refused}")
         if not self._can_split:
             lines.append("batch norm couples the samples of a batch, so the batch is never split")
         return tuple(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """The model as a chain of blocks, traced under each option."""
+
+    blocks: tuple[str, ...]  # in forward order
+    traces: Mapping[int, Mapping[str, Trace]]  # micro-batch -> option -> trace
+    refused: str | None  # why blocks cannot be recomputed, if they cannot
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.traces.values())))
 
 
 def _points(can_split: bool, effective_batch: int | None, micro_batch: int | None) -> Sequence[int]:

@@ -32,14 +32,20 @@ _REAL_LIMIT_BYTES = 64 * 2**20
 _GRADIENT_ACCUMULATION = 2**63
 
 _ADD = torch.ops.aten.add.Tensor
+_ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 class Tape(TorchDispatchMode):
-    """Record one step. With `fake`, floating-point work is abstract; without, everything runs for real."""
+    """Record one step. With `fake`, floating-point work is abstract; without, everything runs for real.
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode | None) -> None:
+    `answer` is what a value is taken for that an abstract tensor has not. An optimizer only scales by such values (norms,
+    step counts); in a model they may decide what runs, so there the question is an error.
+    """
+
+    def __init__(self, model: nn.Module, fake: FakeTensorMode | None, answer: float | None = None) -> None:
         super().__init__()
         self.fake = fake
+        self.answer = answer
         named = list(model.named_modules())  # the model itself comes first, as ""
         self.modules = tuple(path for path, _ in named)
         self._index = {id(module): i for i, (_, module) in enumerate(named)}
@@ -174,6 +180,8 @@ class Tape(TorchDispatchMode):
         assert self.fake is not None
         tensors = [t for t in flat if isinstance(t, Tensor)]
         if any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors):
+            if func is _ITEM and self.answer is not None:
+                return self.answer
             with self.fake:
                 return func(*args, **kwargs)
         try:

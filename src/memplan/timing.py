@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from memplan import levers
+from memplan._compat import is_cache
 from memplan.abstract import preserved
 from memplan.blocks import alike
 from memplan.device import Device
@@ -71,7 +72,8 @@ class _Call:
         def cut(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
-        return cls(*tree_map_only(Tensor, cut, (args, kwargs)))
+        kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}  # a cache would grow
+        return cls(*tree_map_only(Tensor, cut, (args, kept)))
 
 
 class _AllCaptured(Exception):
@@ -107,10 +109,8 @@ class _Clock:
     def _captured(self, paths: Sequence[str]) -> dict[str, _Call]:
         calls: dict[str, _Call] = {}
         with _capturing(self.model, paths, calls), self._casting():
-            try:
+            with suppress(_AllCaptured):
                 loss_of(self.model, self.batch, self.recipe.loss)
-            except _AllCaptured:
-                pass
         return calls
 
     def _block(self, path: str, call: _Call, options: Sequence[str]) -> dict[str, float]:

@@ -6,9 +6,10 @@ once. Left out, a few hundred bytes each: the 0-dim tensors that wrap Python num
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -178,3 +179,31 @@ def probed_bytes(probes: Iterable[Probe]) -> dict[Probe, int]:
     if fresh:
         _probed.update(zip(fresh, workspaces_of(probe.prepare for probe in fresh), strict=True))
     return {probe: large[probe] if probe in large else _probed[probe] for probe in probes}
+
+
+@final
+class CpuBackend:
+    """The processor at hand: torch's own operators, as they are."""
+
+    name: ClassVar[str] = "cpu"
+    foreach: ClassVar[bool | None] = None  # torch looks where the parameters are
+
+    def kernels(self) -> AbstractContextManager[object]:
+        """Nothing to put in place."""
+        return nullcontext()
+
+    def workspace_bytes(self, func: torch._ops.OpOverload, args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+        """Bytes an operator takes and gives back while it runs, on top of its outputs; `args` are flat."""
+        return workspace_bytes(func, args, outputs)
+
+    def wants_probe(self, func: torch._ops.OpOverload, args: Sequence[object]) -> bool:
+        """Whether only running the operator tells its workspace."""
+        return wants_probe(func, args)
+
+    def rounded(self, size: int) -> int:
+        """Bytes that the allocator hands out for a request: those asked for."""
+        return size
+
+    def fixed_bytes(self) -> int:
+        """What stays allocated beside the step's tensors: nothing."""
+        return 0

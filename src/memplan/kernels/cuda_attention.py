@@ -60,15 +60,14 @@ class Attention:
 
 
 def attention_kernel(call: Attention, capability: Capability) -> SDPBackend:
-    """The kernel that `select_sdp_backend` (transformers/cuda/sdp_utils.cpp) picks, of those that the user left enabled.
+    """The kernel that `select_sdp_backend` (cuda/sdp_utils.cpp) picks from those that the user left enabled.
 
     cuDNN comes first on Hopper and data-centre Blackwell (check_prefer_cudnn_attention), else last.
 
     Raises RuntimeError, as torch does, if no enabled kernel takes the call.
     """
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order.insert(0 if capability[0] in (9, 10) else len(order), SDPBackend.CUDNN_ATTENTION)
-    for kernel in order:
+    cudnn_first = capability[0] in (9, 10)
+    for kernel in _ORDER if cudnn_first else (*_ORDER[1:], _ORDER[0]):
         enabled, takes = _KERNELS[kernel]
         if enabled() and takes(call, capability):
             return kernel
@@ -111,7 +110,7 @@ def _efficient_takes(call: Attention, capability: Capability) -> bool:
 
 
 def _cudnn_takes(call: Attention, capability: Capability) -> bool:
-    """can_use_cudnn_attention: dropout in sixteenths, head sizes in eighths up to 128 (192 with 128 on sm90 and sm10x)."""
+    """can_use_cudnn_attention: dropout in sixteenths, head sizes in eighths up to 128 (on sm90 and sm10x also 192)."""
     query, key, value = call.head_sizes
     large = (query, value) == (192, 128) and (capability == (9, 0) or capability[0] == 10)
     return (
@@ -122,7 +121,7 @@ def _cudnn_takes(call: Attention, capability: Capability) -> bool:
         and (large or max(query, value) <= 128)
         and (call.dropout * 16).is_integer()
         and _is_dense(call, grouped=True)
-        and (query == 1 or _is_unit_strided(call))
+        and _is_unit_strided(call)
         and max(call.query.shape[:2]) <= 65535
         and call.key.shape[2] != 1
         and not (call.dropout > 0 and call.query.shape[2] == 1)
@@ -157,33 +156,66 @@ def _mask_broadcasts(call: Attention) -> bool:
     return len(shape) in (2, 4) and fits and not call.mask.requires_grad
 
 
+def _math_takes(_: Attention, __: Capability) -> bool:
+    return True
+
+
+_ORDER = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 _KERNELS: dict[SDPBackend, tuple[Callable[[], bool], Callable[[Attention, Capability], bool]]] = {
     SDPBackend.CUDNN_ATTENTION: (torch.backends.cuda.cudnn_sdp_enabled, _cudnn_takes),
     SDPBackend.FLASH_ATTENTION: (torch.backends.cuda.flash_sdp_enabled, _flash_takes),
     SDPBackend.EFFICIENT_ATTENTION: (torch.backends.cuda.mem_efficient_sdp_enabled, _efficient_takes),
-    SDPBackend.MATH: (torch.backends.cuda.math_sdp_enabled, lambda call, capability: True),
+    SDPBackend.MATH: (torch.backends.cuda.math_sdp_enabled, _math_takes),
 }
 
-# -- attention: running it -----------------------------------------------------------------------------------------
+# -- running it ----------------------------------------------------------------------------------------------------
 
 
 def attend(call: Attention, capability: Capability) -> Tensor:
-    """`scaled_dot_product_attention` (transformers/attention.cpp) by the kernel that CUDA picks."""
+    """`scaled_dot_product_attention` (attention.cpp) by the kernel that CUDA picks."""
     kernel = attention_kernel(call, capability)
-    tensors = (call.query, call.key, call.value)
-    if kernel is SDPBackend.FLASH_ATTENTION:
-        size = call.query.shape[-1]
-        padded = [pad(t, (0, -size % 8)) if size % 8 else t for t in tensors]
-        scale = size**-0.5 if call.scale is None else call.scale
-        out = _aten._scaled_dot_product_flash_attention(*padded, call.dropout, call.causal, False, scale=scale)[0]
-        return out[..., :size] if size % 8 else out
-    if kernel is SDPBackend.CUDNN_ATTENTION:
-        rest = (_bias(call, -65504.0), call.trains, call.dropout, call.causal, False)
-        return _aten._scaled_dot_product_cudnn_attention(*tensors, *rest, scale=call.scale)[0]
-    if kernel is SDPBackend.EFFICIENT_ATTENTION:
-        rest = (_expanded_bias(call), call.trains, call.dropout, call.causal)
-        return _aten._scaled_dot_product_efficient_attention(*tensors, *rest, scale=call.scale)[0]
-    return _math_attention(call)
+    if kernel is SDPBackend.MATH:
+        return _math_attention(call)
+    return _FUSED[kernel](call)
+
+
+def _flash_attention(call: Attention) -> Tensor:
+    """Head sizes are padded to a multiple of 8."""
+    size = call.query.shape[-1]
+    tensors = [pad(t, (0, -size % 8)) if size % 8 else t for t in (call.query, call.key, call.value)]
+    scale = size**-0.5 if call.scale is None else call.scale
+    out: Tensor = _aten._scaled_dot_product_flash_attention(*tensors, call.dropout, call.causal, False, scale=scale)[0]
+    return out[..., :size] if size % 8 else out
+
+
+def _cudnn_attention(call: Attention) -> Tensor:
+    out: Tensor = _aten._scaled_dot_product_cudnn_attention(
+        *(call.query, call.key, call.value, _bias(call, -65504.0), call.trains),
+        *(call.dropout, call.causal, False),
+        scale=call.scale,
+    )[0]
+    return out
+
+
+def _efficient_attention(call: Attention) -> Tensor:
+    out: Tensor = _aten._scaled_dot_product_efficient_attention(
+        *(call.query, call.key, call.value, _expanded_bias(call), call.trains),
+        *(call.dropout, call.causal),
+        scale=call.scale,
+    )[0]
+    return out
+
+
+_FUSED: dict[SDPBackend, Callable[[Attention], Tensor]] = {
+    SDPBackend.FLASH_ATTENTION: _flash_attention,
+    SDPBackend.CUDNN_ATTENTION: _cudnn_attention,
+    SDPBackend.EFFICIENT_ATTENTION: _efficient_attention,
+}
 
 
 def _bias(call: Attention, masked: float) -> Tensor | None:
@@ -224,5 +256,6 @@ def _math_attention(call: Attention) -> Tensor:
         scores.add_(bias)
     weights = _aten._safe_softmax(scores, -1)
     if call.dropout > 0:
-        weights = dropout(weights, call.dropout, True)
-    return (weights @ value).to(dtype)
+        weights = _aten.native_dropout(weights, call.dropout, True)[0]
+    out: Tensor = (weights @ value).to(dtype)
+    return out
