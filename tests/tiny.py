@@ -83,10 +83,10 @@ def vit(layers: int = 3, rows: int = 2) -> Made:
 
 
 def resnet(rows: int = 4) -> Made:
-    """Batch norms, whose running statistics a second forward must not move; two stages of two bottlenecks."""
+    """Batch norms, whose running statistics a second forward must not move; two stages of three bottlenecks."""
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck", num_labels=10
+        embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type="bottleneck", num_labels=10
     )
     return transformers.ResNetForImageClassification(config).train(), pixels(rows, 32, 10)
 

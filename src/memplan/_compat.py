@@ -1,4 +1,7 @@
-"""Feature probes of other packages, in one place."""
+"""Feature probes of other packages, in one place.
+
+transformers is not imported for the questions: who has a model of its classes has done that.
+"""
 
 import sys
 
@@ -6,16 +9,20 @@ from torch import nn
 
 
 def is_checkpointing_layer(module: nn.Module) -> bool:
-    """Whether a module is transformers' `GradientCheckpointingLayer`: two attributes of its own switch checkpointing.
+    """Whether a module is transformers' `GradientCheckpointingLayer`, checkpointed by two attributes of its own."""
+    return _is_a(module, "transformers.modeling_layers", "GradientCheckpointingLayer")
 
-    transformers is not imported for the question: a model of its classes has done that.
-    """
-    layers = sys.modules.get("transformers.modeling_layers")
-    kind = getattr(layers, "GradientCheckpointingLayer", None)
-    return kind is not None and isinstance(module, kind)
+
+def keeps_cache(layer: nn.Module) -> bool:
+    """Whether such a layer only reads the key/value cache, so that it can be run again with it."""
+    return bool(getattr(layer, "_can_checkpoint_with_cache", False))
 
 
 def is_cache(value: object) -> bool:
-    """Whether a value is one of transformers' key/value caches, which a forward writes to."""
-    kind = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    """Whether an argument is transformers' key/value cache."""
+    return _is_a(value, "transformers.cache_utils", "Cache")
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

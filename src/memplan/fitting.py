@@ -6,7 +6,7 @@ from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memplan import levers, optimizers
 from memplan.abstract import preserved
@@ -17,7 +17,7 @@ from memplan.plan_record import Measured, Plan, Verdict
 from memplan.recorder import Loss, Recipe, loss_of
 from memplan.samples import Sample, sample_for
 
-_applied: "WeakKeyDictionary[nn.Module, Fit]" = WeakKeyDictionary()
+_applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its blocks are recomputed
 
 
 class Fit:
@@ -33,14 +33,15 @@ class Fit:
         self.model = model
         self.plan = plan
         self.measured: Measured | None = None
-        self._undo = undo
+        self._undo: Callable[[], None] | None = undo
         self._live = live
 
     def undo(self) -> None:
         """Give every block its own functions back. A second call does nothing."""
-        self._undo()
-        if _applied.get(self.model) is self:
-            del _applied[self.model]
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+            _applied.pop(self.model, None)
 
     def __enter__(self) -> "Fit":
         return self
@@ -50,31 +51,44 @@ class Fit:
     ) -> None:
         self.undo()
 
-    def measure(self, steps: int = 3, *, sample: object = None, loss: Loss | None = None) -> Measured:
+    def measure(
+        self,
+        steps: int = 3,
+        *,
+        sample: object = None,
+        loss: Loss | None = None,
+        optimizer: "str | torch.optim.Optimizer | None" = None,
+    ) -> Measured:
         """Run real steps on the plan's device; the peak and the median time, next to the predicted ones.
 
-        The steps train nothing: the optimizer runs at learning rate 0 on states of its own, and weights, gradients,
-        buffers and the random state are as before.
+        The steps train nothing: the optimizer is a copy, at learning rate 0, and weights, gradients, buffers and the
+        random state are as before. The peak counts what one step needs; other tensors on the device (gradients that
+        were there, the state of the optimizer in use, further batches) are taken off.
 
         Args:
             steps: how many steps are timed.
-            sample, loss: as for `memplan.plan`; what the plan was made with, if they are left out.
+            sample, loss, optimizer: as for `memplan.plan`; what the plan was made with, if they are left out.
 
         Raises:
             NoDevice: the plan is for a device that is not here, or the model's weights are not on it.
-            BadSample: the plan comes from a file and its sample cannot be made again: pass `sample`.
+            BadSample, BadOptimizer: the plan comes from a file, which keeps neither nested samples nor optimizers that
+                have no name: pass `sample` or `optimizer`.
         """
         live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=_dtype(self.plan.autocast)), None)
         device = _device_of(self.plan, self.model)
-        micro = self._sample(sample, live).resized(self.plan.micro_batch).to(device.torch_device)
-        recipe = Recipe(loss or live.recipe.loss, live.recipe.optimizer, live.recipe.autocast, self.plan.accumulation)
+        recipe = Recipe(
+            loss or live.recipe.loss, optimizer or live.recipe.optimizer, live.recipe.autocast, self.plan.accumulation
+        )
+        shown = self._sample(sample, live)
         with preserved(self.model):
             self.model.train()
+            others_bytes = device.peak_of(_nothing) - _own_bytes(self.model)
+            micro = shown.resized(self.plan.micro_batch).to(device.torch_device)
             step = training_step(self.model, micro, recipe, device)
-            peak = device.peak_of(step)
+            peak_bytes = device.peak_of(step) - others_bytes
             seconds = sorted(device.seconds_of(step, steps))
         return Measured(
-            peak_bytes=peak,
+            peak_bytes=peak_bytes,
             predicted_bytes=self.plan.peak_bytes,
             step_s=seconds[len(seconds) // 2],
             predicted_s=self.plan.step_s,
@@ -112,13 +126,13 @@ def apply(model: nn.Module, plan: Plan) -> Fit:
         raise DoesNotFit(f"this plan does not fit: {plan.reason} {' '.join(plan.ways_out)}", plan.smallest_bytes)
     if model in _applied:
         raise AlreadyApplied(
-            f"this {type(model).__name__} runs by a plan already ({len(_applied[model].plan.recomputed)} blocks "
-            "recomputed). Call undo() on the Fit that memplan.apply returned, then apply again."
+            f"this {type(model).__name__} runs by a plan already ({_applied[model]} blocks recomputed). Call undo() on "
+            "the Fit that memplan.apply returned, then apply again."
         )
     _check_match(model, plan)
     live = plan._live if isinstance(plan._live, Live) else None
     fit = Fit(model, plan, levers.install(model, plan.decisions), live)
-    _applied[model] = fit
+    _applied[model] = len(plan.recomputed)
     return fit
 
 
@@ -141,7 +155,7 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
     """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped."""
     parameters = {id(p): p for p in model.parameters()}
     trainable = [p for p in parameters.values() if p.requires_grad]
-    optimizer = optimizers.build(recipe.optimizer, trainable, parameters, torch.clone)  # type: ignore[arg-type]
+    optimizer = optimizers.build(recipe.optimizer, trainable, parameters, torch.clone)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     kind = device.torch_device.type
@@ -150,28 +164,36 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
         for _ in range(recipe.accumulation):
             with nullcontext() if recipe.autocast is None else torch.autocast(kind, recipe.autocast):
                 loss = loss_of(model, micro, recipe.loss)
-            _finite(loss)
             (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
             del loss
+        optimizer.zero_grad(set_to_none=False)  # one that is not finite would reach the weights, 0 times infinity
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in trainable:
+            parameter.grad = None
 
     return step
 
 
-def _finite(loss: Tensor) -> None:
-    """A step of size 0 times infinity would be no step of size 0."""
-    if not torch.isfinite(loss.detach()).item():
-        raise ValueError(f"the loss is {loss.item()}: measure on a sample and weights that give a finite one")
+def _nothing() -> None:
+    """The step of a device that is only asked what is on it."""
+
+
+def _own_bytes(model: nn.Module) -> int:
+    tensors = (*model.parameters(), *model.buffers())
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _device_of(plan: Plan, model: nn.Module) -> Device:
-    _, device = resolve_gpu(plan.budget.gpu)
-    here = {parameter.device.type for parameter in model.parameters()}
-    if device is None:
-        raise NoDevice(f"the plan is for {plan.budget.gpu}, which is not a device of this machine: measure there.")
-    if here != {device.torch_device.type}:
-        raise NoDevice(f"the plan runs on {device.name}, but the weights are on {', '.join(sorted(here))}: move them.")
+    """The device that the weights are on, if it is the plan's."""
+    here = {str(parameter.device) for parameter in model.parameters()}
+    only = next(iter(here)) if len(here) == 1 else ""
+    device = resolve_gpu(only)[1] if only == "cpu" or only.startswith("cuda") else None
+    if device is None or device.name != plan.budget.gpu.partition(":")[0]:  # "cpu:2GiB" is the CPU
+        raise NoDevice(
+            f"the plan is for {plan.budget.gpu}, but the weights are on {', '.join(sorted(here))}: a step can be "
+            "measured on the plan's own device only. Move the model there, or plan for the device that it is on."
+        )
     return device
 
 

@@ -1,12 +1,13 @@
 """`predict`, `plan`, `autofit`: the whole library on one screen. `apply` is in `fitting`."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from memplan.device import resolve_gpu
-from memplan.errors import BadBatch, DoesNotFit
+from memplan.errors import BadBatch, DoesNotFit, NoDevice
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
 from memplan.plan_record import Plan, Verdict
@@ -122,6 +123,10 @@ def autofit(
     if found.verdict is Verdict.DOES_NOT_FIT:
         raise DoesNotFit(found.describe(), found.smallest_bytes)
     fit = apply(model, found)
-    if found.times == "measured":
-        fit.measured = fit.measure(steps=1)
+    try:
+        with suppress(NoDevice):  # planned for a card that is not here
+            fit.measured = fit.measure(steps=1)
+    except BaseException:
+        fit.undo()
+        raise
     return fit

@@ -132,7 +132,7 @@ class Plan(_Record):
             record = json.loads(text)
             version = record["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanSchema(f"{path} is not a memplan plan: it has no schema_version. Make one with Plan.save.") from error
+            raise PlanSchema(f"{path} is no plan of memplan: it has no schema_version. Make one by Plan.save") from error
         if version != SCHEMA_VERSION:
             raise PlanSchema(
                 f"{path} has schema version {version}; this memplan reads version {SCHEMA_VERSION}. "

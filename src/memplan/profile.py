@@ -101,7 +101,7 @@ class _Chain:
 
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """Forward: from the last block's exit to the next one's entry. Backward: the head's and the embeddings' share."""
+        """Forward: from a block's exit to the next one's entry. Backward: the head's and the embeddings' share."""
         step, blocks, rows = self.step, self.blocks, []
         borders = [step.forward.start, *(block.forward.stop for block in blocks)]
         entries = [*(block.forward.start for block in blocks), step.loss.stop]

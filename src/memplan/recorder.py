@@ -24,13 +24,17 @@ from memplan.abstract import AbstractModel, preserved
 from memplan.assembly import Border, MicroBorders, assemble, with_optimizer
 from memplan.blocks import find_blocks
 from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NothingToTrain
-from memplan.kernels.cpu import probed_bytes
+from memplan.kernels import Backend
+from memplan.kernels.cpu import CpuBackend
+from memplan.kernels.probes import probed_bytes
 from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
 from memplan.samples import Sample
 from memplan.tape import Tape
 from memplan.trace import Trace
 
 Loss = Callable[[nn.Module, object], Tensor]
+
+_CPU = CpuBackend()
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
@@ -51,13 +55,13 @@ class Recorder:
     Raises NothingToTrain if no parameter requires a gradient.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, backend: Backend = _CPU) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise NothingToTrain(
                 f"no parameter of {type(model).__name__} requires a gradient, so there is no training step to plan. "
                 "Set requires_grad on what is to be trained (a PEFT model: is_trainable=True), then call again."
             )
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.backend = model, recipe, backend
         self.accumulation = recipe.accumulation
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._optimizer: tuple[Tape, list[int]] | None = None
@@ -105,12 +109,14 @@ class Recorder:
 
     def _static(self, batch: Sample, state: list[int]) -> dict[str, list[int]]:
         """Sizes of what is there all the time, by category."""
-        return {
+        sizes = {
             "params": _sizes(self.model.parameters()),
             "buffers": _sizes(self.model.buffers()),
             "inputs": _sizes(batch.tensors()),
             "optimizer": state,
+            "libraries": [self.backend.fixed_bytes()],
         }
+        return {name: [self.backend.rounded(size) for size in found] for name, found in sizes.items()}
 
     def _shortened(
         self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], runs: list[Run]
@@ -127,11 +133,11 @@ class Recorder:
     def _micro_steps(
         self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], fake: FakeTensorMode | None
     ) -> Trace:
-        tape = Tape(self.model, fake)
+        tape = Tape(self.model, fake, self.backend)
         for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
             tape.pass_over(tensor)
         borders, grads = [], []
-        with tape:
+        with tape, self.backend.kernels():
             for _ in range(min(self.accumulation, 2)):
                 borders.append(self._micro_step(tape, batch))
                 rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
@@ -186,13 +192,15 @@ class Recorder:
         if self._optimizer is not None:
             return self._optimizer
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        with Tape(self.model, self.fake, answer=1.0):
-            optimizer = optimizers.build(self.recipe.optimizer, trainable, abstract.stand_in, abstract.imitate)
+        with Tape(self.model, self.fake, self.backend, answer=1.0):
+            optimizer = optimizers.build(
+                self.recipe.optimizer, trainable, abstract.stand_in, abstract.imitate, foreach=self.backend.foreach
+            )
             for parameter in trainable:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # lazily created state exists from here on, as in a steady run
         state = _tensors_in(list(optimizer.state.values()))
-        tape = Tape(self.model, self.fake, answer=1.0)
+        tape = Tape(self.model, self.fake, self.backend, answer=1.0)
         for tensor in (*self.model.parameters(), *(p.grad for p in trainable if p.grad is not None), *state):
             tape.pass_over(tensor)
         with tape:

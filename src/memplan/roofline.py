@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from memplan.gpus import Gpu
 from memplan.trace import BlockRun, MicroStep, Span, Trace
 
-# Shares of the datasheet's figures that large training operators reach in practice. Products: model FLOP utilisations of
-# 50-70 % in Hagemann et al. 2023 (arXiv 2311.05610), over all operators, so a little more in the products alone.
+# Shares of the datasheet's figures that large training operators reach in practice. Products: model FLOP utilisations
+# of 50-70 % in Hagemann et al. 2023 (arXiv 2311.05610), over all operators, so a little more in the products alone.
 # Memory: what copy kernels reach. Not yet measured by memplan.
 PRODUCT_EFFICIENCY = 0.7
 MEMORY_EFFICIENCY = 0.8

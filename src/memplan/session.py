@@ -15,6 +15,7 @@ from memplan.device import Device, memory_parts
 from memplan.errors import CannotTrace, DoesNotFit, MemplanError, ModelFailed
 from memplan.fitting import Live
 from memplan.gpus import Gpu
+from memplan.kernels import backend_for
 from memplan.plan_record import Budget, Layer, Plan, Verdict
 from memplan.planner import NoPlan, Outcome, search
 from memplan.prediction import Prediction, Timeline
@@ -52,7 +53,7 @@ class Session:
 
     @cached_property
     def recorder(self) -> Recorder:
-        return Recorder(self.model, self.recipe)
+        return Recorder(self.model, self.recipe, backend_for(self.gpu))
 
     # -- predict -------------------------------------------------------------------------------------------------
 

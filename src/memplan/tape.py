@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from memplan.kernels import cpu
+from memplan.kernels import Backend, cpu, probes
 from memplan.kernels.flops import flops_of
 
 # Integer and boolean results up to this size are computed for real: models read them (is this mask full? which
@@ -30,6 +30,8 @@ _REAL_LIMIT_BYTES = 64 * 2**20
 
 # Nodes that add up parameter gradients carry the largest number (accumulate_grad.cpp); they belong to whoever ran last.
 _GRADIENT_ACCUMULATION = 2**63
+
+_CPU = cpu.CpuBackend()
 
 _ADD = torch.ops.aten.add.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -42,9 +44,12 @@ class Tape(TorchDispatchMode):
     step counts); in a model they may decide what runs, so there the question is an error.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode | None, answer: float | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, fake: FakeTensorMode | None, backend: Backend = _CPU, answer: float | None = None
+    ) -> None:
         super().__init__()
         self.fake = fake
+        self.backend = backend
         self.answer = answer
         named = list(model.named_modules())  # the model itself comes first, as ""
         self.modules = tuple(path for path, _ in named)
@@ -62,7 +67,7 @@ class Tape(TorchDispatchMode):
         self.op_columns: list[tuple[int, int, int, int, int]] = []  # name, module, flops, bytes, dtype
         self.op_ticks: list[int] = []
         self.dtypes: dict[str, int] = {}
-        self.probes: dict[cpu.Probe, list[int]] = {}  # operators to be run for their workspace -> storage rows
+        self.probes: dict[probes.Probe, list[int]] = {}  # operators to be run for their workspace -> storage rows
         # modules
         self.stack: list[int] = [0]
         self.visits: list[tuple[int, int, int, int, int]] = []  # module, first tick, last tick, first op, last op
@@ -183,7 +188,7 @@ class Tape(TorchDispatchMode):
             if func is _ITEM and self.answer is not None:
                 return self.answer
             with self.fake:
-                return func(*args, **kwargs)
+                return cpu.on_fakes(func, args, kwargs)
         try:
             with self.fake:
                 out = func(*args, **kwargs)
@@ -216,8 +221,8 @@ class Tape(TorchDispatchMode):
             flops = flops_of(func, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
             if fresh or func._schema.is_mutable:
-                workspace = cpu.workspace_bytes(func, flat, outputs)
-                if cpu.wants_probe(func, flat):
+                workspace = self.backend.workspace_bytes(func, flat, outputs)
+                if self.backend.wants_probe(func, flat):
                     self._ask(func, args, kwargs)
                 elif workspace:
                     self._add(workspace, module, self.now + 1)
@@ -252,7 +257,7 @@ class Tape(TorchDispatchMode):
         return True
 
     def _add(self, size: int, module: int, died: int | None) -> int:
-        self.bytes.append(size)
+        self.bytes.append(self.backend.rounded(size))
         self.module.append(module)
         self.born.append(self.now)
         self.died.append(died)
@@ -270,8 +275,8 @@ class Tape(TorchDispatchMode):
         return die
 
     def _ask(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Leave a place for a workspace that only running the operator tells; see `cpu.probed_bytes`."""
-        probe = cpu.Probe.of(func, args, kwargs)
+        """Leave a place for a workspace that only running the operator tells; see `probes.probed_bytes`."""
+        probe = probes.Probe.of(func, args, kwargs)
         self.probes.setdefault(probe, []).append(self._add(0, self._last_module, self.now + 1))
 
     def rows(self) -> dict[str, NDArray[Any]]:

@@ -72,8 +72,11 @@ class _Call:
         def cut(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
-        kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}  # a cache would grow
-        return cls(*tree_map_only(Tensor, cut, (args, kept)))
+        def kept(value: object) -> object:
+            return None if is_cache(value) else value  # it would grow with every run
+
+        given = tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
+        return cls(*tree_map_only(Tensor, cut, given))
 
 
 class _AllCaptured(Exception):
@@ -108,9 +111,8 @@ class _Clock:
 
     def _captured(self, paths: Sequence[str]) -> dict[str, _Call]:
         calls: dict[str, _Call] = {}
-        with _capturing(self.model, paths, calls), self._casting():
-            with suppress(_AllCaptured):
-                loss_of(self.model, self.batch, self.recipe.loss)
+        with _capturing(self.model, paths, calls), self._casting(), suppress(_AllCaptured):
+            loss_of(self.model, self.batch, self.recipe.loss)
         return calls
 
     def _block(self, path: str, call: _Call, options: Sequence[str]) -> dict[str, float]:
@@ -147,7 +149,7 @@ class _Clock:
 @contextmanager
 def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) -> Iterator[None]:
     def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.setdefault(path, _Call.of(args, kwargs))
             if len(calls) == len(paths):
                 raise _AllCaptured

@@ -15,8 +15,17 @@ from numpy.typing import NDArray
 
 SCHEMA = 1
 
-CATEGORIES = ("params", "buffers", "inputs", "optimizer", "grads", "activations", "logits/loss", "temporaries")
-STATIC = frozenset({"params", "buffers", "inputs", "optimizer"})
+CATEGORIES = (
+    "params",
+    "buffers",
+    "inputs",
+    "optimizer",
+    "libraries",  # what cuBLAS and its like keep for themselves
+    "grads",
+    "activations",
+    "logits/loss",
+    "temporaries",
+)
 
 
 @dataclass(frozen=True, slots=True)

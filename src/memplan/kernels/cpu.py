@@ -1,38 +1,74 @@
 """What CPU operators allocate behind an operator, beyond inputs and outputs, in torch's own allocator.
 
 Sizes follow the kernels in ATen/native (file named at each rule) and were compared with the allocator's events. What
-has no closed form (oneDNN picks its layouts and scratch by the machine) is read off by `probe`, which runs the operator
-once. Left out, a few hundred bytes each: the 0-dim tensors that wrap Python numbers.
+has no closed form (oneDNN picks its layouts and scratch by the machine) is left to `memplan.kernels.probes`. Left out:
+the 0-dim tensors that wrap Python numbers, a few hundred bytes in all.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 from math import prod
-from typing import Any, ClassVar, final
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.meter import workspaces_of
-
-# Operators with larger operands are not run for their workspace: it would cost seconds.
-_PROBE_LIMIT_BYTES = 64 * 2**20
-_PROBE_LIMIT_PRODUCT_BYTES = 16 * 2**20
+from memplan.kernels.probes import wants_probe
 
 Rule = Callable[[Sequence[object], Sequence[Tensor]], int]  # (flat arguments, output tensors) -> bytes
 
 # Flash attention splits queries by length and keys by 512 (cpu/FlashAttentionKernel.cpp).
-_KV_SPLIT = 512
+_KV_SPLIT: Final = 512
+
+_STATISTICS_BY: Final = MappingProxyType(  # operator -> which of its arguments is the weight
+    {"aten::native_layer_norm": 2, "aten::native_batch_norm": 1, "aten::native_group_norm": 1}
+)
 
 
-def _query_split(length: int) -> int:
-    split = 256 if length >= 768 else 64 if length >= 192 else 32
-    return min(split, length)
+def workspace_bytes(func: torch._ops.OpOverload, args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """Bytes an operator allocates and frees while it runs, on top of its outputs."""
+    rule = RULES.get(func._schema.name)
+    if rule is not None:
+        return rule(args, outputs)
+    return _promotion(args, outputs, in_place=func._schema.is_mutable) if torch.Tag.pointwise in func.tags else 0
 
 
-def _flash_forward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An operator's results on fake tensors, within their mode, where torch's shape rules are not those of the CPU."""
+    name = func._schema.name
+    if name in _STATISTICS_BY:
+        return _with_statistics(func(*args, **kwargs), args[_STATISTICS_BY[name]])
+    if name == "aten::native_group_norm_backward":
+        first, *rest = func(*args, **kwargs)
+        return (None if first is None else first.to(args[1].dtype), *rest)
+    if name == "aten::_grouped_mm":  # refused in other types than bfloat16, which the kernel takes
+        narrow = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+        return func(*narrow, **kwargs).to(args[0].dtype)
+    if name == "aten::_ctc_loss" and not isinstance(args[3], FakeTensor):  # as long as the longest target
+        scores, longest = args[0], int(torch.as_tensor(args[3]).max())
+        return scores.new_empty(scores.shape[1]), scores.new_empty(scores.shape[1], scores.shape[0], 2 * longest + 1)
+    return func(*args, **kwargs)
+
+
+def _with_statistics(out: tuple[Tensor, ...], weight: Tensor | None) -> tuple[Tensor, ...]:
+    """Normalisation of a low-precision input by other weights: the statistics have the weights' type.
+
+    torch's shape rules give them that of the input, as some of CUDA's kernels do (cpu/mixed_data_type.h).
+    """
+    if weight is None or weight.dtype == out[0].dtype:
+        return out
+    return (out[0], *(statistic.to(weight.dtype) for statistic in out[1:]))
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+
+def _flash_forward(args: Sequence[object], _: Sequence[Tensor]) -> int:
     """cpu_flash_attention: per thread qk[q, kv], max[q], sum[q], dst[q, head]; + a reduced-precision qk."""
     query, key = _tensors(args)[:2]
     q, kv = _query_split(query.shape[2]), min(_KV_SPLIT, key.shape[2])
@@ -41,147 +77,249 @@ def _flash_forward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
     return size + (threads * q * kv * query.element_size() if query.element_size() < 4 else 0)
 
 
-def _flash_backward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
-    """cpu_flash_attention_backward: per thread attn[q, kv] and grad_attn[q, kv]; row sums[q]; reduced copies."""
-    query, key = _tensors(args)[1:3]
+def _flash_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """cpu_flash_attention_backward: per thread attn[q, kv] and grad_attn[q, kv]; row sums[q]; grad_out.contiguous()."""
+    grad, query, key = _tensors(args)[:3]
     q, kv = _query_split(query.shape[2]), min(_KV_SPLIT, key.shape[2])
-    threads = torch.get_num_threads()
-    size = threads * 2 * q * kv * 4 + q * 4
-    return size + (threads * 2 * q * kv * query.element_size() if query.element_size() < 4 else 0)
+    return torch.get_num_threads() * 2 * q * kv * 4 + q * 4 + _copies(grad.transpose(1, 2))
 
 
-def _safe_softmax(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+def _query_split(length: int) -> int:
+    split = 256 if length >= 768 else 64 if length >= 192 else 32
+    return min(split, length)
+
+
+def _safe_softmax(_: Sequence[object], outputs: Sequence[Tensor]) -> int:
     """_safe_softmax (SoftMax.cpp): a bool mask of -inf scores and one bool per row."""
     (out,) = outputs
     return out.numel() + out.numel() // max(out.shape[-1], 1)
 
 
+# -- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def _batch_norm(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """batch_norm_cpu (cpu/batch_norm_kernel.cpp): scale and shift of channels; with channels last, sums per thread."""
+    source = _tensors(args)[0]
+    channel = source.shape[1] * max(source.element_size(), 4)
+    if source.dim() > 2 and source.is_contiguous():
+        return 2 * channel
+    return (2 + torch.get_num_threads()) * channel if _is_channels_last(source) else 0
+
+
 def _batch_norm_backward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
-    """batch_norm_backward_cpu_template (Normalization.cpp): a second buffer of the input's gradient in training."""
+    """batch_norm_backward_cpu_template (Normalization.cpp): a second buffer of the input's gradient."""
+    grad, source = _tensors(args)[:2]
+    packed = grad.is_contiguous() and source.is_contiguous()
+    if not packed and not (_is_channels_last(grad) and _is_channels_last(source)):
+        return 0
     return outputs[0].nbytes if outputs else 0
-
-
-def _embedding_backward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
-    """embedding_dense_backward_cpu (Embedding.cpp): a contiguous copy of the indices."""
-    return _tensors(args)[1].nbytes
 
 
 def _layer_norm_backward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
     """LayerNormBackwardKernelImplInternal (cpu/layer_norm_kernel.cpp): per-thread partial sums of dgamma and dbeta."""
+    grad, source = _tensors(args)[:2]
     width = max((t.numel() for t in outputs[1:]), default=0)
-    return 2 * torch.get_num_threads() * width * 4 if width else 0
+    return 2 * torch.get_num_threads() * width * source.element_size() + _copies(grad, source)
 
 
-RULES: dict[str, Rule] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_forward,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
-    "aten::_safe_softmax": _safe_softmax,
-    "aten::native_batch_norm_backward": _batch_norm_backward,
-    "aten::embedding_dense_backward": _embedding_backward,
-    "aten::native_layer_norm_backward": _layer_norm_backward,
-}
-
-# oneDNN decides these by shape, dtype and instruction set: convolutions reorder into blocked layouts, low-precision
-# products copy a transposed operand.
-_CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
+def _group_norm_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """GroupNormBackwardKernelImplInternal (cpu/group_norm_kernel.cpp): two sums for each sample and channel."""
+    source = _tensors(args)[1]
+    return 2 * source.shape[0] * source.shape[1] * 4
 
 
-def workspace_bytes(func: torch._ops.OpOverload, args: Sequence[object], outputs: Sequence[Tensor]) -> int:
-    """Bytes an operator allocates and frees while it runs, on top of its outputs."""
-    rule = RULES.get(func._schema.name)
-    if rule is not None:
-        return rule(args, outputs)
-    if torch.Tag.pointwise in func.tags:
-        return _promotion_bytes(args, outputs)
+# -- reductions, losses, indexing ------------------------------------------------------------------------------------
+
+
+def _reduction(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """sum, prod, cumsum (ReduceOps.cpp): a copy of the operand in another type.
+
+    Booleans and integers are counted in int64. In low precision sums over dimensions that do not merge into one go
+    through float32, in and out (should_use_acc_buffer).
+    """
+    source, out = _tensors(args)[0], outputs[0]
+    if source.dtype != out.dtype:
+        return source.numel() * out.element_size()
+    if _is_low(source) and not _merges(source, kept=out.numel(), dims=_dims(args)):
+        return (source.numel() + out.numel()) * 4
     return 0
 
 
-def wants_probe(func: torch._ops.OpOverload, args: Sequence[object]) -> bool:
-    """Whether only running the operator tells its workspace."""
-    name = func._schema.name
-    return name in _CONVOLUTIONS or (name in _PRODUCTS and _tensors(args)[0].element_size() < 4)
+def _mean(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """mean (ReduceOps.cpp): in low precision by way of float32, in and out."""
+    source, out = _tensors(args)[0], outputs[0]
+    return (source.numel() + out.numel()) * 4 if _is_low(source) else 0
 
 
-def _promotion_bytes(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
-    """TensorIterator on the CPU casts each operand of another type into a copy of the common type (TensorIterator.cpp)."""
+def _dims(args: Sequence[object]) -> set[int]:
+    source = _tensors(args)[0]
+    named = {int(dim) % source.dim() for dim in args[1:] if type(dim) is int and source.dim()}
+    return named or set(range(source.dim()))
+
+
+def _merges(source: Tensor, kept: int, dims: set[int]) -> bool:
+    """Whether the reduced dimensions are one run of memory for TensorIterator."""
+    if kept == source.numel():
+        return True
+    rows = sorted((source.stride(dim), source.shape[dim]) for dim in dims if source.shape[dim] > 1)
+    return all(inner * size == outer for (inner, size), (outer, _) in pairwise(rows))
+
+
+def _accumulated(_: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """cpu_scatter_gather_base_kernel (cpu/ScatterGatherKernel.cpp): low precision is gathered in a float32 buffer."""
+    return outputs[0].numel() * 4 if _is_low(outputs[0]) else 0
+
+
+def _mean_of(terms: int) -> Rule:
+    """A loss that is made elementwise and then averaged (Loss.cpp): so many tensors like the input."""
+    return lambda args, outputs: terms * _tensors(args)[0].nbytes if outputs[0].dim() == 0 else 0
+
+
+def _log_sum_exp(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """logsumexp_out_impl (ReduceOps.cpp): exp of the shifted input, and the maxima."""
+    return _tensors(args)[0].nbytes + outputs[0].nbytes
+
+
+def _roll(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """roll_common (TensorTransformations.h): one dimension after the other, each time into a new tensor."""
+    shifts = (len(args) - 1) // 2
+    return outputs[0].nbytes if shifts > 1 else 0
+
+
+def _gelu_backward(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """gelu_backward by oneDNN (Activation.cpp): gradients of another layout than the input's are reordered."""
+    grad, source = _tensors(args)[:2]
+    return _copies(grad, outputs[0]) if source.is_contiguous() and "tanh" not in args else 0
+
+
+def _copies_of(*positions: int) -> Rule:
+    """Kernels that call contiguous() on some of their operands."""
+    return lambda args, _: _copies(*(tensor for i, tensor in enumerate(_tensors(args)) if i in positions))
+
+
+def _product(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """addmm_impl_cpu_, bmm_out_or_baddbmm_ (LinearAlgebra.cpp): copies of operands that BLAS cannot read in place."""
+    unfit = [t for t in _tensors(args)[-2:] if not _fits_blas(t.shape[-2:], t.stride()[-2:])]
+    return sum(prod(t.shape) * t.element_size() for t in unfit)
+
+
+def _fits_blas(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    (rows, columns), (down, right) = shape, stride
+    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+
+
+# -- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def _promotion(args: Sequence[object], outputs: Sequence[Tensor], *, in_place: bool) -> int:
+    """TensorIterator on the CPU casts each operand of another type into a copy of the common type (TensorIterator.cpp).
+
+    So it does with an output that it writes in place.
+    """
     operands = [t for t in _tensors(args) if t.dim() > 0]
-    if len({t.dtype for t in operands}) < 2:
+    common = _common_type(operands, args)
+    if common is None:
         return 0
-    common = operands[0].dtype
-    for t in operands[1:]:
-        common = torch.promote_types(common, t.dtype)
-    return sum(prod(t.shape) * common.itemsize for t in operands if t.dtype != common and t.dtype != torch.bool)
+    if outputs and outputs[0].is_floating_point() and not common.is_floating_point:  # the square root of an integer
+        common = outputs[0].dtype
+    size = sum(prod(t.shape) * common.itemsize for t in operands if t.dtype != common)
+    written = in_place and outputs and outputs[0].dtype != common
+    return size + (outputs[0].numel() * common.itemsize if written else 0)
+
+
+def _common_type(operands: Sequence[Tensor], args: Sequence[object]) -> torch.dtype | None:
+    """Numbers and 0-dim tensors only count if they are of a higher kind: integer above boolean, floating above both."""
+    if not operands:
+        return None
+    common = reduce(torch.promote_types, (t.dtype for t in operands))
+    for arg in args:
+        dtype = _TYPES.get(type(arg)) if not isinstance(arg, Tensor) else arg.dtype
+        if dtype is not None and _kind(dtype) > _kind(common):
+            common = dtype if isinstance(arg, Tensor) or dtype is torch.int64 else torch.get_default_dtype()
+    return common
+
+
+_TYPES: Final = MappingProxyType({int: torch.int64, float: torch.float32})
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else 1 if dtype != torch.bool else 0
+
+
+def _chosen(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """where, masked_fill: the condition stays boolean."""
+    chosen = [arg for arg in args if not (isinstance(arg, Tensor) and arg.dtype == torch.bool)]
+    return _promotion(chosen, outputs, in_place=False)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _tensors(args: Sequence[object]) -> list[Tensor]:
     return [arg for arg in args if isinstance(arg, Tensor)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A tensor argument without its tensor."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype).fill_(1)
+def _copies(*tensors: Tensor) -> int:
+    """Bytes of the copies that contiguous() makes."""
+    return sum(prod(t.shape) * t.element_size() for t in tensors if not t.is_contiguous())
 
 
-class Probe:
-    """An operator at given shapes, to be run once for the workspace that it takes; equal probes hash alike."""
-
-    def __init__(self, func: torch._ops.OpOverload, args: Any, kwargs: Any) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        self._key = (func, *map(str, tree_flatten((args, kwargs))[0]))
-
-    @classmethod
-    def of(cls, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Probe":
-        shapes = tree_map_only(Tensor, lambda t: _Shape(tuple(t.shape), tuple(t.stride()), t.dtype), (args, dict(kwargs)))
-        return cls(func, *shapes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Probe) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def operand_bytes(self) -> int:
-        shapes = [arg for arg in tree_flatten((self.args, self.kwargs))[0] if isinstance(arg, _Shape)]
-        return sum(prod(shape.size) * shape.dtype.itemsize for shape in shapes)
-
-    @property
-    def limit_bytes(self) -> int:
-        convolution = self.func._schema.name in _CONVOLUTIONS
-        return _PROBE_LIMIT_BYTES if convolution else _PROBE_LIMIT_PRODUCT_BYTES
-
-    def prepare(self) -> Callable[[], object]:
-        """Make the operands; what is returned runs the operator on them."""
-        args, kwargs = tree_map_only(_Shape, _Shape.make, (self.args, self.kwargs))
-
-        def run() -> object:
-            with torch.no_grad():
-                return self.func(*args, **kwargs)
-
-        return run
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() == 2:
+        return tensor.is_contiguous()
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-_probed: dict[Probe, int] = {}  # what was run once in this process is not run again
+def _is_low(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
 
 
-def probed_bytes(probes: Iterable[Probe]) -> dict[Probe, int]:
-    """Workspaces of operators as run on this machine; one too large to be run counts its operands once more."""
-    large = {probe: probe.operand_bytes for probe in probes if probe.operand_bytes > probe.limit_bytes}
-    fresh = [probe for probe in probes if probe not in large and probe not in _probed]
-    if fresh:
-        _probed.update(zip(fresh, workspaces_of(probe.prepare for probe in fresh), strict=True))
-    return {probe: large[probe] if probe in large else _probed[probe] for probe in probes}
+RULES: Final[Mapping[str, Rule]] = MappingProxyType(
+    {
+        "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_forward,
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+        "aten::_safe_softmax": _safe_softmax,
+        "aten::_softmax": _copies_of(0),
+        "aten::_softmax_backward_data": _copies_of(0, 1),
+        "aten::_log_softmax": _copies_of(0),
+        "aten::_log_softmax_backward_data": _copies_of(0, 1),
+        "aten::native_batch_norm": _batch_norm,
+        "aten::native_batch_norm_backward": _batch_norm_backward,
+        "aten::native_layer_norm": _copies_of(0),
+        "aten::native_layer_norm_backward": _layer_norm_backward,
+        "aten::native_group_norm_backward": _group_norm_backward,
+        "aten::embedding": _copies_of(1),
+        "aten::embedding_dense_backward": _copies_of(0, 1),
+        "aten::sum": _reduction,
+        "aten::prod": _reduction,
+        "aten::cumsum": _reduction,
+        "aten::mean": _mean,
+        "aten::gather": _accumulated,
+        "aten::scatter": _accumulated,
+        "aten::scatter_": _accumulated,
+        "aten::scatter_add": _accumulated,
+        "aten::scatter_add_": _accumulated,
+        "aten::mse_loss": _mean_of(1),
+        "aten::smooth_l1_loss": _mean_of(1),
+        "aten::huber_loss": _mean_of(1),
+        "aten::binary_cross_entropy_with_logits": _mean_of(2),
+        "aten::logsumexp": _log_sum_exp,
+        "aten::roll": _roll,
+        "aten::gelu_backward": _gelu_backward,
+        "aten::mm": _product,
+        "aten::addmm": _product,
+        "aten::bmm": _product,
+        "aten::baddbmm": _product,
+        "aten::where": _chosen,
+        "aten::masked_fill": _chosen,
+        "aten::masked_fill_": _chosen,
+    }
+)
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class CpuBackend:
     """The processor at hand: torch's own operators, as they are."""
 

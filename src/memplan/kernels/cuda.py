@@ -16,6 +16,7 @@ Not covered:
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ _CUBLAS_HANDLES = 2  # a handle belongs to a thread: one works forward, autograd
 
 
 class CudaKernels(TorchFunctionMode):
-    """Within this context, torch's functions run a card's operators.
+    """Within this context, torch's functions run a card's operators. For fake tensors: values are not always computed.
 
     A mode is off while it handles a function. Functions that are C++ below are handled as a whole; those written in
     Python (`F.softmax`, `F.multi_head_attention_forward`) are entered with the mode on again, to meet what they call.
@@ -66,7 +67,7 @@ class CudaKernels(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs) if kwargs else {}
-        if types:  # a tensor with a will of its own; what it calls comes by again
+        if any(map(_decides_itself, types)):
             return func(*args, **kwargs)
         if isinstance(func, FunctionType):
             return self._enter(func, args, kwargs)
@@ -103,6 +104,17 @@ class CudaKernels(TorchFunctionMode):
         if any(t.is_nested for t in (call.query, call.key, call.value)):
             return scaled_dot_product_attention(*args, **kwargs)
         return attend(call, self.capability)
+
+
+@cache
+def _decides_itself(kind: type) -> bool:
+    """Whether a kind of tensor handles torch's functions in its own way; what it calls for that comes by again."""
+    handler: Any = getattr(kind, "__torch_function__", None)
+    plain: Any = Tensor.__torch_function__
+    return (
+        handler is not torch._C._disabled_torch_function_impl
+        and getattr(handler, "__func__", None) is not plain.__func__
+    )
 
 
 _QUESTIONS = frozenset({"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"})

@@ -62,11 +62,12 @@ class Attention:
 def attention_kernel(call: Attention, capability: Capability) -> SDPBackend:
     """The kernel that `select_sdp_backend` (cuda/sdp_utils.cpp) picks from those that the user left enabled.
 
-    cuDNN comes first on Hopper and data-centre Blackwell (check_prefer_cudnn_attention), else last.
+    cuDNN comes first on Hopper and data-centre Blackwell (check_prefer_cudnn_attention), else last. Torch asks for
+    cuDNN 9.15.1 there, which its wheels have from 2.11 on.
 
     Raises RuntimeError, as torch does, if no enabled kernel takes the call.
     """
-    cudnn_first = capability[0] in (9, 10)
+    cudnn_first = capability[0] in (9, 10) and torch.__version__ >= "2.11"
     for kernel in _ORDER if cudnn_first else (*_ORDER[1:], _ORDER[0]):
         enabled, takes = _KERNELS[kernel]
         if enabled() and takes(call, capability):

@@ -83,9 +83,8 @@ def _policies() -> Mapping[str, Callable[[tuple[Any, ...], dict[str, Any]], Argu
 
 def _on_list(key: str) -> frozenset[str]:
     """Operators, without their overloads, that a device's autocast has a kernel for."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    operators = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
-    return frozenset(name[6:].partition(".")[0] for name in operators if has_kernel(name, key))
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return frozenset(name.removeprefix("aten::").partition(".")[0] for name in registered)
 
 
 def _eligible(tensor: Tensor) -> bool:

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from memplan.errors import PlanMismatch
 from memplan.levers import recompute
 
-KEEP, RECOMPUTE = "keep", "recompute"
+OPTIONS = KEEP, RECOMPUTE = "keep", "recompute"
 
 
 @contextmanager
@@ -21,7 +22,14 @@ def decided(model: nn.Module, decisions: Mapping[str, str]) -> Iterator[None]:
 
 
 def install(model: nn.Module, decisions: Mapping[str, str]) -> recompute.Undo:
-    """Run each block by its option. If one cannot be installed, none is. What is returned undoes all, last first."""
+    """Run each block by its option. If one cannot be installed, none is. What is returned undoes all, last first.
+
+    Raises:
+        PlanMismatch: an option that no lever has.
+    """
+    for path, option in decisions.items():
+        if option not in OPTIONS:
+            raise PlanMismatch(f"{path} is to {option!r}, but the options are {', '.join(OPTIONS)}: plan again.")
     undos: list[recompute.Undo] = []
 
     def undo() -> None:

@@ -2,19 +2,25 @@
 
 Non-reentrant checkpointing, with the random state kept, so that dropout falls the same way twice. transformers' layers
 are switched by their own two attributes; any other module gets a `forward` of its own, so that its hooks, its name and
-its state-dict keys stay what they are.
+its state-dict keys stay what they are. A planned model can be copied and pickled: the copy runs by the plan too.
+
+A recomputed block of transformers leaves the key/value cache out, which training has no use for: its second forward
+would append to it. Where a model fills one in training (`use_cache` is left on), its attention then reads the keys and
+values themselves instead of their copies in the cache, and results may differ by rounding; with `use_cache=False`, and
+for all other models, loss and gradients are the same to the bit.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from memplan._compat import is_checkpointing_layer
+from memplan._compat import is_cache, is_checkpointing_layer, keeps_cache
 
 Undo = Callable[[], None]
 
@@ -24,24 +30,58 @@ _FLAG, _FUNC = "gradient_checkpointing", "_gradient_checkpointing_func"
 def install(block: nn.Module, option: str) -> Undo:
     """Run a block by an option, "keep" or "recompute". What is returned restores the very same attributes.
 
-    "keep" also switches off a checkpointing layer that was on: the plan decides, not what was set before.
+    "keep" also switches off what was on before, by transformers or by memplan: the plan decides.
     """
     if is_checkpointing_layer(block):
-        func = partial(checkpoint, use_reentrant=False, **_contexts(block))
-        return _set(block, {_FLAG: option == "recompute", _FUNC: func})
-    return _set(block, {"forward": _checkpointed(block)}) if option == "recompute" else _nothing
+        return _set(block, {_FLAG: option == "recompute", _FUNC: partial(_call, _norms(block), not keeps_cache(block))})
+    plain = block.forward.__wrapped__ if isinstance(block.forward, _Checkpointed) else block.forward
+    if option == "recompute":
+        return _set(block, {"forward": _Checkpointed(block, plain)})
+    return _set(block, {"forward": plain} if plain is not block.forward else {})
 
 
-def _checkpointed(block: nn.Module) -> Callable[..., Any]:
-    forward = block.forward
+class _Checkpointed:
+    """What stands in for a block's `forward`. An object and no closure, so that a copied block has its own."""
 
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **_contexts(block), **kwargs)
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self.block = block
+        self.__wrapped__ = forward  # the name by which `inspect.signature` sees through
+        self.__qualname__ = f"recompute {getattr(forward, '__qualname__', id(forward))}"  # tells which blocks are alike
 
-    return run
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.block.training and torch.is_grad_enabled()):
+            return self.__wrapped__(*args, **kwargs)
+        return _call(_norms(self.block), False, partial(self.__wrapped__, **kwargs), *args)
+
+
+def _call(norms: Sequence[_NormBase], drop_cache: bool, run: Callable[..., Any], *args: Any) -> Any:
+    """Run a forward that is run again in its backward."""
+    if drop_cache:  # transformers does so for those passed by name
+        args = tuple(None if is_cache(value) else value for value in args)
+    return checkpoint(run, *args, use_reentrant=False, context_fn=partial(_contexts, norms))
+
+
+def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first forward, and around the second."""
+    return nullcontext(), _uncounted(norms)
+
+
+def _norms(block: nn.Module) -> tuple[_NormBase, ...]:
+    """Those that count the batches they see."""
+    return tuple(module for module in block.modules() if isinstance(module, _NormBase) and module.track_running_stats)
+
+
+@contextmanager
+def _uncounted(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Count a batch once: at momentum 0 the running statistics stay, and autograd saves the same tensors as before."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _set(block: nn.Module, values: dict[str, object]) -> Undo:
@@ -55,30 +95,3 @@ def _set(block: nn.Module, values: dict[str, object]) -> Undo:
         block.__dict__.update(before)
 
     return undo
-
-
-def _nothing() -> None:
-    """Nothing was installed."""
-
-
-def _contexts(block: nn.Module) -> dict[str, Any]:
-    """`context_fn` where the second forward would leave a trace: batch norms must count each batch once."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    if not norms:
-        return {}
-    return {"context_fn": lambda: (nullcontext(), _uncounted(norms))}
-
-
-@contextmanager
-def _uncounted(norms: list[nn.modules.batchnorm._NormBase]) -> Iterator[None]:
-    """Normalise by the batch, but leave the running statistics alone."""
-    training = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in training:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in training:
-            norm.track_running_stats = True
-
-
