@@ -1,8 +1,8 @@
 """Predicted against measured peaks of whole training steps on the CPU: `python benchmarks/accuracy.py --write`.
 
 Every case is run for real, in a process of its own, and predicted by `memplan.predict` (for plans: `Plan.peak_bytes`).
-Real runs take long, so results are kept in docs/accuracy.json: what is in there is not measured again, `--again` predicts
-it anew with today's memplan, `--cases W1/adamw` limits what is done to names that contain the text.
+Real runs take long, so results are kept in docs/accuracy.json: what is in there is not measured again. `--again`
+predicts it anew with today's memplan, `--cases W1/adamw` limits what is done to names that contain the text.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def _predict(case: Case, model: torch.nn.Module, batch: dict[str, torch.Tensor])
 
 
 def _decide(case: Case, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, str]:
-    """For a plan: halfway between keeping and recomputing everything. It is made without weights, so nothing is timed."""
+    """For a plan: halfway between keeping and recomputing everything. Made without weights, so nothing is timed."""
     if case.mode == "checkpointed":
         model.gradient_checkpointing_enable()
     if case.mode != "planned":
@@ -128,10 +128,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"Median error {median(map(abs, errors.values())):.5%}, worst {errors[worst]:+.5%} ({worst}).",
         "",
         "Peak bytes of one whole steady-state training step, counted by torch's own CPU allocator events. Made by",
-        "`python benchmarks/accuracy.py --write`; the workloads are described in `benchmarks/workloads.py`. A plan aims",
+        "`python benchmarks/accuracy.py --write`; the workloads are those of `benchmarks/workloads.py`. A plan aims",
         "halfway between the peak with every block kept and with every block recomputed.",
         "",
-        "Not in the predictions: the 0-dim tensors of 4 to 12 bytes that wrap Python numbers inside operators. Not in the",
+        "Not in the predictions: 0-dim tensors of 4 to 12 bytes that wrap Python numbers inside operators. Not in the",
         "measurement: scratch memory that does not come from torch's allocator, the Python heap.",
         "",
         "| workload | optimizer | precision | blocks | accumulation | measured | predicted | difference | error |",
@@ -159,9 +159,9 @@ def main() -> None:
     cases = {case.name: case for case in every_case() if args.cases in case.name}
     results = json.loads(args.cache.read_text()) if args.cache.exists() else {}
     if args.one:
-        known = results.get(args.one)
-        found = {"predicted": predict_again(cases[args.one], known["decisions"])} if args.again else run(cases[args.one])
-        print(json.dumps(found))
+        case = cases[args.one]
+        again = {"predicted": predict_again(case, results[args.one]["decisions"])} if args.again else None
+        print(json.dumps(again or run(case)))
         return
     for name in cases:
         if (name in results) == args.again:
@@ -171,7 +171,8 @@ def main() -> None:
             results[name] = results.get(name, {}) | json.loads(answer.stdout.splitlines()[-1])
             args.cache.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             r = results[name]
-            print(f"{name:44} {r['measured']:>13,} {r['predicted']:>13,} {r['predicted'] / r['measured'] - 1:+.5%}", flush=True)
+            error = r["predicted"] / r["measured"] - 1
+            print(f"{name:44} {r['measured']:>13,} {r['predicted']:>13,} {error:+.5%}", flush=True)
     if args.write:
         (DOCS / "accuracy.md").write_text(table(results))
 

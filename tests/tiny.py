@@ -100,20 +100,13 @@ def lora() -> Made:
     return peft.get_peft_model(base, adapters).train(), batch
 
 
-def t5(layers: int = 2, rows: int = 2, length: int = 16) -> Made:
+def t5(layers: int = 2, rows: int = 2, length: int = 16, **config: object) -> Made:
     """Encoder and decoder: two chains of blocks, the second of which reads what the first made."""
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=layers,
-        num_decoder_layers=layers,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config).train(), tokens(rows, length)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    depths = {"num_layers": layers, "num_decoder_layers": layers, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**sizes, **depths, **config}))
+    return model.train(), tokens(rows, length)
 
 
 class Plain(nn.Module):

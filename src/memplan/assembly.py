@@ -50,7 +50,7 @@ def assemble(
         grads: the tape's rows that are parameter gradients.
         blocks: paths of the blocks to be told apart.
     """
-    rows, stop = tape.rows(), tape.now
+    rows, ops, stop = tape.rows(), tape.operators(), tape.now
     steps = tuple(_micro_step(tape, border, blocks) for border in borders)
     categories = _categories(rows, steps, grads, np.asarray(tape.recomputed, dtype=bool))
     fixed = np.array([size for sizes in static.values() for size in sizes], dtype=np.int64)
@@ -66,7 +66,11 @@ def assemble(
         born=np.concatenate([np.zeros(len(fixed), dtype=np.int64), rows["born"]]),
         died=np.concatenate([np.full(len(fixed), stop, dtype=np.int64), rows["died"]]),
         op_names=tuple(tape.op_names),
-        **tape.operators(),
+        op_name=ops["op_name"],
+        op_module=ops["op_module"],
+        op_flops=ops["op_flops"],
+        op_bytes=ops["op_bytes"],
+        op_dtype=ops["op_dtype"],
         dtypes=tuple(tape.dtypes),
         ticks=stop,
         steps=steps,

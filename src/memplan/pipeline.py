@@ -18,6 +18,9 @@ from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 
 
+__all__ = ["apply", "autofit", "plan", "predict"]
+
+
 def predict(
     model: nn.Module,
     sample: object,

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from memplan.errors import PlanSchema
-from memplan.units import format_bytes, format_seconds
+from memplan.units import format_budget, format_bytes, format_seconds
 
 SCHEMA_VERSION = 1
 
@@ -67,7 +67,7 @@ class Measured(_Record):
     def describe(self) -> str:
         return (
             f"measured {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.predicted_bytes)}, "
-            f"{self.peak_error:+.2%}; budget {format_bytes(self.budget_bytes)}), "
+            f"{self.peak_error:+.2%}; budget {format_budget(self.budget_bytes)}), "
             f"{format_seconds(self.step_s)} per step (predicted {format_seconds(self.predicted_s)})"
         )
 
@@ -116,6 +116,10 @@ class Plan(_Record):
     assumptions: tuple[str, ...] = ()
     _live: object = PrivateAttr(default=None)  # the sample and loss it was made with; not in the file
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the two say the same, one of them perhaps read from a file."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
     @property
     def budget_bytes(self) -> int:
         return self.budget.usable_bytes
@@ -126,13 +130,14 @@ class Plan(_Record):
 
     @classmethod
     def load(cls, path: "str | Path") -> "Plan":
-        """Read a plan. Raises PlanSchema if the file is none, or one of another schema version."""
-        text = Path(path).read_text(encoding="utf-8")
+        """Read a plan. Raises PlanSchema if it cannot be read, is none, or is one of another schema version."""
         try:
-            record = json.loads(text)
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
             version = record["schema_version"]
+        except OSError as error:
+            raise PlanSchema(f"cannot read the plan file {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanSchema(f"{path} is no plan of memplan: it has no schema_version. Make one by Plan.save") from error
+            raise PlanSchema(f"{path} is no memplan plan: no schema_version is in it. Plan.save makes one.") from error
         if version != SCHEMA_VERSION:
             raise PlanSchema(
                 f"{path} has schema version {version}; this memplan reads version {SCHEMA_VERSION}. "
@@ -152,15 +157,16 @@ class Plan(_Record):
         """The plan in a few lines of plain text."""
         b = self.budget
         spare = self.budget_bytes - self.peak_bytes
+        room = f"{format_budget(spare)} spare" if spare >= 0 else f"{format_bytes(-spare)} too much"
         lines = [
             f"{self.verdict}: {self.reason}",
-            f"  budget    {format_bytes(self.budget_bytes)} on {b.gpu} = {format_bytes(b.total_bytes)} total"
+            f"  budget    {format_budget(self.budget_bytes)} on {b.gpu} = {format_budget(b.total_bytes)} total"
             f" - {format_bytes(b.others_bytes)} others - {format_bytes(b.context_bytes)} context"
             f" - {format_bytes(b.margin_bytes)} margin",
             f"  batch     {self.micro_batch} x {self.accumulation} accumulated = {self.effective_batch} per step",
             f"  recompute {len(self.recomputed)} of {len(self.decisions)} blocks",
-            f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {format_bytes(abs(spare))} "
-            f"{'spare' if spare >= 0 else 'too much'}; {format_bytes(self.unplanned_bytes)} without a plan",
+            f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {room}; "
+            f"{format_bytes(self.unplanned_bytes)} without a plan",
             f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
             f"{self.slowdown:.1%} slower than keeping everything, within {self.gap:.2%} of the proven bound",
         ]

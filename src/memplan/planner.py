@@ -23,6 +23,7 @@ from memplan.errors import BadBatch
 from memplan.problem import Block, Choice, Problem
 from memplan.simulator import Timeline, simulate
 from memplan.solvers import SOLVERS, Solution, Solver, smallest_budget
+from memplan.solvers.tidy import tidied
 from memplan.strategy import Recompute, Strategy
 
 GIB = 2**30
@@ -131,7 +132,7 @@ class _Task:
     def solved(self, size: _Size, budget_bytes: int) -> _Solved:
         """The fastest plan of a size within a budget that is not below its smallest."""
         problem = replace(size.problem, budget_bytes=budget_bytes)
-        solution = self.solve(problem)
+        solution = tidied(problem, self.solve(problem))
         return _Solved(size, solution, _judged(problem, solution))
 
     def plan(self, size: _Size) -> _Solved | None:

@@ -141,7 +141,7 @@ class _Insertion:
 
     def _check(self) -> None:
         """The three middle blocks have equal rows, and nothing else reaches across where copies go."""
-        profiles = {}
+        profiles: dict[tuple[int, str], list[tuple[int, list[tuple[object, ...]]]]] = {}
         for at, place in enumerate(self.places):
             if abs(place.index) <= 1:
                 rows = np.flatnonzero(self.place_of_row == at)

@@ -182,12 +182,12 @@ class Session:
         needed = sum(static[name] for name in ("params", "buffers", "optimizer"))
         if needed <= budget.usable_bytes:
             return
-        smallest = int(trace.live[trace.optimizer.start : trace.optimizer.stop].max())
+        smallest, tick = trace.peak_in(trace.optimizer), trace.peak_tick
         raise DoesNotFit(
             f"the budget of {format_bytes(budget.usable_bytes)} on {budget.gpu} is below what is always there: "
             f"{format_bytes(needed)} ({format_bytes(static['params'])} weights, {format_bytes(static['optimizer'])} "
             f"optimizer state). No plan can help; the optimizer's step alone needs {format_bytes(smallest)}. "
-            + " ".join(ways_out(trace.breakdown(trace.peak_tick), smallest, budget, 1, self._can_split)),
+            + " ".join(ways_out(trace.breakdown(tick), trace.phase_of(tick), smallest, budget, 1, self._can_split)),
             smallest,
         )
 
@@ -226,7 +226,7 @@ class Session:
     ) -> Plan:
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
         unplanned = simulate(whole, (0,) * len(whole.blocks)).peak_bytes
-        breakdown = trace.breakdown(trace.peak_tick)
+        breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
         fits = verdict is Verdict.FITS
         smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)
         times = profile.times
@@ -242,7 +242,7 @@ class Session:
             decisions=_decisions(outcome),
             layers=_layers(whole, _decisions(outcome)),
             peak_bytes=trace.peak_bytes,
-            peak_phase=trace.phase_of(trace.peak_tick),
+            peak_phase=phase,
             breakdown=breakdown,
             unplanned_bytes=max(unplanned, trace.peak_bytes),
             step_s=outcome.timeline.step_s,
@@ -253,7 +253,9 @@ class Session:
             times=times.how,
             smallest_bytes=smallest,
             frontier=outcome.frontier,
-            ways_out=() if fits else ways_out(breakdown, smallest, budget, outcome.micro_batch, self._can_split),
+            ways_out=()
+            if fits
+            else ways_out(breakdown, phase, smallest, budget, outcome.micro_batch, self._can_split),
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
             how=trace.how,

@@ -24,9 +24,11 @@ from torch.utils._pytree import tree_iter
 from memplan.kernels import Backend, cpu, probes
 from memplan.kernels.flops import flops_of
 
-# Integer and boolean results up to this size are computed for real: models read them (is this mask full? which
-# position is last?). Larger ones are only shapes.
+# What is made of known values is computed for real up to a size, since models read it: is this mask full, which position
+# is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants. Weights,
+# floating inputs and all that comes of them are only shapes.
 _REAL_LIMIT_BYTES = 64 * 2**20
+_REAL_LIMIT_FLOATING_BYTES = 2**20
 
 # Nodes that add up parameter gradients carry the largest number (accumulate_grad.cpp); they belong to whoever ran last.
 _GRADIENT_ACCUMULATION = 2**63
@@ -35,6 +37,16 @@ _CPU = cpu.CpuBackend()
 
 _ADD = torch.ops.aten.add.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_RAND = torch.ops.aten.rand.default
+
+# Formulas of derivatives write in place into what they just made, unless a mode is watching: areAnyTensorSubclassLike
+# (FunctionsManual.cpp), and `index_put` in generated code, which holds one more reference.
+_WRITES = {
+    torch.ops.aten.scatter_add.default: 0,
+    torch.ops.aten.scatter.src: 0,
+    torch.ops.aten.index_add.default: 0,
+    torch.ops.aten.index_put.default: 1,
+}
 
 
 class Tape(TorchDispatchMode):
@@ -62,6 +74,7 @@ class Tape(TorchDispatchMode):
         self.recomputed: list[bool] = []  # born in a forward inside the backward
         self.now = 1  # the next tick; before the first one there is what is always there
         self._live: dict[int, tuple[int | None, weakref.ref[Any]]] = {}  # storage address -> row
+        self._overwritten: set[int] = set()  # addresses of real storages whose values are not known any more
         # operators
         self.op_names: dict[str, int] = {}  # name -> index, in order of appearance
         self.op_columns: list[tuple[int, int, int, int, int]] = []  # name, module, flops, bytes, dtype
@@ -174,19 +187,20 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
-        accumulates = func is _ADD and self.backward and _may_accumulate(args)
+        in_place = self.backward and _would_write(func, args)
         out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)
-        self._note(func, args, kwargs, flat, out, args[0] if accumulates else None)
+        self._note(func, args, kwargs, flat, out, args[0] if in_place else None)
         return out
 
     def _abstractly(
         self, func: torch._ops.OpOverload, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         assert self.fake is not None
-        tensors = [t for t in flat if isinstance(t, Tensor)]
-        if any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors):
+        if any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
             if func is _ITEM and self.answer is not None:
                 return self.answer
+            if func._schema.is_mutable:
+                self._overwritten.update(_key_of(t) for t in flat if isinstance(t, Tensor))
             with self.fake:
                 return cpu.on_fakes(func, args, kwargs)
         try:
@@ -197,8 +211,16 @@ class Tape(TorchDispatchMode):
         except torch._subclasses.fake_tensor.DataDependentOutputException:
             return func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        real = all(not t.is_floating_point() and t.nbytes <= _REAL_LIMIT_BYTES for t in results)
-        return func(*args, **kwargs) if real and results else out
+        if not results or any(t.nbytes > _real_limit(t) for t in results):
+            if func._schema.is_mutable:
+                self._overwritten.update(_key_of(t) for t in flat if isinstance(t, Tensor))
+            return out
+        real = func(*args, **kwargs)
+        return real.fill_(1) if func is _RAND and real.dim() == 0 else real  # skips no layer: that takes most memory
+
+    def _is_unknown(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no values, or some that were written over by values which nobody knows."""
+        return isinstance(tensor, FakeTensor) or _key_of(tensor) in self._overwritten
 
     def _note(
         self,
@@ -207,20 +229,20 @@ class Tape(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         flat: list[Any],
         out: Any,
-        accumulator: Tensor | None,
+        written: Tensor | None,
     ) -> None:
         module = self.running()
         self._last_module = module
         self.op_ticks.append(self.now)
         outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        fresh = [t for t in outputs if self._follow(t, module, accumulator)]
+        fresh = [t for t in outputs if self._follow(t, module, written)]
         if func.is_view:
             flops = moved = workspace = 0
         else:
             inputs = [t for t in flat if isinstance(t, Tensor)]
             flops = flops_of(func, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
-            if fresh or func._schema.is_mutable:
+            if fresh or written is not None or func._schema.is_mutable:
                 workspace = self.backend.workspace_bytes(func, flat, outputs)
                 if self.backend.wants_probe(func, flat):
                     self._ask(func, args, kwargs)
@@ -242,14 +264,14 @@ class Tape(TorchDispatchMode):
         entry = self._live.get(tensor.untyped_storage()._cdata)
         return entry[0] if entry else None
 
-    def _follow(self, tensor: Tensor, module: int, accumulator: Tensor | None) -> bool:
+    def _follow(self, tensor: Tensor, module: int, written: Tensor | None) -> bool:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return False
-        if accumulator is not None:
-            inherited = self._live.pop(accumulator.untyped_storage()._cdata, None)
-            if inherited is not None:  # the engine would have added in place: the old storage lives on
+        if written is not None:
+            inherited = self._live.pop(_key_of(written), None)
+            if inherited is not None:  # without a mode it would have been written in place: the old storage lives on
                 self._live[key] = (inherited[0], weakref.ref(storage, self._death_of(key)))
                 return False
         row = self._add(storage.nbytes(), module, None)
@@ -267,6 +289,7 @@ class Tape(TorchDispatchMode):
 
     def _death_of(self, key: int) -> Callable[[object], None]:
         def die(_: object) -> None:
+            self._overwritten.discard(key)
             row, _ = self._live.pop(key, (None, None))
             if row is not None:
                 self.died[row] = self.now
@@ -300,20 +323,35 @@ class Tape(TorchDispatchMode):
         }
 
 
-def _may_accumulate(args: Sequence[Any]) -> bool:
-    """Whether the autograd engine, with no mode watching, would have added in place (InputBuffer, input_buffer.cpp).
+def _would_write(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    """Whether autograd, with no mode watching, would have written in place into the first operand.
 
-    It does so if nobody else holds the gradient it has: one owner of the tensor, one of the storage, dense. Under a
-    dispatch mode it always adds out of place, so the tape has to see the difference.
+    The engine adds gradients in place if nobody else holds the one it has: one owner of the tensor, one of the storage,
+    dense (InputBuffer, input_buffer.cpp). Under a dispatch mode it always adds out of place, and formulas of derivatives
+    do likewise (`_WRITES`), so the tape has to see the difference.
     """
-    held, more = args[0], args[1]
-    if not (isinstance(held, Tensor) and isinstance(more, Tensor)) or held.shape != more.shape:
+    if torch.is_grad_enabled() or (func is not _ADD and func not in _WRITES):
         return False
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(held.shape, held.stride(), strict=True))
-    if torch.is_grad_enabled() or extent != held.numel():  # an expanded gradient is not written to
+    held, more = args[0], args[1]
+    if func is _ADD and not (isinstance(more, Tensor) and held.shape == more.shape and _is_dense(held)):
         return False
     owners, storage_owners = _sole_owner_counts()
-    return held._use_count() <= owners and _storage_owners(held) <= storage_owners  # type: ignore[attr-defined]
+    uses: int = held._use_count()
+    return uses <= owners + _WRITES.get(func, 0) and _storage_owners(held) <= storage_owners
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Not expanded: such a gradient is not written to."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return extent == tensor.numel()
+
+
+def _key_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _real_limit(tensor: Tensor) -> int:
+    return _REAL_LIMIT_FLOATING_BYTES if tensor.is_floating_point() else _REAL_LIMIT_BYTES
 
 
 def _storage_owners(tensor: Tensor) -> int:

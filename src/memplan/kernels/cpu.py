@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, final
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from memplan.kernels.probes import wants_probe
 
@@ -27,6 +28,11 @@ _KV_SPLIT: Final = 512
 
 _STATISTICS_BY: Final = MappingProxyType(  # operator -> which of its arguments is the weight
     {"aten::native_layer_norm": 2, "aten::native_batch_norm": 1, "aten::native_group_norm": 1}
+)
+
+# Gradients that the kernels write densely, where torch's shape rules follow the strides of an operand.
+_DENSE: Final = frozenset(
+    {"aten::native_layer_norm_backward", "aten::_softmax_backward_data", "aten::_log_softmax_backward_data"}
 )
 
 
@@ -46,6 +52,8 @@ def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping
     if name == "aten::native_group_norm_backward":
         first, *rest = func(*args, **kwargs)
         return (None if first is None else first.to(args[1].dtype), *rest)
+    if name in _DENSE:
+        return tree_map_only(Tensor, Tensor.contiguous, func(*args, **kwargs))
     if name == "aten::_grouped_mm":  # refused in other types than bfloat16, which the kernel takes
         narrow = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
         return func(*narrow, **kwargs).to(args[0].dtype)
