@@ -63,12 +63,12 @@ class Model:
 
 MODELS: dict[str, Callable[[], tiny.Made]] = {
     "llama": partial(tiny.llama, layers=3, use_cache=False),
-    "gpt2": partial(tiny.gpt2, use_cache=False),
-    "vit": tiny.vit,
+    "gpt2": partial(tiny.gpt2, layers=2, use_cache=False),
+    "vit": partial(tiny.vit, layers=2),
     "resnet": tiny.resnet,
     "plain": tiny.plain,
     "t5": tiny.t5,
-    "lora": tiny.lora,
+    "lora": partial(tiny.lora, layers=2),
 }
 
 # Where a plan that mixes options is more, or less, than its parts: tensors that two neighbours share (the boundary, and
@@ -84,11 +84,10 @@ def profiled(name: str) -> tuple[Model, Profile]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_mixed_plans_have_the_peak_of_their_trace(name: str, accumulation: int) -> None:
+def test_mixed_plans_have_the_peak_of_their_trace(name: str) -> None:
     model, profile = profiled(name)
     rng = random.Random(name)
-    for _ in range(2):
+    for accumulation in (1, 2):
         choice = tuple(rng.randrange(2) for _ in model.blocks)
         simulated, traced = model.peaks(profile, choice, model.sample.batch_size, accumulation)
         assert abs(simulated - traced) <= SHARED.get(name, 0) * BOUNDARY, choice
@@ -161,9 +160,7 @@ def chain(low: int, a: ChainSizes, high: int, b: ChainSizes) -> Profile:
 def test_sizes_are_affine_and_rounded_up(low: int, span: int, at_low: int, more: int, micro_batch: int) -> None:
     profile = chain(low, sizes(at_low, 0, 0, 0), low + span, sizes(at_low + more, 0, 0, 0))
     found = profile.problem(micro_batch, 1, 1).blocks[0].base_bytes
-    over = found * span - (at_low * span + more * (micro_batch - low))  # exact, in parts of a byte
-    assert 0 <= over + 1e-3 * span
-    assert over < 1.1 * span + 1e-4 * abs(found)
+    assert 0 <= found * span - (at_low * span + more * (micro_batch - low)) < span
 
 
 def test_every_size_is_interpolated() -> None:

@@ -91,9 +91,9 @@ def resnet(rows: int = 4) -> Made:
     return transformers.ResNetForImageClassification(config).train(), pixels(rows, 32, 10)
 
 
-def lora() -> Made:
+def lora(layers: int = 4) -> Made:
     """A frozen base under adapters with dropout, so that few parameters have gradients."""
-    base, batch = llama()
+    base, batch = llama(layers)
     adapters = peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
     )

@@ -29,23 +29,6 @@ class Times(Protocol):
         """One optimizer step."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    """A size as a function of the micro-batch, rounded up."""
-
-    at: int  # micro-batch of the first point
-    value: int
-    slope: float  # bytes per further sample
-
-    def __call__(self, micro_batch: int) -> int:
-        return self.value + _ceil(self.slope * (micro_batch - self.at))
-
-
-def _ceil(value: float) -> int:
-    """Up to the next byte, a rounding error of the slope aside."""
-    return -int(-(value + 1e-6) // 1)
-
-
 @dataclass(frozen=True)
 class ChainSizes:
     """The sizes of one micro-step at one micro-batch, in bytes.
@@ -167,7 +150,7 @@ class Profile:
         (low, a), (high, b) = sorted(points.items())
 
         def at(x: int, y: int) -> int:
-            return _Affine(low, x, (y - x) / (high - low))(micro_batch)
+            return x - (x - y) * (micro_batch - low) // (high - low)  # rounded up
 
         return ChainSizes(
             paths=a.paths,

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_iter
 from memplan.kernels import Backend, cpu, probes
 from memplan.kernels.flops import flops_of
 
-# What is made of known values is computed for real up to a size, since models read it: is this mask full, which position
-# is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants. Weights,
-# floating inputs and all that comes of them are only shapes.
+# What is made of known values is computed for real up to a size, since models read it: is this mask full, which
+# position is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants.
+# Weights, floating inputs and all that comes of them are only shapes.
 _REAL_LIMIT_BYTES = 64 * 2**20
 _REAL_LIMIT_FLOATING_BYTES = 2**20
 
@@ -38,6 +38,7 @@ _CPU = cpu.CpuBackend()
 _ADD = torch.ops.aten.add.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _RAND = torch.ops.aten.rand.default
+_CONSTANTS = {torch.ops.aten.ones_like.default: 1, torch.ops.aten.zeros_like.default: 0}
 
 # Formulas of derivatives write in place into what they just made, unless a mode is watching: areAnyTensorSubclassLike
 # (FunctionsManual.cpp), and `index_put` in generated code, which holds one more reference.
@@ -52,8 +53,8 @@ _WRITES = {
 class Tape(TorchDispatchMode):
     """Record one step. With `fake`, floating-point work is abstract; without, everything runs for real.
 
-    `answer` is what a value is taken for that an abstract tensor has not. An optimizer only scales by such values (norms,
-    step counts); in a model they may decide what runs, so there the question is an error.
+    `answer` is what a value is taken for that an abstract tensor has not. An optimizer only scales by such values
+    (norms, step counts); in a model they may decide what runs, so there the question is an error.
     """
 
     def __init__(
@@ -199,10 +200,10 @@ class Tape(TorchDispatchMode):
         if any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
             if func is _ITEM and self.answer is not None:
                 return self.answer
-            if func._schema.is_mutable:
-                self._overwritten.update(_key_of(t) for t in flat if isinstance(t, Tensor))
+            self._overwritten.update(_written_by(func, args))
             with self.fake:
-                return cpu.on_fakes(func, args, kwargs)
+                out = cpu.on_fakes(func, args, kwargs)
+            return _constant(out, _CONSTANTS[func]) if func in _CONSTANTS else out
         try:
             with self.fake:
                 out = func(*args, **kwargs)
@@ -212,8 +213,7 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         if not results or any(t.nbytes > _real_limit(t) for t in results):
-            if func._schema.is_mutable:
-                self._overwritten.update(_key_of(t) for t in flat if isinstance(t, Tensor))
+            self._overwritten.update(_written_by(func, args))
             return out
         real = func(*args, **kwargs)
         return real.fill_(1) if func is _RAND and real.dim() == 0 else real  # skips no layer: that takes most memory
@@ -326,9 +326,9 @@ class Tape(TorchDispatchMode):
 def _would_write(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
     """Whether autograd, with no mode watching, would have written in place into the first operand.
 
-    The engine adds gradients in place if nobody else holds the one it has: one owner of the tensor, one of the storage,
-    dense (InputBuffer, input_buffer.cpp). Under a dispatch mode it always adds out of place, and formulas of derivatives
-    do likewise (`_WRITES`), so the tape has to see the difference.
+    The engine adds gradients in place if nobody else holds the one it has: one owner of the tensor, one of the
+    storage, dense (InputBuffer, input_buffer.cpp). Under a dispatch mode it always adds out of place, and formulas of
+    derivatives do likewise (`_WRITES`), so the tape has to see the difference.
     """
     if torch.is_grad_enabled() or (func is not _ADD and func not in _WRITES):
         return False
@@ -344,6 +344,21 @@ def _is_dense(tensor: Tensor) -> bool:
     """Not expanded: such a gradient is not written to."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return extent == tensor.numel()
+
+
+def _constant(imagined: Tensor, value: int) -> Tensor:
+    """A mask that has the shape of an abstract tensor has known values all the same."""
+    if imagined.is_floating_point() or imagined.nbytes > _REAL_LIMIT_BYTES:
+        return imagined
+    return torch.full(imagined.shape, value, dtype=imagined.dtype)
+
+
+def _written_by(func: torch._ops.OpOverload, args: Sequence[Any]) -> list[int]:
+    """Keys of the storages that an operator writes to, out of those with values."""
+    if not func._schema.is_mutable:
+        return []
+    written = [arg for arg, known in zip(args, func._schema.arguments, strict=False) if known.is_write]
+    return [_key_of(t) for t in tree_iter(written) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
 
 
 def _key_of(tensor: Tensor) -> int:

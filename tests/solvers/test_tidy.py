@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import pytest
+
 from memplan.problem import Block, Gap, Option, Problem
 from memplan.simulator import simulate
 from memplan.solvers.solution import Solution
@@ -19,7 +21,7 @@ def test_interchangeable_blocks_recompute_first() -> None:
     mixed = Solution.of(problem, (0, 1, 0, 1, 1, 0), bound_s=1.0)
     tidy = tidied(problem, mixed)
     assert tidy.choice == (1, 1, 1, 0, 0, 0)
-    assert simulate(problem, tidy.choice).step_s == simulate(problem, (0, 1, 0, 1, 1, 0)).step_s
+    assert simulate(problem, tidy.choice).step_s == pytest.approx(simulate(problem, (0, 1, 0, 1, 1, 0)).step_s)
     assert tidy.bound_s == mixed.bound_s
 
 
