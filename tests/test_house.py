@@ -22,6 +22,7 @@ FLOORS = {
     "strategy": 1,
     "trace": 1,
     "allocator": 2,
+    "batches": 2,
     "problem": 2,
     "profile": 3,
     "roofline": 3,

@@ -21,6 +21,9 @@ from memplan.strategy import Strategy, load_strategy
 __all__ = ["apply", "autofit", "plan", "predict"]
 
 
+_SHORT_CHECK_S = 30.0  # steps that take longer are not run just to be measured; Fit.measure does it when asked
+
+
 def predict(
     model: nn.Module,
     sample: object,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Protocol
 
+from memplan.batches import splits
 from memplan.errors import BadBatch
 from memplan.problem import Block, Choice, Problem
 from memplan.simulator import Timeline, simulate
@@ -214,27 +215,7 @@ def search(
 
 def _given(profile: Profile, effective_batch: int | None, micro_batch: int | None) -> list[tuple[int, int]]:
     """The (micro-batch, accumulation) pairs that the caller's batch sizes leave."""
-    for name, value in (("effective_batch", effective_batch), ("micro_batch", micro_batch)):
-        if value is not None and value < 1:
-            raise BadBatch(f"{name} = {value} has to be at least 1")
-    if effective_batch is None:
-        pairs = [(micro_batch or 1, 1)]
-    else:
-        divisors = [n for n in range(1, effective_batch + 1) if effective_batch % n == 0]
-        if micro_batch is not None and micro_batch not in divisors:
-            near = [n for n in divisors if n < micro_batch][-1:] + [n for n in divisors if n > micro_batch][:1]
-            raise BadBatch(
-                f"effective_batch = {effective_batch} is not a multiple of micro_batch = {micro_batch}; "
-                f"the nearest that divide it: {' and '.join(map(str, near))}"
-            )
-        pairs = [(n, effective_batch // n) for n in divisors if micro_batch in (None, n)]
-        if not profile.can_split:
-            pairs = [(n, k) for n, k in pairs if k == 1]
-            if not pairs:
-                raise BadBatch(
-                    f"micro_batch = {micro_batch} would split effective_batch = {effective_batch}, but this model has "
-                    "layers that couple the samples of a batch (such as BatchNorm in training); leave micro_batch out"
-                )
+    pairs = splits(effective_batch, micro_batch, profile.can_split)
     covered = [(n, k) for n, k in pairs if n <= profile.largest_micro_batch]
     if not covered:
         raise BadBatch(

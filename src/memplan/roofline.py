@@ -109,9 +109,12 @@ def _between(total: NDArray[np.float64], span: Span) -> float:
 
 
 def _affine(points: Mapping[int, float], micro_batch: int) -> float:
-    """Through one or two points; never below the smaller of them scaled down, never negative."""
+    """Through one or two points: a fixed part and a part per sample, neither below 0.
+
+    So a noisy pair of measurements never claims that a larger batch costs more per sample, or less in all.
+    """
     if len(points) == 1:
         return next(iter(points.values()))
     (low, first), (high, second) = sorted(points.items())
-    slope = max(0.0, (second - first) / (high - low))
-    return max(first + slope * (micro_batch - low), first * min(1.0, micro_batch / low))
+    slope = min(max(0.0, (second - first) / (high - low)), first / low)
+    return first + slope * (micro_batch - low)

@@ -1,5 +1,6 @@
 """One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers, optimizers
 from memplan.advice import ways_out
+from memplan.batches import splits
 from memplan.blocks import find_blocks, is_batch_coupled, signature
 from memplan.device import Device, memory_parts
 from memplan.errors import CannotTrace, DoesNotFit, MemplanError, ModelFailed
@@ -33,6 +35,9 @@ from memplan.units import format_budget, format_bytes
 # Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
 # fragmentation. The published predictors' median errors are 3.7 % (xMem) and more; memplan has not measured its own yet.
 CUDA_MARGIN = 0.05
+
+# Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
+CPU_MARGIN = 0.1
 
 LARGEST_MICRO_BATCH = 4096
 _POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
@@ -79,10 +84,14 @@ class Session:
     # -- plan ----------------------------------------------------------------------------------------------------
 
     def plan(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
-        """The best plan, checked by a trace of the model as planned."""
+        """The best plan, checked by a trace of the model as planned.
+
+        "uncertain" is a plan that takes more than the budget, but no more than the margin that is kept free of it.
+        """
+        pairs = splits(effective_batch, micro_batch, self._can_split)
+        points = _points(pairs) if effective_batch or micro_batch else _POINTS
+        accumulation = 2 if pairs[0][1] > 1 else 1
         budget = self._budget(strategy)
-        points = _points(self._can_split, effective_batch, micro_batch)
-        accumulation = 2 if effective_batch is not None and effective_batch != points[0] else 1
         chain = self._chain(points, accumulation)
         self._refuse_below_static(chain.traces[points[0]][levers.KEEP], budget)
         profile = self._profile(chain)
@@ -90,14 +99,18 @@ class Session:
         def ask(usable: int) -> Outcome | NoPlan:
             return search(profile, usable, strategy, effective_batch=effective_batch, micro_batch=micro_batch)
 
-        found = self._checked(ask, budget)
-        if found is None:
-            return self._misfit(chain, profile, ask, budget, strategy)
-        return self._record(chain, profile, *found, budget, strategy, Verdict.FITS)
+        for usable, verdict in (
+            (budget.usable_bytes, Verdict.FITS),
+            (budget.usable_bytes + self._margin_bytes, Verdict.UNCERTAIN),
+        ):
+            found = self._checked(ask, usable)
+            if found is not None:
+                return self._record(chain, profile, *found, budget, strategy, verdict)
+        return self._misfit(chain, profile, ask, budget, strategy)
 
-    def _checked(self, ask: Callable[[int], Outcome | NoPlan], budget: Budget) -> tuple[Outcome, Trace] | None:
-        """The best plan whose own trace is within the budget. What a trace shows beyond the profile is taken off."""
-        asked, taken, seen = budget.usable_bytes, None, set()
+    def _checked(self, ask: Callable[[int], Outcome | NoPlan], usable_bytes: int) -> tuple[Outcome, Trace] | None:
+        """The best plan whose own trace is within a budget. What a trace shows beyond the profile is taken off."""
+        asked, taken, seen = usable_bytes, None, set()
         for _ in range(_CORRECTIONS):
             outcome = ask(asked)
             if isinstance(outcome, NoPlan):
@@ -107,13 +120,13 @@ class Session:
                 break
             seen.add(key)
             trace = self._trace_of(outcome)
-            if trace.peak_bytes <= budget.usable_bytes:
+            if trace.peak_bytes <= usable_bytes:
                 if taken is None or outcome.samples_per_s > taken[0].samples_per_s:
                     taken = outcome, trace
             surprise = trace.peak_bytes - outcome.timeline.peak_bytes
-            if abs(surprise) <= _NEGLIGIBLE * budget.usable_bytes and taken is not None:
+            if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
                 break
-            asked = budget.usable_bytes - surprise
+            asked = usable_bytes - surprise
         return taken
 
     def _chain(self, points: Sequence[int], accumulation: int) -> "_Chain":
@@ -170,12 +183,23 @@ class Session:
 
     def _budget(self, strategy: Strategy) -> Budget:
         total, others, context = memory_parts(self.gpu, self.device)
-        margin = 0 if self.gpu.kind == "cpu" else int(total * CUDA_MARGIN)
-        share = int((total - others - context - margin) * (1 - strategy.budget_share))
-        name = self.device.name if self.device is not None and self.gpu.kind == "cuda" else self.gpu.name
+        share = math.ceil((total - others - context - self._margin_bytes) * (1 - strategy.budget_share))
+        live = self.device is not None and self.gpu.kind == "cuda"
         return Budget(
-            gpu=name, total_bytes=total, others_bytes=others, context_bytes=context, margin_bytes=margin + share
+            gpu=str(self.device.torch_device) if self.device is not None and live else self.gpu.name,
+            total_bytes=total,
+            others_bytes=others,
+            context_bytes=context,
+            margin_bytes=self._margin_bytes + share,
         )
+
+    @cached_property
+    def _margin_bytes(self) -> int:
+        """Kept free: on a card for the allocator, on a CPU without a given budget for everything but tensors."""
+        if self.gpu.kind == "cpu" and self.gpu.total_bytes is not None:
+            return 0
+        total, _, _ = memory_parts(self.gpu, self.device)
+        return int(total * (CPU_MARGIN if self.gpu.kind == "cpu" else CUDA_MARGIN))
 
     def _refuse_below_static(self, trace: Trace, budget: Budget) -> None:
         static = trace.breakdown(0)
@@ -227,7 +251,7 @@ class Session:
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
         unplanned = simulate(whole, (0,) * len(whole.blocks)).peak_bytes
         breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
-        fits = verdict is Verdict.FITS
+        fits = verdict is not Verdict.DOES_NOT_FIT
         smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)
         times = profile.times
         assert isinstance(times, StepTimes)
@@ -300,13 +324,11 @@ class _Chain:
         return tuple(next(iter(self.traces.values())))
 
 
-def _points(can_split: bool, effective_batch: int | None, micro_batch: int | None) -> Sequence[int]:
-    """Micro-batches to profile at: the one that is fixed, else two between which sizes are affine."""
-    fixed = micro_batch or (effective_batch if effective_batch is not None and not can_split else None)
-    if fixed is not None:
-        return (max(fixed, 1),)
-    if effective_batch is not None and effective_batch < _POINTS[1]:
-        return (1,) if effective_batch < 2 else (1, effective_batch)
+def _points(pairs: Sequence[tuple[int, int]]) -> Sequence[int]:
+    """Micro-batches to profile at: the only one, else two between which sizes are affine."""
+    sizes = sorted(micro_batch for micro_batch, _ in pairs)
+    if len(sizes) == 1 or sizes[-1] < _POINTS[1]:
+        return sorted({sizes[0], sizes[-1]})
     return _POINTS
 
 
@@ -334,10 +356,12 @@ def _layers(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]
 
 
 def _reason(outcome: Outcome, trace: Trace, budget: Budget) -> str:
-    recomputed = sum(option == levers.RECOMPUTE for option in _decisions(outcome).values())
-    what = f"{recomputed} of {len(outcome.problem.blocks)} blocks are recomputed" if recomputed else "nothing is recomputed"
-    spare = format_budget(budget.usable_bytes - trace.peak_bytes)
-    return f"{what}, {spare} to spare"
+    count, recomputed = len(outcome.problem.blocks), list(_decisions(outcome).values()).count(levers.RECOMPUTE)
+    what = f"{recomputed} of {count} blocks are recomputed" if recomputed else "nothing is recomputed"
+    spare = budget.usable_bytes - trace.peak_bytes
+    if spare >= 0:
+        return f"{what}, {format_budget(spare)} to spare"
+    return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"
 
 
 def _module_at(trace: Trace, tick: int) -> str:

@@ -58,8 +58,11 @@ def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping
         narrow = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
         return func(*narrow, **kwargs).to(args[0].dtype)
     if name == "aten::_ctc_loss" and not isinstance(args[3], FakeTensor):  # as long as the longest target
-        scores, longest = args[0], int(torch.as_tensor(args[3]).max())
-        return scores.new_empty(scores.shape[1]), scores.new_empty(scores.shape[1], scores.shape[0], 2 * longest + 1)
+        lengths = args[3].numpy() if isinstance(args[3], Tensor) else args[3]
+        (steps, rows, _), states = args[0].shape, 2 * int(max(lengths)) + 1
+        return args[0].new_empty(rows), args[0].new_empty(rows, steps, states)
+    if name == "aten::_ctc_loss_backward":  # torch has no rule: it would run the kernel on zeros
+        return torch.empty_like(args[1])
     return func(*args, **kwargs)
 
 
@@ -177,6 +180,11 @@ def _merges(source: Tensor, kept: int, dims: set[int]) -> bool:
 def _accumulated(_: Sequence[object], outputs: Sequence[Tensor]) -> int:
     """cpu_scatter_gather_base_kernel (cpu/ScatterGatherKernel.cpp): low precision is gathered in a float32 buffer."""
     return outputs[0].numel() * 4 if _is_low(outputs[0]) else 0
+
+
+def _ctc_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """ctc_loss_backward_cpu_template (LossCTC.cpp): log_beta, as large as the log_alpha that it is given."""
+    return _tensors(args)[-1].nbytes
 
 
 def _mean_of(terms: int) -> Rule:
@@ -308,6 +316,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "aten::scatter_": _accumulated,
         "aten::scatter_add": _accumulated,
         "aten::scatter_add_": _accumulated,
+        "aten::_ctc_loss_backward": _ctc_backward,
         "aten::mse_loss": _mean_of(1),
         "aten::smooth_l1_loss": _mean_of(1),
         "aten::huber_loss": _mean_of(1),

@@ -1,0 +1,115 @@
+"""Measured times: the model is as before, and what is measured is what a plan needs. No figure is asserted: clocks lie."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from imprint import Imprint
+from torch import Tensor, nn
+
+from memplan import levers
+from memplan.blocks import find_blocks
+from memplan.device import CpuDevice
+from memplan.recorder import Recipe
+from memplan.roofline import StepTimes
+from memplan.samples import Sample
+from memplan.timing import cpu_rates, measured
+
+
+def guess(model: nn.Module, sizes: tuple[int, ...] = (2,)) -> StepTimes:
+    """An estimate by which recomputing costs a third more."""
+    blocks = {(p, o): dict.fromkeys(sizes, 3.0 if o == "keep" else 4.0) for p in find_blocks(model) for o in levers.OPTIONS}
+    return StepTimes(blocks, dict.fromkeys(sizes, 1.0), optimizer_s=1.0)
+
+
+def time_it(model: nn.Module, batch: tiny.Batch, sizes: tuple[int, ...] = (2,), recipe: Recipe = Recipe()) -> StepTimes:
+    samples = [Sample.of(batch).resized(size) for size in sizes]
+    return measured(model, recipe, samples, CpuDevice(), find_blocks(model), levers.OPTIONS, guess(model, sizes))
+
+
+MODELS: dict[str, Callable[[], tiny.Made]] = {
+    "llama": partial(tiny.llama, layers=2),  # with a cache, that would grow with every run
+    "gpt2": partial(tiny.gpt2, layers=2),  # and as a positional argument
+    "t5": tiny.t5,
+    "resnet": tiny.resnet,
+    "lora": partial(tiny.lora, layers=2),
+    "plain": tiny.plain,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_block_and_option_has_a_time_and_the_model_is_as_before(name: str) -> None:
+    model, batch = MODELS[name]()
+    model(**batch)["loss"].backward()
+    model.eval()
+    before = Imprint(model)
+    times = time_it(model, batch)
+    assert before.differences() == []
+    assert times.how == "measured"
+    for path in find_blocks(model):
+        keep, recompute = (times.block_s(path, option, 2) for option in levers.OPTIONS)
+        assert 0 < keep < recompute
+    assert times.rest_s(2) > 0
+    assert times.optimizer_s > 0
+
+
+def test_one_of_a_run_of_alike_blocks_stands_for_all() -> None:
+    model, batch = tiny.llama(layers=9)
+    times = time_it(model, batch)
+    assert len({times.block_s(path, "keep", 2) for path in find_blocks(model)}) == 1
+
+
+def test_the_rest_is_scaled_as_the_blocks_are() -> None:
+    model, batch = tiny.plain()
+    times = time_it(model, batch)
+    scale = sum(times.block_s(path, "keep", 2) for path in find_blocks(model)) / (3.0 * 4)
+    assert times.rest_s(2) == pytest.approx(scale)
+    assert times.optimizer_s == pytest.approx(scale)
+
+
+def test_more_work_is_never_faster_at_any_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the clock says so: keep 1 s then 9 s, recompute 2 s then 3 s."""
+    model, batch = tiny.plain(layers=2)
+    readings = iter([{"keep": 1.0, "recompute": 2.0}, {"keep": 9.0, "recompute": 3.0}])
+    monkeypatch.setattr("memplan.timing._Clock._block", lambda *_: next(readings))
+    times = time_it(model, batch, sizes=(2, 4))
+    for micro_batch in (1, 2, 3, 4, 64):
+        keep, recompute = (times.block_s("blocks.0", option, micro_batch) for option in levers.OPTIONS)
+        assert recompute >= keep * 7 / 6 - 1e-9  # half of the third that the estimate has
+
+
+def test_blocks_are_timed_under_autocast() -> None:
+    model, batch = tiny.plain()
+    seen: set[bool] = set()
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    time_it(model, batch, recipe=Recipe(autocast=torch.bfloat16))
+    assert seen == {True}
+
+
+def test_the_head_is_not_run() -> None:
+    model, batch = tiny.plain()
+    ran: list[str] = []
+    model.head.register_forward_pre_hook(lambda *_: ran.append("head"))
+    time_it(model, batch)
+    assert ran == []
+
+
+def test_an_error_of_the_model_leaves_it_as_it_was() -> None:
+    model, batch = tiny.plain()
+
+    def fail(*_: object) -> Tensor:
+        raise ArithmeticError("no")
+
+    model.blocks[2].narrow.forward = fail
+    before = Imprint(model)
+    with pytest.raises(ArithmeticError):
+        time_it(model, batch)
+    assert before.differences() == []
+
+
+def test_the_processor_has_rates() -> None:
+    rates = cpu_rates()
+    assert rates.flops["other"] > 0
+    assert rates.bytes > 0
