@@ -49,6 +49,7 @@ FLOORS = {
     "session": 12,
     "timing": 11,
     "advice": 7,
+    "summary": 7,
     "cli": 15,
 }
 TORCH_AND_ITS_LIKE = {"accelerate", "peft", "pynvml", "torch", "transformers", "trl"}

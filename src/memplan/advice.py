@@ -35,9 +35,7 @@ def ways_out(
     return (*enough, *(text for _, text in rest))[:3]
 
 
-def _savings(
-    breakdown: Mapping[str, int], phase: str, micro_batch: int, can_split: bool
-) -> Iterator[tuple[int, str]]:
+def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_split: bool) -> Iterator[tuple[int, str]]:
     """(bytes saved, sentence), the least change to the training first. Estimates: each is to be planned in its turn."""
     states, grads = breakdown["optimizer"], breakdown["grads"]
     data = breakdown["inputs"] + breakdown["logits/loss"]

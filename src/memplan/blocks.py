@@ -1,7 +1,7 @@
 """Which modules of a model are its blocks: the links of the chain that is planned.
 
-Blocks are modules that repeat: the layers of a decoder or encoder, the blocks of a vision transformer, the bottlenecks of
-a ResNet. They are told by structure; transformers' own `GradientCheckpointingLayer`s are taken as they are.
+Blocks are modules that repeat: the layers of a decoder or encoder, the blocks of a vision transformer, the bottlenecks
+of a ResNet. They are told by structure; transformers' own `GradientCheckpointingLayer`s are taken as they are.
 """
 
 import hashlib
@@ -102,7 +102,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _tells(name: str, value: object, position: int | None) -> bool:
     """Whether an attribute says something beyond the block's position."""
-    counts = isinstance(value, int) and not isinstance(value, bool) and value == position and ("idx" in name or "layer" in name)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    counts = is_number and value == position and ("idx" in name or "layer" in name)
     return not counts and name != "training"
 
 

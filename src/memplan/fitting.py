@@ -185,14 +185,13 @@ def _own_bytes(model: nn.Module) -> int:
 
 
 def _device_of(plan: Plan, model: nn.Module) -> Device:
-    """The device that the weights are on, if it is the plan's."""
-    here = {str(parameter.device) for parameter in model.parameters()}
-    only = next(iter(here)) if len(here) == 1 else ""
-    device = resolve_gpu(only)[1] if only == "cpu" or only.startswith("cuda") else None
-    if device is None or device.name != plan.budget.gpu.partition(":")[0]:  # "cpu:2GiB" is the CPU
+    """The plan's device, if the weights are on it."""
+    place, here = plan.budget.gpu, {str(parameter.device) for parameter in model.parameters()}
+    device = resolve_gpu(place)[1] if place.startswith(("cpu", "cuda")) else None
+    if device is None or here != {str(device.torch_device)}:
         raise NoDevice(
-            f"the plan is for {plan.budget.gpu}, but the weights are on {', '.join(sorted(here))}: a step can be "
-            "measured on the plan's own device only. Move the model there, or plan for the device that it is on."
+            f"the plan is for {place}, but the weights are on {', '.join(sorted(here))}: a step can be measured on the "
+            "plan's own device only. Move the model there, or plan for the device that it is on."
         )
     return device
 

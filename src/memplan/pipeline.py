@@ -17,7 +17,6 @@ from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 
-
 __all__ = ["apply", "autofit", "plan", "predict"]
 
 

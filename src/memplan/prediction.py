@@ -30,7 +30,7 @@ class Prediction(BaseModel):
     phase: str = Field(description="where the peak is: forward, loss, backward or optimizer")
     module: str = Field(description="the module that was running at the peak; empty for the model itself")
     breakdown: dict[str, int] = Field(
-        description="bytes at the peak by category, activations split by module as `activations/<path>`; sums to the peak"
+        description="bytes at the peak by category, activations by module as `activations/<path>`; sums to the peak"
     )
     saved: dict[str, int] = Field(
         description="bytes that each module keeps from its forward for its backward, at the end of the forward"
@@ -57,6 +57,7 @@ class Prediction(BaseModel):
     def describe(self) -> str:
         """A few lines of plain text: the peak, where it is, and what it is made of."""
         parts = sorted(self.summary().items(), key=lambda part: -part[1])
-        lines = [f"peak {format_bytes(self.peak_bytes)} in {self.phase}" + (f" of {self.module}" if self.module else "")]
+        where = f"{self.phase} of {self.module}" if self.module else self.phase
+        lines = [f"peak {format_bytes(self.peak_bytes)} in {where}"]
         lines += [f"  {name:<12} {format_bytes(size):>12}" for name, size in parts if size]
         return "\n".join([*lines, *(f"  assumed: {text}" for text in self.assumptions)])

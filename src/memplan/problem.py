@@ -14,6 +14,8 @@ micro-batch on, the gradients are already inside the constants. All times are se
 
 from dataclasses import dataclass
 
+KEEP, RECOMPUTE = "keep", "recompute"  # the names of options
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

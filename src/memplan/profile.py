@@ -157,8 +157,7 @@ class Profile:
             base=at(a.base, b.base),
             options={
                 name: tuple(
-                    (at(p[0], q[0]), at(p[1], q[1]), at(p[2], q[2]))
-                    for p, q in zip(rows, b.options[name], strict=True)
+                    (at(p[0], q[0]), at(p[1], q[1]), at(p[2], q[2])) for p, q in zip(rows, b.options[name], strict=True)
                 )
                 for name, rows in a.options.items()
             },

@@ -2,8 +2,8 @@
 
 The abstract run executes the user's own Python, autograd and optimizer on tensors that have shapes but no data, so
 whatever decides memory there (which attention kernel runs, what autograd saves, when a checkpoint recomputes, what a
-foreach optimizer holds) decides it here. A model that reads values which an abstract run has not is run for real, if its
-weights are. Either way the model, its gradients, buffers, hooks and the random state are left as they were.
+foreach optimizer holds) decides it here. A model that reads values which an abstract run has not is run for real, if
+its weights are. Either way the model, its gradients, buffers, hooks and the random state are left as they were.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -103,8 +103,8 @@ class _Insertion:
     def __init__(self, trace: Trace, run: Run) -> None:
         self.trace, self.run = trace, run
         self.copies = len(run.omitted)
-        self.places = [place for number, step in enumerate(trace.steps) for place in _places(number, step, run, "ticks")]
-        self.op_places = [place for number, step in enumerate(trace.steps) for place in _places(number, step, run, "ops")]
+        self.places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ticks")]
+        self.op_places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ops")]
         self.place_of_row, self.offset = _locate(trace.born, self.places)
         self.death_place, self.death_offset = _locate(trace.died, self.places)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,26 +14,27 @@ from memplan.advice import ways_out
 from memplan.batches import splits
 from memplan.blocks import find_blocks, is_batch_coupled, signature
 from memplan.device import Device, memory_parts
-from memplan.errors import CannotTrace, DoesNotFit, MemplanError, ModelFailed
+from memplan.errors import CannotTrace, DoesNotFit, ModelFailed
 from memplan.fitting import Live
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
-from memplan.plan_record import Budget, Layer, Plan, Verdict
+from memplan.plan_record import Budget, Plan, Verdict
 from memplan.planner import NoPlan, Outcome, search
-from memplan.prediction import Prediction, Timeline
-from memplan.problem import Problem
+from memplan.prediction import Prediction
+from memplan.problem import KEEP, RECOMPUTE
 from memplan.profile import ChainSizes, Profile
 from memplan.recorder import Recipe, Recorder
 from memplan.roofline import Rates, StepTimes, estimated, is_nominal
 from memplan.samples import Sample
 from memplan.simulator import simulate
 from memplan.strategy import Strategy
+from memplan.summary import decisions_of, layers_of, module_at, reason_for, saved_of, timeline_of
 from memplan.timing import cpu_rates, measured
-from memplan.trace import CATEGORIES, Trace
-from memplan.units import format_budget, format_bytes
+from memplan.trace import Trace
+from memplan.units import format_bytes
 
 # Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
-# fragmentation. The published predictors' median errors are 3.7 % (xMem) and more; memplan has not measured its own yet.
+# fragmentation. The best published predictor's median error is 3.7 % (xMem); memplan has not measured its own yet.
 CUDA_MARGIN = 0.05
 
 # Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
@@ -43,7 +44,6 @@ LARGEST_MICRO_BATCH = 4096
 _POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
 _CORRECTIONS = 4
 _NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
-_TIMELINE_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Session:
         return Prediction(
             peak_bytes=trace.peak_bytes,
             phase=trace.phase_of(tick),
-            module=_module_at(trace, tick),
+            module=module_at(trace, tick),
             breakdown=trace.breakdown(tick),
-            saved=_saved(trace),
-            timeline=_timeline(trace),
+            saved=saved_of(trace),
+            timeline=timeline_of(trace),
             how=trace.how,
             micro_batch=trace.micro_batch,
             accumulation=trace.accumulation,
@@ -93,7 +93,7 @@ class Session:
         accumulation = 2 if pairs[0][1] > 1 else 1
         budget = self._budget(strategy)
         chain = self._chain(points, accumulation)
-        self._refuse_below_static(chain.traces[points[0]][levers.KEEP], budget)
+        self._refuse_below_static(chain.traces[points[0]][KEEP], budget)
         profile = self._profile(chain)
 
         def ask(usable: int) -> Outcome | NoPlan:
@@ -120,9 +120,9 @@ class Session:
                 break
             seen.add(key)
             trace = self._trace_of(outcome)
-            if trace.peak_bytes <= usable_bytes:
-                if taken is None or outcome.samples_per_s > taken[0].samples_per_s:
-                    taken = outcome, trace
+            better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
+            if better and trace.peak_bytes <= usable_bytes:
+                taken = outcome, trace
             surprise = trace.peak_bytes - outcome.timeline.peak_bytes
             if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
                 break
@@ -130,20 +130,20 @@ class Session:
         return taken
 
     def _chain(self, points: Sequence[int], accumulation: int) -> "_Chain":
-        """Traces at every point and option. Blocks are modules that run once in a forward: only those are decided on."""
+        """Traces at every point and option. Only modules that run once in a forward are decided on."""
         found = find_blocks(self.model)
-        first = self._trace(points[0], dict.fromkeys(found, levers.KEEP), accumulation)
+        first = self._trace(points[0], dict.fromkeys(found, KEEP), accumulation)
         runs = [block.path for block in first.steps[0].blocks]
         blocks = tuple(path for path in runs if runs.count(path) == 1)
-        traces = {b: {levers.KEEP: first} for b in points[:1]}
+        traces = {b: {KEEP: first} for b in points[:1]}
         refused = None
         for b in points:
-            keep = first if b == points[0] else self._trace(b, dict.fromkeys(found, levers.KEEP), accumulation)
-            traces[b] = {levers.KEEP: keep}
+            keep = first if b == points[0] else self._trace(b, dict.fromkeys(found, KEEP), accumulation)
+            traces[b] = {KEEP: keep}
             if not blocks or refused:
                 continue
             try:
-                traces[b][levers.RECOMPUTE] = self._trace(b, dict.fromkeys(blocks, levers.RECOMPUTE), accumulation)
+                traces[b][RECOMPUTE] = self._trace(b, dict.fromkeys(blocks, RECOMPUTE), accumulation)
             except (ModelFailed, CannotTrace, CheckpointError) as error:
                 refused = str(error).splitlines()[0]
         return _Chain(blocks, traces, refused)
@@ -153,7 +153,7 @@ class Session:
         return self.recorder.record(sample, lambda: levers.decided(self.model, decisions), accumulation)
 
     def _trace_of(self, outcome: Outcome) -> Trace:
-        return self._trace(outcome.micro_batch, _decisions(outcome), outcome.accumulation)
+        return self._trace(outcome.micro_batch, decisions_of(outcome), outcome.accumulation)
 
     @cached_property
     def _can_split(self) -> bool:
@@ -257,14 +257,14 @@ class Session:
         assert isinstance(times, StepTimes)
         plan = Plan(
             verdict=verdict,
-            reason=reason or _reason(outcome, trace, budget),
+            reason=reason or reason_for(outcome, trace, budget),
             budget=budget,
             strategy=strategy.name,
             micro_batch=outcome.micro_batch,
             accumulation=outcome.accumulation,
             effective_batch=outcome.micro_batch * outcome.accumulation,
-            decisions=_decisions(outcome),
-            layers=_layers(whole, _decisions(outcome)),
+            decisions=decisions_of(outcome),
+            layers=layers_of(whole, decisions_of(outcome)),
             peak_bytes=trace.peak_bytes,
             peak_phase=phase,
             breakdown=breakdown,
@@ -277,9 +277,7 @@ class Session:
             times=times.how,
             smallest_bytes=smallest,
             frontier=outcome.frontier,
-            ways_out=()
-            if fits
-            else ways_out(breakdown, phase, smallest, budget, outcome.micro_batch, self._can_split),
+            ways_out=() if fits else ways_out(breakdown, phase, smallest, budget, outcome.micro_batch, self._can_split),
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
             how=trace.how,
@@ -330,68 +328,6 @@ def _points(pairs: Sequence[tuple[int, int]]) -> Sequence[int]:
     if len(sizes) == 1 or sizes[-1] < _POINTS[1]:
         return sorted({sizes[0], sizes[-1]})
     return _POINTS
-
-
-def _decisions(outcome: Outcome) -> dict[str, str]:
-    choice = outcome.solution.choice or ()
-    return {block.path: block.options[k].name for block, k in zip(outcome.problem.blocks, choice, strict=True)}
-
-
-def _layers(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]:
-    rows = []
-    for block in problem.blocks:
-        options = {option.name: option for option in block.options}
-        keep = options[levers.KEEP]
-        other = options.get(levers.RECOMPUTE)
-        rows.append(
-            Layer(
-                path=block.path,
-                option=decisions[block.path],
-                keep_bytes=keep.hold_bytes,
-                recompute_bytes=other.hold_bytes if other else keep.hold_bytes,
-                recompute_s=max(0.0, other.step_s - keep.step_s) if other else 0.0,
-            )
-        )
-    return tuple(rows)
-
-
-def _reason(outcome: Outcome, trace: Trace, budget: Budget) -> str:
-    count, recomputed = len(outcome.problem.blocks), list(_decisions(outcome).values()).count(levers.RECOMPUTE)
-    what = f"{recomputed} of {count} blocks are recomputed" if recomputed else "nothing is recomputed"
-    spare = budget.usable_bytes - trace.peak_bytes
-    if spare >= 0:
-        return f"{what}, {format_budget(spare)} to spare"
-    return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"
-
-
-def _module_at(trace: Trace, tick: int) -> str:
-    born = int(trace.born[trace.alive(tick)].argmax())
-    return trace.modules[int(trace.storage_module[trace.alive(tick)][born])]
-
-
-def _saved(trace: Trace) -> dict[str, int]:
-    """Bytes by module that its forward leaves behind for its backward."""
-    step = trace.steps[-1]
-    kept = (trace.born >= step.forward.start) & (trace.born < step.backward.start) & (trace.died > step.backward.start)
-    totals: dict[str, int] = {}
-    for module, size in zip(trace.storage_module[kept], trace.storage_bytes[kept], strict=True):
-        path = trace.modules[int(module)]
-        totals[path] = totals.get(path, 0) + int(size)
-    return totals
-
-
-def _timeline(trace: Trace) -> Timeline:
-    """At most a few hundred ticks, the peak among them."""
-    step = max(1, trace.ticks // _TIMELINE_POINTS)
-    ticks = sorted({*range(0, trace.ticks, step), trace.peak_tick, trace.ticks - 1})
-    columns: dict[str, list[int]] = {name: [] for name in CATEGORIES}
-    by_category = {code: trace.of_category(code) for code in range(len(CATEGORIES))}
-    for tick in ticks:
-        for code, name in enumerate(CATEGORIES):
-            columns[name].append(int(by_category[code][tick]))
-    return Timeline(
-        phase=tuple(trace.phase_of(tick) for tick in ticks), bytes={k: tuple(v) for k, v in columns.items()}
-    )
 
 
 def _name(dtype: torch.dtype | None) -> str | None:

@@ -60,12 +60,12 @@ class Tape(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, fake: FakeTensorMode | None, backend: Backend = _CPU, answer: float | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.fake = fake
         self.backend = backend
         self.answer = answer
         named = list(model.named_modules())  # the model itself comes first, as ""
-        self.modules = tuple(path for path, _ in named)
+        self.modules: tuple[str, ...] = tuple(path for path, _ in named)
         self._index = {id(module): i for i, (_, module) in enumerate(named)}
         # storages
         self.bytes: list[int] = []
@@ -109,13 +109,13 @@ class Tape(TorchDispatchMode):
             hooks.register_module_forward_pre_hook(self._enter_module),
             hooks.register_module_forward_hook(self._exit_module, always_call=True),
         ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's
         torch.get_rng_state = self._random_state
         for hook in self._hooks:
             hook.remove()
@@ -131,7 +131,7 @@ class Tape(TorchDispatchMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    def _enter_module(self, module: nn.Module, args: object) -> None:
+    def _enter_module(self, module: nn.Module, _args: object) -> None:
         index = self._index.get(id(module))
         if index is None:
             return
@@ -140,7 +140,7 @@ class Tape(TorchDispatchMode):
         self._entered.append((self.now, len(self.op_columns)))
         self._switch(index)
 
-    def _exit_module(self, module: nn.Module, args: object, output: object) -> None:
+    def _exit_module(self, module: nn.Module, _args: object, _output: object) -> None:
         index = self._index.get(id(module))
         if index is None:
             return
@@ -151,7 +151,8 @@ class Tape(TorchDispatchMode):
     @property
     def last_entered(self) -> str:
         """Path of the module whose forward began last; where an error comes from, most likely."""
-        return self.modules[self._last_entered]
+        path: str = self.modules[self._last_entered]
+        return path
 
     def _leave(self) -> None:
         index = self.stack.pop()
@@ -172,7 +173,7 @@ class Tape(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return 0
-        number = node._sequence_nr()  # type: ignore[attr-defined]  # no stub
+        number = node._sequence_nr()
         if number >= _GRADIENT_ACCUMULATION:
             return self._last_module
         return self._switched_to[bisect_right(self._switches, number) - 1]
@@ -370,7 +371,7 @@ def _real_limit(tensor: Tensor) -> int:
 
 
 def _storage_owners(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 @cache
@@ -387,6 +388,6 @@ def _sole_owner_counts() -> tuple[int, int]:
     with torch.enable_grad():
         leaf = torch.ones(2, requires_grad=True) * 2
         total = (leaf.sin() * leaf.cos()).sum()  # two fresh gradients meet at `leaf`
-        with Watch():
+        with Watch():  # type: ignore[no-untyped-call]  # torch's
             total.backward()
     return seen[-1]

@@ -16,6 +16,7 @@ from memplan._compat import is_cache
 from memplan.abstract import preserved
 from memplan.blocks import alike
 from memplan.device import Device
+from memplan.problem import KEEP
 from memplan.recorder import Recipe, loss_of
 from memplan.repeat import long_runs, shortened
 from memplan.roofline import Rates, StepTimes
@@ -53,7 +54,7 @@ def measured(
             size = sample.batch_size
             for key, value in found.items():
                 seconds.setdefault(key, {})[size] = value
-            keep = [key for key in found if key[1] == levers.KEEP]
+            keep = [key for key in found if key[1] == KEEP]
             guessed_s = sum(estimate.blocks[key][size] for key in keep)
             scale = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
             rest[size] = estimate.rest[size] * scale
@@ -70,9 +71,9 @@ def _steadied(
     """
     steady = {}
     for (path, option), points in seconds.items():
-        kept, guessed = seconds[path, levers.KEEP], estimate.blocks
+        kept, guessed = seconds[path, KEEP], estimate.blocks
         shares = [points[size] / kept[size] for size in points]
-        least = [(1 + guessed[path, option][size] / guessed[path, levers.KEEP][size]) / 2 for size in points]
+        least = [(1 + guessed[path, option][size] / guessed[path, KEEP][size]) / 2 for size in points]
         share = max(median(shares), median(least))
         steady[path, option] = {size: kept[size] * share for size in points}
     return steady

@@ -126,7 +126,7 @@ class Trace:
         return int(self.live[tick - 1]) if tick > 0 else 0
 
     def phase_of(self, tick: int) -> str:
-        """"forward", "loss", "backward" or "optimizer"."""
+        """ "forward", "loss", "backward" or "optimizer"."""
         for step in self.steps:
             for name, span in (("forward", step.forward), ("loss", step.loss), ("backward", step.backward)):
                 if span.start <= tick < span.stop:

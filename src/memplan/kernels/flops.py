@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 _ATTENTION_FORWARD = 2  # matrix products of scores and values
@@ -24,7 +23,6 @@ def _attention_flops(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """2 x batch x heads x queries x keys x head size per product; half of it where a causal kernel skips the rest."""
     backward = name.endswith("_backward")
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
-    assert isinstance(query, Tensor) and isinstance(key, Tensor)
-    product = 2 * query.numel() * key.shape[-2]
+    product: int = 2 * query.numel() * key.shape[-2]
     causal = kwargs.get("is_causal", any(arg is True for arg in args))
     return product * (_ATTENTION_BACKWARD if backward else _ATTENTION_FORWARD) // (2 if causal else 1)

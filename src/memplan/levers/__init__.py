@@ -7,8 +7,9 @@ from torch import nn
 
 from memplan.errors import PlanMismatch
 from memplan.levers import recompute
+from memplan.problem import KEEP, RECOMPUTE
 
-OPTIONS = KEEP, RECOMPUTE = "keep", "recompute"
+OPTIONS = (KEEP, RECOMPUTE)
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""What traces and outcomes say, in the terms of the records: pure sums over their tables."""
+
+from collections.abc import Mapping
+
+from memplan.plan_record import Budget, Layer
+from memplan.planner import Outcome
+from memplan.prediction import Timeline
+from memplan.problem import KEEP, RECOMPUTE, Problem
+from memplan.trace import CATEGORIES, Trace
+from memplan.units import format_budget, format_bytes
+
+_TIMELINE_POINTS = 400
+
+
+def decisions_of(outcome: Outcome) -> dict[str, str]:
+    choice = outcome.solution.choice or ()
+    return {block.path: block.options[k].name for block, k in zip(outcome.problem.blocks, choice, strict=True)}
+
+
+def layers_of(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]:
+    rows = []
+    for block in problem.blocks:
+        options = {option.name: option for option in block.options}
+        keep = options[KEEP]
+        other = options.get(RECOMPUTE)
+        rows.append(
+            Layer(
+                path=block.path,
+                option=decisions[block.path],
+                keep_bytes=keep.hold_bytes,
+                recompute_bytes=other.hold_bytes if other else keep.hold_bytes,
+                recompute_s=max(0.0, other.step_s - keep.step_s) if other else 0.0,
+            )
+        )
+    return tuple(rows)
+
+
+def reason_for(outcome: Outcome, trace: Trace, budget: Budget) -> str:
+    count, recomputed = len(outcome.problem.blocks), list(decisions_of(outcome).values()).count(RECOMPUTE)
+    what = f"{recomputed} of {count} blocks are recomputed" if recomputed else "nothing is recomputed"
+    spare = budget.usable_bytes - trace.peak_bytes
+    if spare >= 0:
+        return f"{what}, {format_budget(spare)} to spare"
+    return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"
+
+
+def module_at(trace: Trace, tick: int) -> str:
+    born = int(trace.born[trace.alive(tick)].argmax())
+    return trace.modules[int(trace.storage_module[trace.alive(tick)][born])]
+
+
+def saved_of(trace: Trace) -> dict[str, int]:
+    """Bytes by module that its forward leaves behind for its backward."""
+    step = trace.steps[-1]
+    kept = (trace.born >= step.forward.start) & (trace.born < step.backward.start) & (trace.died > step.backward.start)
+    totals: dict[str, int] = {}
+    for module, size in zip(trace.storage_module[kept], trace.storage_bytes[kept], strict=True):
+        path = trace.modules[int(module)]
+        totals[path] = totals.get(path, 0) + int(size)
+    return totals
+
+
+def timeline_of(trace: Trace) -> Timeline:
+    """At most a few hundred ticks, the peak among them."""
+    step = max(1, trace.ticks // _TIMELINE_POINTS)
+    ticks = sorted({*range(0, trace.ticks, step), trace.peak_tick, trace.ticks - 1})
+    columns: dict[str, list[int]] = {name: [] for name in CATEGORIES}
+    by_category = {code: trace.of_category(code) for code in range(len(CATEGORIES))}
+    for tick in ticks:
+        for code, name in enumerate(CATEGORIES):
+            columns[name].append(int(by_category[code][tick]))
+    return Timeline(
+        phase=tuple(trace.phase_of(tick) for tick in ticks), bytes={k: tuple(v) for k, v in columns.items()}
+    )

@@ -1,0 +1,378 @@
+"""`predict`, `plan` and `autofit` from end to end on tiny models, against real steps on the CPU.
+
+Where decisions are compared, the model is on `meta`: no block is timed then, and plans do not depend on the clock.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from imprint import Imprint
+from torch import Tensor, nn
+
+import memplan
+from memplan.device import CpuDevice
+from memplan.errors import BadBatch, DoesNotFit, MemplanError, ModelFailed
+from memplan.plan_record import Plan, Verdict
+
+KIB, MIB, GIB = 1024, 2**20, 2**30
+
+LLAMA = partial(tiny.llama, layers=2, rows=4, length=32, use_cache=False)
+MODELS: dict[str, Callable[[], tiny.Made]] = {
+    "llama": LLAMA,
+    "t5": partial(tiny.t5, rows=4, use_cache=False),
+    "vit": partial(tiny.vit, layers=2, rows=4),
+    "resnet": tiny.resnet,
+    "lora": partial(tiny.lora, layers=2),
+    "plain": partial(tiny.plain, rows=64, width=8),
+}
+
+
+def real_peak(model: nn.Module, batch: Mapping[str, Tensor], plan: Plan | None = None) -> int:
+    """Bytes that one real training step of this very model needs, weights and optimizer state included."""
+    micro_batch = plan.micro_batch if plan else len(next(iter(batch.values())))
+    micro = {name: tensor[:micro_batch].clone() for name, tensor in batch.items()}
+    accumulation = plan.accumulation if plan else 1
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device, optimizer = CpuDevice(), torch.optim.AdamW(trained)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            loss = model(**micro)["loss"]
+            (loss / accumulation if accumulation > 1 else loss).backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    own = [*model.parameters(), *model.buffers(), *micro.values()]
+    inside = sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in own}.values())
+    return device.peak_of(step) - (device.peak_of(lambda: None) - inside - state_bytes(optimizer))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.untyped_storage().nbytes() for value in states if isinstance(value, Tensor))
+
+
+def on_meta(made: tiny.Made) -> tiny.Made:
+    model, batch = made
+    return model.to("meta"), batch
+
+
+def planned(name: str, budget_bytes: int, **settings: Any) -> Plan:
+    model, batch = on_meta(MODELS[name]())
+    return memplan.plan(model, f"cpu:{budget_bytes}B", sample=batch, **settings)
+
+
+@cache
+def ample(name: str) -> Plan:
+    """The batch as it is made, in one piece, with a GiB for it."""
+    _, batch = MODELS[name]()
+    return planned(name, GIB, micro_batch=len(batch["labels"]))
+
+
+@cache
+def tight(name: str) -> Plan:
+    """The same within three quarters of what separates the least from the most."""
+    plenty = ample(name)
+    budget = plenty.smallest_bytes + (plenty.peak_bytes - plenty.smallest_bytes) * 3 // 4
+    return planned(name, budget, micro_batch=plenty.micro_batch)
+
+
+# --- predict --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_is_what_a_real_step_needs(name: str) -> None:
+    model, batch = MODELS[name]()
+    predicted = memplan.predict(model, batch)
+    assert abs(predicted.peak_bytes - real_peak(model, batch)) <= KIB
+    assert sum(predicted.breakdown.values()) == predicted.peak_bytes == max(predicted.timeline.total)
+    assert predicted.how == "fake"
+
+
+def test_a_model_on_meta_needs_the_same() -> None:
+    real, meta = LLAMA(), on_meta(LLAMA())
+    assert memplan.predict(*meta).model_dump() == memplan.predict(*real).model_dump()
+
+
+def test_accumulation_and_optimizer_count() -> None:
+    model, batch = LLAMA()
+    once, twice = (memplan.predict(model, batch, accumulation=n).peak_bytes for n in (1, 2))
+    assert twice > once
+    assert memplan.predict(model, batch, optimizer="sgd").peak_bytes < once
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_recomputed_where_memory_is_plentiful(name: str) -> None:
+    plan = ample(name)
+    assert plan.verdict is Verdict.FITS
+    assert plan.recomputed == ()
+    assert plan.decisions
+    assert plan.slowdown == 0
+    assert plan.times == "estimate"
+    assert plan.ways_out == ()
+    assert plan.peak_bytes == plan.unplanned_bytes == sum(plan.breakdown.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tight_budget_is_kept_by_recomputing_and_the_step_is_as_large_as_predicted(name: str) -> None:
+    plan = tight(name)
+    assert plan.verdict is Verdict.FITS
+    assert 0 < len(plan.recomputed)
+    assert plan.peak_bytes <= plan.budget_bytes < plan.unplanned_bytes
+    assert plan.slowdown > 0
+    model, batch = MODELS[name]()
+    with memplan.apply(model, plan):
+        peak = real_peak(model, batch, plan)
+    assert abs(peak - plan.peak_bytes) <= KIB
+    assert peak <= plan.budget_bytes + KIB
+
+
+def test_the_layers_say_what_is_decided_and_what_it_saves() -> None:
+    plan = tight("llama")
+    assert {layer.path: layer.option for layer in plan.layers} == plan.decisions
+    assert all(layer.recompute_bytes < layer.keep_bytes and layer.recompute_s > 0 for layer in plan.layers)
+
+
+def test_more_memory_is_never_slower() -> None:
+    model, batch = on_meta(LLAMA())
+    least, most = ample("llama").smallest_bytes, ample("llama").peak_bytes
+    card = [  # by size, so that times are the same each time
+        memplan.plan(model, gpu_of(usable), sample=batch, effective_batch=4, strategy="throughput")
+        for usable in (least + 64 * KIB, (least + most) // 2 + 64 * KIB, 4 * most)
+    ]
+    assert all(plan.verdict is Verdict.FITS for plan in card)
+    seconds = [plan.step_s for plan in card]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+
+
+def gpu_of(usable_bytes: int) -> memplan.Gpu:
+    """A card of which so much is usable: beside it are the context and the margin."""
+    from memplan.device import CUDA_CONTEXT_BYTES
+    from memplan.session import CUDA_MARGIN
+
+    return memplan.Gpu("a card", "cuda", int((usable_bytes + CUDA_CONTEXT_BYTES) / (1 - CUDA_MARGIN)) + 2)
+
+
+def test_a_card_is_planned_for_without_it() -> None:
+    model, batch = LLAMA()
+    plan = memplan.plan(model, "rtx-4090", sample=batch)
+    budget = plan.budget
+    assert budget.gpu == "rtx-4090"
+    parts = budget.others_bytes + budget.context_bytes + budget.margin_bytes
+    assert plan.budget_bytes == budget.total_bytes - parts
+    assert plan.times == "estimate"
+    assert any("without the card" in sentence for sentence in plan.assumptions)
+
+
+def test_blocks_are_timed_where_the_weights_are_on_the_device() -> None:
+    model, batch = MODELS["plain"]()
+    assert memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=64).times == "measured"
+
+
+def test_a_plan_is_the_same_every_time_but_for_the_clock() -> None:
+    model, batch = on_meta(LLAMA())
+    first, second = (memplan.plan(model, "24GiB", sample=batch, effective_batch=4) for _ in range(2))
+    assert first == second
+
+
+def test_the_sample_may_be_left_out_and_its_size_binds_nothing() -> None:
+    model, batch = on_meta(LLAMA())
+    made = memplan.plan(model, "cpu:64MiB", micro_batch=3, seq_len=32)
+    given = memplan.plan(model, "cpu:64MiB", sample=batch, micro_batch=3)
+    assert made.peak_bytes == given.peak_bytes
+    assert made.sample[0].shape == (32,)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro_batch", "accumulation"),
+    [
+        ({"micro_batch": 3}, 3, 1),
+        ({"micro_batch": 2, "effective_batch": 6}, 2, 3),
+        ({"effective_batch": 1}, 1, 1),
+    ],
+)
+def test_batches_that_are_given_are_taken(settings: dict[str, int], micro_batch: int, accumulation: int) -> None:
+    plan = planned("llama", GIB, **settings)
+    assert (plan.micro_batch, plan.accumulation) == (micro_batch, accumulation)
+    assert plan.effective_batch == micro_batch * accumulation
+
+
+def test_an_effective_batch_is_split_as_the_budget_wants() -> None:
+    whole = planned("llama", GIB, effective_batch=6)
+    assert (whole.micro_batch, whole.accumulation, whole.recomputed) == (6, 1, ())
+    split = planned("llama", (whole.peak_bytes + ample("llama").smallest_bytes) // 2, effective_batch=6)
+    assert split.verdict is Verdict.FITS
+    assert split.effective_batch == 6
+    assert split.accumulation > 1 or split.recomputed
+
+
+def test_without_a_batch_the_memory_goes_into_it() -> None:
+    model, batch = on_meta(LLAMA())
+    plan = memplan.plan(model, "cpu:8MiB", sample=batch, strategy="largest-batch")
+    assert plan.micro_batch > 4
+    assert plan.accumulation == 1
+    assert 0.9 * plan.budget_bytes < plan.peak_bytes <= plan.budget_bytes
+
+
+def test_batch_norm_is_never_split() -> None:
+    plan = planned("resnet", GIB, effective_batch=4)
+    assert (plan.micro_batch, plan.accumulation) == (4, 1)
+    assert any("batch norm" in sentence for sentence in plan.assumptions)
+    with pytest.raises(BadBatch, match="would split"):
+        planned("resnet", GIB, effective_batch=4, micro_batch=2)
+
+
+def test_a_model_without_repeated_blocks_plans_the_batch_only() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def loss(model: nn.Module, batch: object) -> Tensor:
+        assert isinstance(batch, Tensor)
+        return model(batch).square().mean()
+
+    plan = memplan.plan(model, "cpu:1MiB", sample=torch.randn(4, 8), loss=loss)
+    assert plan.verdict is Verdict.FITS
+    assert plan.decisions == {}
+    assert plan.micro_batch > 4
+    assert plan.peak_bytes <= plan.budget_bytes
+    with memplan.apply(model, plan) as fit:
+        assert abs(fit.measure(steps=1).peak_bytes - plan.peak_bytes) <= KIB
+
+
+# --- does not fit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_what_does_not_fit_says_what_would(name: str) -> None:
+    static = sum(ample(name).breakdown[part] for part in ("params", "buffers", "optimizer"))
+    least = ample(name).smallest_bytes
+    plan = planned(name, static + (least - static) // 3, micro_batch=ample(name).micro_batch)
+    assert plan.verdict is Verdict.DOES_NOT_FIT
+    assert plan.reason
+    assert plan.budget_bytes < plan.peak_bytes <= plan.smallest_bytes
+    assert len(plan.ways_out) == 3
+    assert planned(name, plan.smallest_bytes, micro_batch=plan.micro_batch).verdict is Verdict.FITS
+
+
+def test_with_a_free_batch_the_smallest_budget_fits_too() -> None:
+    plan = planned("llama", ample("llama").breakdown["params"] * 4, effective_batch=4)
+    assert plan.verdict is Verdict.DOES_NOT_FIT
+    assert planned("llama", plan.smallest_bytes, effective_batch=4).verdict is Verdict.FITS
+
+
+def test_below_what_is_always_there_nothing_can_be_planned() -> None:
+    with pytest.raises(DoesNotFit, match="is below what is always there") as caught:
+        planned("llama", 100 * KIB, micro_batch=1)
+    assert caught.value.smallest_bytes > 100 * KIB
+
+
+def test_autofit_applies_nothing_that_does_not_fit() -> None:
+    model, batch = LLAMA()
+    before = Imprint(model)
+    with pytest.raises(DoesNotFit):
+        memplan.autofit(model, f"cpu:{ample('llama').breakdown['params'] * 4}B", sample=batch, micro_batch=1)
+    assert before.differences() == []
+
+
+# --- strategies -----------------------------------------------------------------------------------------------------
+
+
+def test_strategies_differ_in_what_they_are_for() -> None:
+    everything = planned("llama", GIB, effective_batch=4, strategy="huggingface")
+    assert set(everything.decisions.values()) == {"recompute"}
+    least = planned("llama", GIB, effective_batch=4, strategy="smallest-memory")
+    most = planned("llama", GIB, effective_batch=4)
+    assert least.peak_bytes <= everything.peak_bytes < most.peak_bytes
+    assert least.micro_batch == 1
+    assert (everything.strategy, least.strategy, most.strategy) == ("huggingface", "smallest-memory", "balanced")
+
+
+# --- autofit --------------------------------------------------------------------------------------------------------
+
+
+def test_autofit_plans_applies_and_measures() -> None:
+    model, batch = MODELS["plain"]()
+    before = Imprint(model)
+    with memplan.autofit(model, f"cpu:{tight('plain').budget_bytes}B", sample=batch, micro_batch=64) as fit:
+        assert fit.model is model
+        assert fit.plan.recomputed
+        assert fit.measured is not None
+        assert abs(fit.measured.peak_bytes - fit.plan.peak_bytes) <= KIB
+        assert fit.measured.predicted_bytes == fit.plan.peak_bytes
+    assert before.differences() == []
+
+
+def test_autofit_for_a_card_that_is_not_here_does_not_measure() -> None:
+    model, batch = MODELS["plain"]()
+    with memplan.autofit(model, "24GiB", sample=batch, micro_batch=64) as fit:
+        assert fit.measured is None
+
+
+def test_autofit_is_undone_if_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("memplan.fitting.Fit.measure", fail)
+    model, batch = MODELS["plain"]()
+    before = Imprint(model)
+    with pytest.raises(MemoryError):
+        memplan.autofit(model, f"cpu:{tight('plain').budget_bytes}B", sample=batch, micro_batch=64)
+    assert before.differences() == []
+
+
+# --- nothing is touched ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet", "lora", "plain"])
+@pytest.mark.parametrize("training", [True, False])
+def test_planning_touches_nothing(name: str, training: bool) -> None:
+    model, batch = MODELS[name]()
+    model(**batch)["loss"].backward()
+    model.train(training)
+    given = {key: value.clone() for key, value in batch.items()}
+    before = Imprint(model)
+    plan = memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=4)
+    assert before.differences() == []
+    assert all(torch.equal(batch[key], value) for key, value in given.items())
+    assert any("eval mode" in sentence for sentence in plan.assumptions) is not training
+
+
+def test_a_model_that_is_planned_already_is_planned_as_if_it_were_not() -> None:
+    model, batch = LLAMA()
+    with memplan.apply(model, tight("llama")):
+        before = Imprint(model)
+        again = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4)
+        assert before.differences() == []
+    assert again.peak_bytes == ample("llama").peak_bytes
+    assert again.recomputed == ()
+
+
+def test_a_model_that_fails_half_way_is_as_before() -> None:
+    model, batch = MODELS["plain"]()
+    calls: list[int] = []
+
+    def fail_later(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise ArithmeticError("out of luck")
+        return x
+
+    model.blocks[2].dropout.forward = fail_later
+    before = Imprint(model)
+    with pytest.raises(ModelFailed, match="raised ArithmeticError in blocks.2.dropout: out of luck") as caught:
+        memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=64)
+    assert isinstance(caught.value, MemplanError)
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    assert before.differences() == []
