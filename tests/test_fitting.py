@@ -1,4 +1,4 @@
-"""`apply` and `Fit`: the plan in a real model, measured there, refused where it does not belong, and taken out again."""
+"""`apply` and `Fit`: a plan in a real model, measured there, refused where it does not belong, and taken out again."""
 
 import gc
 import weakref
@@ -162,7 +162,7 @@ def test_a_plan_with_an_unknown_option() -> None:
     model, _ = wide()
     before = Imprint(model)
     odd = tight_plan().model_copy(update={"decisions": {**tight_plan().decisions, "blocks.3": "offload"}})
-    with pytest.raises(PlanMismatch, match="blocks.3 is to 'offload'"):
+    with pytest.raises(PlanMismatch, match=r"blocks\.3 is to 'offload'"):
         memplan.apply(model, odd)
     assert before.differences() == []
     memplan.apply(model, tight_plan()).undo()  # the refused one left nothing in the way
@@ -172,7 +172,7 @@ def test_a_plan_that_does_not_fit() -> None:
     model, _ = wide()
     before = Imprint(model)
     changes = {"verdict": Verdict.DOES_NOT_FIT, "reason": "too small.", "ways_out": ("Buy more.",), "smallest_bytes": 7}
-    with pytest.raises(DoesNotFit, match="does not fit: too small. Buy more.") as caught:
+    with pytest.raises(DoesNotFit, match=r"does not fit: too small\. Buy more\.") as caught:
         memplan.apply(model, tight_plan().model_copy(update=changes))
     assert caught.value.smallest_bytes == 7
     assert before.differences() == []

@@ -37,6 +37,7 @@ FLOORS = {
     "abstract": 9,
     "assembly": 9,
     "blocks": 9,
+    "inplace": 9,
     "optimizers": 9,
     "recorder": 9,
     "repeat": 9,

@@ -3,6 +3,7 @@
 Where decisions are compared, the model is on `meta`: no block is timed then, and plans do not depend on the clock.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from imprint import Imprint
 from torch import Tensor, nn
 
 import memplan
-from memplan.device import CpuDevice
-from memplan.errors import BadBatch, DoesNotFit, MemplanError, ModelFailed
+from memplan.device import CUDA_CONTEXT_BYTES, CpuDevice
+from memplan.errors import BadBatch, DoesNotFit, ModelFailed
 from memplan.plan_record import Plan, Verdict
+from memplan.session import CUDA_MARGIN
 
-KIB, MIB, GIB = 1024, 2**20, 2**30
+KIB, GIB = 1024, 2**30
 
 LLAMA = partial(tiny.llama, layers=2, rows=4, length=32, use_cache=False)
 MODELS: dict[str, Callable[[], tiny.Made]] = {
@@ -59,7 +62,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def on_meta(made: tiny.Made) -> tiny.Made:
     model, batch = made
-    return model.to("meta"), batch
+    model.to("meta")
+    if isinstance(model, transformers.PreTrainedModel):
+        model.tie_weights()  # moving them has made two of one
+    return model, batch
 
 
 def planned(name: str, budget_bytes: int, **settings: Any) -> Plan:
@@ -125,7 +131,7 @@ def test_nothing_is_recomputed_where_memory_is_plentiful(name: str) -> None:
 def test_a_tight_budget_is_kept_by_recomputing_and_the_step_is_as_large_as_predicted(name: str) -> None:
     plan = tight(name)
     assert plan.verdict is Verdict.FITS
-    assert 0 < len(plan.recomputed)
+    assert plan.recomputed
     assert plan.peak_bytes <= plan.budget_bytes < plan.unplanned_bytes
     assert plan.slowdown > 0
     model, batch = MODELS[name]()
@@ -143,23 +149,20 @@ def test_the_layers_say_what_is_decided_and_what_it_saves() -> None:
 
 def test_more_memory_is_never_slower() -> None:
     model, batch = on_meta(LLAMA())
-    least, most = ample("llama").smallest_bytes, ample("llama").peak_bytes
-    card = [  # by size, so that times are the same each time
-        memplan.plan(model, gpu_of(usable), sample=batch, effective_batch=4, strategy="throughput")
-        for usable in (least + 64 * KIB, (least + most) // 2 + 64 * KIB, 4 * most)
-    ]
-    assert all(plan.verdict is Verdict.FITS for plan in card)
-    seconds = [plan.step_s for plan in card]
+    strategy = memplan.Strategy("to the last sample", tolerance=0.0)
+
+    def planned_for(usable_bytes: int) -> Plan:  # a card, so that times are the same each time
+        total = (usable_bytes + CUDA_CONTEXT_BYTES) / (1 - CUDA_MARGIN)
+        card = memplan.Gpu("a card", "cuda", math.ceil(total) + 1)
+        return memplan.plan(model, card, sample=batch, micro_batch=4, strategy=strategy)
+
+    plenty = planned_for(GIB)
+    budgets = [plenty.smallest_bytes, (plenty.smallest_bytes + plenty.peak_bytes) // 2, plenty.peak_bytes]
+    tighter = [planned_for(budget) for budget in budgets]
+    assert all(plan.verdict is Verdict.FITS for plan in tighter)
+    seconds = [plan.step_s for plan in (*tighter, plenty)]
     assert seconds == sorted(seconds, reverse=True)
-    assert seconds[0] > seconds[-1]
-
-
-def gpu_of(usable_bytes: int) -> memplan.Gpu:
-    """A card of which so much is usable: beside it are the context and the margin."""
-    from memplan.device import CUDA_CONTEXT_BYTES
-    from memplan.session import CUDA_MARGIN
-
-    return memplan.Gpu("a card", "cuda", int((usable_bytes + CUDA_CONTEXT_BYTES) / (1 - CUDA_MARGIN)) + 2)
+    assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
 
 
 def test_a_card_is_planned_for_without_it() -> None:
@@ -359,20 +362,27 @@ def test_a_model_that_is_planned_already_is_planned_as_if_it_were_not() -> None:
     assert again.recomputed == ()
 
 
-def test_a_model_that_fails_half_way_is_as_before() -> None:
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        (0, r"raised ArithmeticError in blocks\.2\.dropout: out of luck"),
+        (3, r"can be traced, but raised ArithmeticError when its blocks were run to be timed, at micro-batch 64"),
+    ],
+    ids=["in the trace", "in the timing"],
+)
+def test_a_model_that_fails_half_way_is_as_before(passed: int, message: str) -> None:
     model, batch = MODELS["plain"]()
     calls: list[int] = []
 
     def fail_later(x: Tensor) -> Tensor:
         calls.append(1)
-        if len(calls) > 3:
+        if len(calls) > passed:
             raise ArithmeticError("out of luck")
         return x
 
     model.blocks[2].dropout.forward = fail_later
     before = Imprint(model)
-    with pytest.raises(ModelFailed, match="raised ArithmeticError in blocks.2.dropout: out of luck") as caught:
+    with pytest.raises(ModelFailed, match=message) as caught:
         memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=64)
-    assert isinstance(caught.value, MemplanError)
     assert isinstance(caught.value.__cause__, ArithmeticError)
     assert before.differences() == []

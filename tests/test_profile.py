@@ -131,11 +131,12 @@ def test_recomputing_holds_less() -> None:
 def test_a_model_without_blocks_is_one_gap() -> None:
     model = Model(tiny.plain)
     model.blocks = ()
-    trace = model.trace([], 8, 1)
+    trace = model.trace([], 256, 1)  # so many rows that the peak is not in the optimizer's step
     sizes = ChainSizes.of({"keep": trace}, 0, ())
-    problem = Profile({8: sizes}, {8: sizes}, OneSecond(), can_split=True, largest_micro_batch=8).problem(8, 1, 1)
+    profile = Profile({256: sizes}, {256: sizes}, OneSecond(), can_split=True, largest_micro_batch=256)
+    problem = profile.problem(256, 1, 1)
     assert problem.blocks == ()
-    assert simulate(problem, ()).peak_bytes == trace.peak_bytes
+    assert simulate(problem, ()).peak_bytes == trace.peak_bytes > problem.optimizer_bytes
 
 
 # --- between and beyond two micro-batches ---------------------------------------------------------------------------
@@ -172,6 +173,25 @@ def test_every_size_is_interpolated() -> None:
     assert problem.optimizer_bytes == 7
     assert profile.problem(5, 1, 1).blocks[0].base_bytes == 250
     assert profile.problem(1, 1, 1).blocks[0].base_bytes == 50
+
+
+def test_sizes_run_from_one_micro_batch_to_the_next() -> None:
+    """A peak bends upwards where another moment takes over: between two it is below the line, beyond them above."""
+    profile = chain(2, sizes(100, 0, 0, 0), 4, sizes(110, 0, 0, 0))
+    bent = replace(profile, first={**profile.first, 8: sizes(310, 0, 0, 0)})
+    assert profile.problem(8, 1, 1).blocks[0].base_bytes == 130
+    assert [bent.problem(b, 1, 1).blocks[0].base_bytes for b in (1, 3, 4, 6, 8, 9)] == [95, 105, 110, 210, 310, 360]
+
+
+def test_a_profile_learns_from_traces_at_another_micro_batch() -> None:
+    model = Model(partial(tiny.plain, layers=2))
+    profile = model.profile([2, 4])
+    every = {option: model.trace([option] * 2, 512, 2) for option in OPTIONS}
+    learned = profile.with_traces(512, every)
+    for accumulation in (1, 2):
+        simulated, traced = model.peaks(learned, (0, 1), 512, accumulation)
+        assert simulated == traced
+        assert learned.problem(4, accumulation, 1) == profile.problem(4, accumulation, 1)
 
 
 def test_accumulation_has_sizes_of_its_own() -> None:

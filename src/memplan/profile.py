@@ -6,8 +6,9 @@ that from two of them. The last word on a plan is a trace of the plan itself, so
 time to plan, never a wrong promise.
 """
 
+from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -69,7 +70,7 @@ class _Chain:
         self.blocks: Sequence[BlockRun] = [block for block in step.blocks if block.path in paths]
         starts = [trace.live_at(block.forward.start) for block in self.blocks]
         end = trace.live_at(step.loss.start)
-        self.base = starts[0] if starts else trace.live_at(step.forward.start)
+        self.base = starts[0] if starts else end
         self.before = [size - self.base for size in [*starts, end]]  # holds of the blocks before each position
 
     @cached_property
@@ -110,9 +111,12 @@ class _Chain:
 class Profile:
     """Block costs at any micro-batch up to `largest_micro_batch`; implements `planner.Profile`.
 
+    Sizes are taken along straight lines from one profiled micro-batch to the next. A peak is the largest of many such
+    lines, so between two micro-batches it is never above the line, and beyond them it may be: see `with_traces`.
+
     Attributes:
-        first, other: chain sizes of the first micro-step, and of one with gradients resident; each at one or two
-            micro-batches (one: nothing else may be asked).
+        first, other: micro-batch -> chain sizes of the first micro-step, and of one with gradients resident. With one
+            micro-batch, nothing else may be asked.
     """
 
     first: Mapping[int, ChainSizes]
@@ -141,13 +145,22 @@ class Profile:
             accumulation=accumulation,
         )
 
+    def with_traces(self, micro_batch: int, traces: Mapping[str, Trace]) -> "Profile":
+        """The profile with the sizes of one more micro-batch, from one trace per option."""
+        paths = next(iter(self.first.values())).paths
+        first, other = (ChainSizes.of(traces, step, paths) for step in (0, -1))
+        return replace(self, first={**self.first, micro_batch: first}, other={**self.other, micro_batch: other})
+
     def _sizes(self, micro_batch: int, accumulates: bool) -> ChainSizes:
         points = self.other if accumulates else self.first
         if micro_batch in points:
             return points[micro_batch]
         if len(points) < 2:
             raise ValueError(f"profiled at micro-batch {next(iter(points))} only, asked for {micro_batch}")
-        (low, a), (high, b) = sorted(points.items())
+        ends = sorted(points)
+        at_right = min(max(bisect(ends, micro_batch), 1), len(ends) - 1)  # beyond the ends: along the last line
+        low, high = ends[at_right - 1], ends[at_right]
+        a, b = points[low], points[high]
 
         def at(x: int, y: int) -> int:
             return x - (x - y) * (micro_batch - low) // (high - low)  # rounded up

@@ -31,7 +31,7 @@ from memplan.strategy import Strategy
 from memplan.summary import decisions_of, layers_of, module_at, reason_for, saved_of, timeline_of
 from memplan.timing import cpu_rates, measured
 from memplan.trace import Trace
-from memplan.units import format_bytes
+from memplan.units import format_budget, format_bytes
 
 # Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
 # fragmentation. The best published predictor's median error is 3.7 % (xMem); memplan has not measured its own yet.
@@ -43,6 +43,7 @@ CPU_MARGIN = 0.1
 LARGEST_MICRO_BATCH = 4096
 _POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
 _CORRECTIONS = 4
+_FAR = 1e-2  # of the budget: by more than this the profile is off only where it is no straight line
 _NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
 
 
@@ -99,17 +100,28 @@ class Session:
         def ask(usable: int) -> Outcome | NoPlan:
             return search(profile, usable, strategy, effective_batch=effective_batch, micro_batch=micro_batch)
 
+        def learn(micro_batch: int) -> None:
+            nonlocal profile
+            every = {o: self._trace(micro_batch, dict.fromkeys(chain.blocks, o), accumulation) for o in chain.options}
+            profile = profile.with_traces(micro_batch, every)
+
         for usable, verdict in (
             (budget.usable_bytes, Verdict.FITS),
             (budget.usable_bytes + self._margin_bytes, Verdict.UNCERTAIN),
         ):
-            found = self._checked(ask, usable)
+            found = self._checked(ask, learn, usable)
             if found is not None:
                 return self._record(chain, profile, *found, budget, strategy, verdict)
         return self._misfit(chain, profile, ask, budget, strategy)
 
-    def _checked(self, ask: Callable[[int], Outcome | NoPlan], usable_bytes: int) -> tuple[Outcome, Trace] | None:
-        """The best plan whose own trace is within a budget. What a trace shows beyond the profile is taken off."""
+    def _checked(
+        self, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], usable_bytes: int
+    ) -> tuple[Outcome, Trace] | None:
+        """The best plan whose own trace is within a budget.
+
+        What a trace shows beyond the profile is taken off the budget; where that is much, the profile learns from
+        traces at that micro-batch, for another moment of the step has become the peak.
+        """
         asked, taken, seen = usable_bytes, None, set()
         for _ in range(_CORRECTIONS):
             outcome = ask(asked)
@@ -126,6 +138,9 @@ class Session:
             surprise = trace.peak_bytes - outcome.timeline.peak_bytes
             if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
                 break
+            if abs(surprise) > _FAR * usable_bytes:
+                learn(outcome.micro_batch)
+                surprise = 0
             asked = usable_bytes - surprise
         return taken
 
@@ -146,6 +161,8 @@ class Session:
                 traces[b][RECOMPUTE] = self._trace(b, dict.fromkeys(blocks, RECOMPUTE), accumulation)
             except (ModelFailed, CannotTrace, CheckpointError) as error:
                 refused = str(error).splitlines()[0]
+        if refused:
+            traces = {b: {KEEP: by_option[KEEP]} for b, by_option in traces.items()}
         return _Chain(blocks, traces, refused)
 
     def _trace(self, micro_batch: int, decisions: Mapping[str, str], accumulation: int) -> Trace:
@@ -174,7 +191,10 @@ class Session:
         if self.device is None or not chain.blocks or not self._is_on(self.device):
             return estimate
         samples = [self.sample.resized(b) for b in chain.traces]
-        return measured(self.model, self.recipe, samples, self.device, chain.blocks, chain.options, estimate)
+        try:
+            return measured(self.model, self.recipe, samples, self.device, chain.blocks, chain.options, estimate)
+        except torch.OutOfMemoryError:  # the very reason for a plan
+            return estimate
 
     def _is_on(self, device: Device) -> bool:
         return {p.device.type for p in self.model.parameters()} == {device.torch_device.type}
@@ -208,7 +228,7 @@ class Session:
             return
         smallest, tick = trace.peak_in(trace.optimizer), trace.peak_tick
         raise DoesNotFit(
-            f"the budget of {format_bytes(budget.usable_bytes)} on {budget.gpu} is below what is always there: "
+            f"the budget of {format_budget(budget.usable_bytes)} on {budget.gpu} is below what is always there: "
             f"{format_bytes(needed)} ({format_bytes(static['params'])} weights, {format_bytes(static['optimizer'])} "
             f"optimizer state). No plan can help; the optimizer's step alone needs {format_bytes(smallest)}. "
             + " ".join(ways_out(trace.breakdown(tick), trace.phase_of(tick), smallest, budget, 1, self._can_split)),
@@ -249,7 +269,8 @@ class Session:
         reason: str = "",
     ) -> Plan:
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
-        unplanned = simulate(whole, (0,) * len(whole.blocks)).peak_bytes
+        keep_all = (0,) * len(whole.blocks)
+        unplanned = simulate(whole, keep_all).peak_bytes if outcome.solution.choice != keep_all else 0
         breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
         fits = verdict is not Verdict.DOES_NOT_FIT
         smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)

@@ -9,7 +9,6 @@ the number at each module entry and exit is enough to look the module up.
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from memplan.inplace import sole_owner_counts, would_write
 from memplan.kernels import Backend, cpu, probes
 from memplan.kernels.flops import flops_of
 
@@ -35,19 +35,9 @@ _GRADIENT_ACCUMULATION = 2**63
 
 _CPU = cpu.CpuBackend()
 
-_ADD = torch.ops.aten.add.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _RAND = torch.ops.aten.rand.default
 _CONSTANTS = {torch.ops.aten.ones_like.default: 1, torch.ops.aten.zeros_like.default: 0}
-
-# Formulas of derivatives write in place into what they just made, unless a mode is watching: areAnyTensorSubclassLike
-# (FunctionsManual.cpp), and `index_put` in generated code, which holds one more reference.
-_WRITES = {
-    torch.ops.aten.scatter_add.default: 0,
-    torch.ops.aten.scatter.src: 0,
-    torch.ops.aten.index_add.default: 0,
-    torch.ops.aten.index_put.default: 1,
-}
 
 
 class Tape(TorchDispatchMode):
@@ -101,7 +91,7 @@ class Tape(TorchDispatchMode):
     # -- life cycle ----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Tape":
-        _sole_owner_counts()  # needs autograd, which is out of reach inside a dispatch
+        sole_owner_counts()  # needs autograd, which is out of reach inside a dispatch
         hooks = nn.modules.module
         self._random_state = torch.get_rng_state
         torch.get_rng_state = self._followed_random_state  # checkpoints stash it without passing the dispatcher
@@ -189,7 +179,7 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
-        in_place = self.backward and _would_write(func, args)
+        in_place = self.backward and would_write(func, args)
         out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)
         self._note(func, args, kwargs, flat, out, args[0] if in_place else None)
         return out
@@ -198,12 +188,16 @@ class Tape(TorchDispatchMode):
         self, func: torch._ops.OpOverload, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         assert self.fake is not None
-        if any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
+        written = _written_by(func, args)
+        own = [key for key in written if key not in self._live]  # the user's, by no buffer: not to be written to
+        if own or any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
             if func is _ITEM and self.answer is not None:
                 return self.answer
-            self._overwritten.update(_written_by(func, args))
+            self._overwritten.update(written)
             with self.fake:
                 out = cpu.on_fakes(func, args, kwargs)
+            if written and isinstance(args[0], Tensor):
+                return args[0]
             return _constant(out, _CONSTANTS[func]) if func in _CONSTANTS else out
         try:
             with self.fake:
@@ -214,8 +208,8 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         if not results or any(t.nbytes > _real_limit(t) for t in results):
-            self._overwritten.update(_written_by(func, args))
-            return out
+            self._overwritten.update(written)
+            return args[0] if written else out
         real = func(*args, **kwargs)
         return real.fill_(1) if func is _RAND and real.dim() == 0 else real  # skips no layer: that takes most memory
 
@@ -324,29 +318,6 @@ class Tape(TorchDispatchMode):
         }
 
 
-def _would_write(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
-    """Whether autograd, with no mode watching, would have written in place into the first operand.
-
-    The engine adds gradients in place if nobody else holds the one it has: one owner of the tensor, one of the
-    storage, dense (InputBuffer, input_buffer.cpp). Under a dispatch mode it always adds out of place, and formulas of
-    derivatives do likewise (`_WRITES`), so the tape has to see the difference.
-    """
-    if torch.is_grad_enabled() or (func is not _ADD and func not in _WRITES):
-        return False
-    held, more = args[0], args[1]
-    if func is _ADD and not (isinstance(more, Tensor) and held.shape == more.shape and _is_dense(held)):
-        return False
-    owners, storage_owners = _sole_owner_counts()
-    uses: int = held._use_count()
-    return uses <= owners + _WRITES.get(func, 0) and _storage_owners(held) <= storage_owners
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Not expanded: such a gradient is not written to."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return extent == tensor.numel()
-
-
 def _constant(imagined: Tensor, value: int) -> Tensor:
     """A mask that has the shape of an abstract tensor has known values all the same."""
     if imagined.is_floating_point() or imagined.nbytes > _REAL_LIMIT_BYTES:
@@ -368,26 +339,3 @@ def _key_of(tensor: Tensor) -> int:
 
 def _real_limit(tensor: Tensor) -> int:
     return _REAL_LIMIT_FLOATING_BYTES if tensor.is_floating_point() else _REAL_LIMIT_BYTES
-
-
-def _storage_owners(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-@cache
-def _sole_owner_counts() -> tuple[int, int]:
-    """The two counts as a mode sees them when the engine alone holds the gradient, read off a toy graph."""
-    seen: list[tuple[int, int]] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is _ADD:
-                seen.append((args[0]._use_count(), _storage_owners(args[0])))
-            return func(*args, **(kwargs or {}))
-
-    with torch.enable_grad():
-        leaf = torch.ones(2, requires_grad=True) * 2
-        total = (leaf.sin() * leaf.cos()).sum()  # two fresh gradients meet at `leaf`
-        with Watch():  # type: ignore[no-untyped-call]  # torch's
-            total.backward()
-    return seen[-1]

@@ -16,6 +16,7 @@ from memplan._compat import is_cache
 from memplan.abstract import preserved
 from memplan.blocks import alike
 from memplan.device import Device
+from memplan.errors import ModelFailed
 from memplan.problem import KEEP
 from memplan.recorder import Recipe, loss_of
 from memplan.repeat import long_runs, shortened
@@ -23,6 +24,7 @@ from memplan.roofline import Rates, StepTimes
 from memplan.samples import Sample
 
 _REPEATS = 3
+_LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
 _ENOUGH_S = 2.0  # a block that takes this long is not run again
 
 
@@ -42,6 +44,9 @@ def measured(
 
     Args:
         samples: one per micro-batch at which the estimate was made.
+
+    Raises:
+        ModelFailed: the model raised where the abstract run did not; the cause is chained.
     """
     seconds: dict[tuple[str, str], dict[int, float]] = {}
     rest: dict[int, float] = {}
@@ -50,8 +55,8 @@ def measured(
         model.train()
         for sample in samples:
             clock = _Clock(model, recipe, sample.to(device.torch_device), device)
-            found = clock.times(blocks, options)
             size = sample.batch_size
+            found = _believable(clock.times(blocks, options))
             for key, value in found.items():
                 seconds.setdefault(key, {})[size] = value
             keep = [key for key in found if key[1] == KEEP]
@@ -77,6 +82,12 @@ def _steadied(
         share = max(median(shares), median(least))
         steady[path, option] = {size: kept[size] * share for size in points}
     return steady
+
+
+def _believable(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """Recomputing does all that keeping does, and more: where noise says otherwise, it costs the least that counts."""
+    floor = {path: value * _LEAST_SLOWDOWN for (path, option), value in seconds.items() if option == KEEP}
+    return {(p, o): value if o == KEEP else max(value, floor[p]) for (p, o), value in seconds.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +123,29 @@ class _Clock:
     def times(self, blocks: Sequence[str], options: Sequence[str]) -> Mapping[tuple[str, str], float]:
         """(path, option) -> seconds of one forward and backward."""
         found = {}
-        for group, call in self._calls(blocks).items():
-            seconds = self._block(group[0], call, options)
-            found.update({(path, option): seconds[option] for path in group for option in options})
+        try:
+            for group, call in self._calls(blocks, options).items():
+                seconds = self._block(group[0], call, options)
+                found.update({(path, option): seconds[option] for path in group for option in options})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ModelFailed(
+                f"{type(self.model).__name__} can be traced, but raised {type(error).__name__} when its blocks were "
+                f"run to be timed, at micro-batch {self.batch.batch_size}: {error}\nRun one step of it by hand."
+            ) from error
         return found
 
-    def _calls(self, blocks: Sequence[str]) -> dict[tuple[str, ...], _Call]:
+    def _calls(self, blocks: Sequence[str], options: Sequence[str]) -> dict[tuple[str, ...], _Call]:
         """The inputs of the first block of each group of alike ones, from a forward of a short model if that goes."""
         groups = {group[0]: group for group in alike(self.model, blocks)}
         runs = long_runs(self.model, blocks)
-        try:
-            with shortened(self.model, runs):
+        with levers.decided(self.model, dict.fromkeys(blocks, options[-1])):  # the one that holds the least memory
+            try:
+                with shortened(self.model, runs):
+                    calls = self._captured(list(groups))
+            except (IndexError, KeyError, AttributeError):  # a model that counts its blocks itself
                 calls = self._captured(list(groups))
-        except (IndexError, KeyError, AttributeError):  # a model that counts its blocks itself
-            calls = self._captured(list(groups))
         return {groups[path]: call for path, call in calls.items()}
 
     def _captured(self, paths: Sequence[str]) -> dict[str, _Call]:
