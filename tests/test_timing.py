@@ -1,4 +1,4 @@
-"""Measured times: the model is as before, and every time that a plan needs is there. No figure is asserted: clocks lie."""
+"""Measured times: the model is as before, and what a plan needs is there. No figure is asserted: clocks lie."""
 
 from collections.abc import Callable
 from functools import partial
@@ -109,7 +109,7 @@ def test_an_error_of_the_model_leaves_it_as_it_was() -> None:
 
     model.blocks[2].narrow.forward = fail
     before = Imprint(model)
-    with pytest.raises(ModelFailed, match="Plain can be traced, but raised ArithmeticError .* at micro-batch 2: no"):
+    with pytest.raises(ModelFailed, match=r"Plain can be traced, but raised ArithmeticError .* at micro-batch 2: no"):
         time_it(model, batch)
     assert before.differences() == []
 

@@ -12,6 +12,9 @@ _EIGHT_BIT_SHARE = (2 + 2 * 4 / 256) / 8
 # What LoRA leaves of gradients and optimizer state: adapters of rank 16 have about 1 % of the parameters.
 _LORA_SHARE = 0.01
 
+# Gradients and states below this share of the weights say that adapters are all that is trained.
+_TRAINED_SHARE = 0.1
+
 
 def ways_out(
     breakdown: Mapping[str, int], phase: str, smallest_bytes: int, budget: Budget, micro_batch: int, can_split: bool
@@ -26,9 +29,9 @@ def ways_out(
         can_split: whether the batch may be split at all.
     """
     missing = smallest_bytes - budget.usable_bytes
-    found = list(_savings(breakdown, phase, micro_batch, can_split))
+    found = [way for way in _savings(breakdown, phase, micro_batch, can_split) if way[0] > 0]
     enough = [text for saved, text in found if saved >= missing]
-    card = _smallest_card(smallest_bytes + budget.margin_bytes + budget.context_bytes)
+    card = _smallest_card(smallest_bytes, budget)
     if card is not None:
         enough.append(f"The smallest card that is large enough is {card}.")
     rest = sorted(((saved, text) for saved, text in found if saved < missing), reverse=True)
@@ -54,10 +57,16 @@ def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_spl
         yield saved, f"An 8-bit optimizer (optimizer='adam8bit') saves about {format_bytes(saved)}."
     if phase != "optimizer":
         yield data // 2, f"Half the sequence length or image area saves about {format_bytes(data // 2)}."
-    saved = int((states + grads) * (1 - _LORA_SHARE))
-    yield saved, f"LoRA instead of training all weights saves about {format_bytes(saved)} of gradients and states."
+    if states + grads > _TRAINED_SHARE * breakdown["params"]:
+        saved = int((states + grads) * (1 - _LORA_SHARE))
+        yield saved, f"LoRA instead of training all weights saves about {format_bytes(saved)} of gradients and states."
+    saved = breakdown["params"] // 2
+    yield saved, f"Weights of half the bits (bfloat16; where they are frozen, also 8 or 4) save {format_bytes(saved)}."
 
 
-def _smallest_card(total_bytes: int) -> str | None:
-    cards = [gpu for gpu in all_gpus() if gpu.total_bytes is not None and gpu.total_bytes >= total_bytes]
-    return min(cards, key=lambda gpu: gpu.total_bytes or 0).name if cards else None
+def _smallest_card(needed_bytes: int, budget: Budget) -> str | None:
+    """The smallest in the catalogue of which so much is usable, if it gives up the same share and the same context."""
+    share = 1 - budget.margin_bytes / budget.total_bytes
+    sizes = {gpu.name: gpu.total_bytes for gpu in all_gpus() if gpu.total_bytes is not None}
+    enough = {name: size for name, size in sizes.items() if size * share - budget.context_bytes >= needed_bytes}
+    return min(enough, key=enough.__getitem__) if enough else None

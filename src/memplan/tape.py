@@ -209,7 +209,7 @@ class Tape(TorchDispatchMode):
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         if not results or any(t.nbytes > _real_limit(t) for t in results):
             self._overwritten.update(written)
-            return args[0] if written else out
+            return args[0] if written and isinstance(args[0], Tensor) else out
         real = func(*args, **kwargs)
         return real.fill_(1) if func is _RAND and real.dim() == 0 else real  # skips no layer: that takes most memory
 

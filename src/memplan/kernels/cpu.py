@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, final
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
 from memplan.kernels.probes import wants_probe
@@ -58,8 +59,9 @@ def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping
         narrow = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
         return func(*narrow, **kwargs).to(args[0].dtype)
     if name == "aten::_ctc_loss" and not isinstance(args[3], FakeTensor):  # as long as the longest target
-        lengths = args[3].numpy() if isinstance(args[3], Tensor) else args[3]
-        (steps, rows, _), states = args[0].shape, 2 * int(max(lengths)) + 1
+        with no_dispatch():
+            longest = int(torch.as_tensor(args[3]).max())
+        (steps, rows, _), states = args[0].shape, 2 * longest + 1
         return args[0].new_empty(rows), args[0].new_empty(rows, steps, states)
     if name == "aten::_ctc_loss_backward":  # torch has no rule: it would run the kernel on zeros
         return torch.empty_like(args[1])
