@@ -26,7 +26,7 @@ def test_three_ways_the_least_change_that_suffices_first() -> None:
     first, second, third = ways(GIB)
     assert first == "An 8-bit optimizer (optimizer='adam8bit') saves about 5.97 GiB."
     assert second == "Half the sequence length or image area saves about 4.00 GiB."
-    assert third == "LoRA instead of training all weights saves about 10.90 GiB of gradients and states."
+    assert third == "LoRA instead of training all weights saves about 10.89 GiB of gradients and states."
 
 
 def test_what_is_not_enough_by_itself_comes_after_what_is_by_how_much_it_saves() -> None:

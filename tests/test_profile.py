@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], tiny.Made]] = {
     "vit": partial(tiny.vit, layers=2),
     "resnet": tiny.resnet,
     "plain": tiny.plain,
-    "t5": tiny.t5,
+    "t5": partial(tiny.t5, layers=1),
     "lora": partial(tiny.lora, layers=2),
 }
 
@@ -91,14 +91,17 @@ def test_mixed_plans_have_the_peak_of_their_trace(name: str) -> None:
         choice = tuple(rng.randrange(2) for _ in model.blocks)
         simulated, traced = model.peaks(profile, choice, model.sample.batch_size, accumulation)
         assert abs(simulated - traced) <= SHARED.get(name, 0) * BOUNDARY, choice
+    for block in profile.problem(model.sample.batch_size, 1, 1).blocks:
+        keep, recompute = block.options
+        assert 0 <= recompute.hold_bytes < keep.hold_bytes
 
 
 def test_sizes_at_other_micro_batches() -> None:
     """Every size is affine in the batch, so two micro-batches tell all others."""
-    model = Model(MODELS["llama"])
+    model = Model(partial(tiny.llama, layers=2, use_cache=False))
     profile = model.profile([2, 4])
     for micro_batch, accumulation in ((3, 1), (7, 2)):
-        simulated, traced = model.peaks(profile, (0, 1, 0), micro_batch, accumulation)
+        simulated, traced = model.peaks(profile, (0, 1), micro_batch, accumulation)
         assert simulated == traced
 
 
@@ -118,14 +121,6 @@ def test_options_and_times_are_passed_on() -> None:
     assert [[option.name for option in block.options] for block in problem.blocks] == [list(OPTIONS)] * 4
     assert {option.step_s for block in problem.blocks for option in block.options} == {9.0}
     assert (problem.rest_s, problem.optimizer_s) == (1.0, 1.0)
-
-
-def test_recomputing_holds_less() -> None:
-    for name in MODELS:
-        model, profile = profiled(name)
-        for block in profile.problem(model.sample.batch_size, 1, 1).blocks:
-            keep, recompute = block.options
-            assert 0 <= recompute.hold_bytes < keep.hold_bytes
 
 
 def test_a_model_without_blocks_is_one_gap() -> None:

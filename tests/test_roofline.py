@@ -86,15 +86,15 @@ def test_a_step_is_split_into_blocks_the_rest_and_the_optimizer() -> None:
 
 
 def test_times_between_and_beyond_two_micro_batches() -> None:
-    times = StepTimes({("a", "keep"): {2: 1.0, 4: 1.5}}, {2: 0.0, 4: 0.5}, optimizer_s=0.0)
+    times = StepTimes({("a", "keep"): {2: 1.0, 4: 1.5}}, {2: 0.25, 4: 0.5}, optimizer_s=0.0)
     assert [times.block_s("a", "keep", b) for b in (1, 2, 3, 4, 8)] == pytest.approx([0.75, 1.0, 1.25, 1.5, 2.5])
-    assert times.rest_s(3) == pytest.approx(0.25)
+    assert times.rest_s(3) == pytest.approx(0.375)
 
 
-def test_a_measurement_that_falls_with_the_batch_is_taken_as_level_and_none_is_negative() -> None:
+def test_noise_never_makes_a_larger_batch_cheaper_or_dearer_per_sample() -> None:
     falling = StepTimes({("a", "keep"): {2: 1.0, 4: 0.5}}, {2: 1.0, 4: 3.0}, optimizer_s=0.0)
     assert falling.block_s("a", "keep", 8) == 1.0
-    assert falling.rest_s(1) == 0.5  # by the line it would be 0: a smaller batch saves at most its share
+    assert [falling.rest_s(b) for b in (1, 2, 4)] == [0.5, 1.0, 2.0]
 
 
 def test_one_measurement_stands_for_every_micro_batch() -> None:

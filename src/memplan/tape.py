@@ -160,7 +160,7 @@ class Tape(TorchDispatchMode):
             return self.stack[-1]
         if len(self.stack) > 1:  # a forward inside the backward: recomputation
             return self.stack[-1]
-        node = torch._C._current_autograd_node()
+        node = _node()
         if node is None:
             return 0
         number = node._sequence_nr()
@@ -189,16 +189,17 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         assert self.fake is not None
         written = _written_by(func, args)
-        own = [key for key in written if key not in self._live]  # the user's, by no buffer: not to be written to
-        if own or any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
+        if any(isinstance(t, Tensor) and self._is_unknown(t) for t in flat):
             if func is _ITEM and self.answer is not None:
                 return self.answer
-            self._overwritten.update(written)
+            self._overwritten.update(map(_key_of, written))
             with self.fake:
                 out = cpu.on_fakes(func, args, kwargs)
             if written and isinstance(args[0], Tensor):
                 return args[0]
             return _constant(out, _CONSTANTS[func]) if func in _CONSTANTS else out
+        if written:
+            return self._write(func, args, kwargs, written)
         try:
             with self.fake:
                 out = func(*args, **kwargs)
@@ -208,10 +209,18 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         if not results or any(t.nbytes > _real_limit(t) for t in results):
-            self._overwritten.update(written)
-            return args[0] if written and isinstance(args[0], Tensor) else out
+            return out
         real = func(*args, **kwargs)
         return real.fill_(1) if func is _RAND and real.dim() == 0 else real  # skips no layer: that takes most memory
+
+    def _write(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: list[Tensor]
+    ) -> Any:
+        """In place, by known values: for real, unless these are many or the tensor is the user's own, by no buffer."""
+        if all(_key_of(t) in self._live and t.nbytes <= _real_limit(t) for t in written):
+            return func(*args, **kwargs)
+        self._overwritten.update(map(_key_of, written))
+        return args[0]
 
     def _is_unknown(self, tensor: Tensor) -> bool:
         """Whether a tensor has no values, or some that were written over by values which nobody knows."""
@@ -278,7 +287,7 @@ class Tape(TorchDispatchMode):
         self.module.append(module)
         self.born.append(self.now)
         self.died.append(died)
-        self.recomputed.append(self.backward and torch.is_grad_enabled())
+        self.recomputed.append(self.backward and torch.is_grad_enabled() and _node() is not None)
         self.now += 1 if died is None else 2
         return len(self.bytes) - 1
 
@@ -318,6 +327,11 @@ class Tape(TorchDispatchMode):
         }
 
 
+def _node() -> Any:
+    """The node that autograd is evaluating; None outside of it, as where the loss gets its own gradient of one."""
+    return torch._C._current_autograd_node()
+
+
 def _constant(imagined: Tensor, value: int) -> Tensor:
     """A mask that has the shape of an abstract tensor has known values all the same."""
     if imagined.is_floating_point() or imagined.nbytes > _REAL_LIMIT_BYTES:
@@ -325,12 +339,12 @@ def _constant(imagined: Tensor, value: int) -> Tensor:
     return torch.full(imagined.shape, value, dtype=imagined.dtype)
 
 
-def _written_by(func: torch._ops.OpOverload, args: Sequence[Any]) -> list[int]:
-    """Keys of the storages that an operator writes to, out of those with values."""
+def _written_by(func: torch._ops.OpOverload, args: Sequence[Any]) -> list[Tensor]:
+    """The tensors that an operator writes to, out of those with values."""
     if not func._schema.is_mutable:
         return []
     written = [arg for arg, known in zip(args, func._schema.arguments, strict=False) if known.is_write]
-    return [_key_of(t) for t in tree_iter(written) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
+    return [t for t in tree_iter(written) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
 
 
 def _key_of(tensor: Tensor) -> int:

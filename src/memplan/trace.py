@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,12 +127,12 @@ class Trace:
         return int(self.live[tick - 1]) if tick > 0 else 0
 
     def phase_of(self, tick: int) -> str:
-        """ "forward", "loss", "backward" or "optimizer"."""
+        """One of "forward", "loss", "backward", "optimizer"; what is released between two counts to the later one."""
         for step in self.steps:
             for name, span in (("forward", step.forward), ("loss", step.loss), ("backward", step.backward)):
-                if span.start <= tick < span.stop:
+                if tick < span.stop:
                     return name
-        return "optimizer" if tick >= self.optimizer.start else "forward"
+        return "optimizer"
 
     def alive(self, tick: int) -> NDArray[np.bool_]:
         """Which storages are alive at a tick, shape [storages]."""
@@ -166,9 +167,9 @@ class Trace:
             raise ValueError(f"not a trace of schema version {SCHEMA}; record it again with this version of memplan")
         for field in fields(cls):
             value = record[field.name]
-            if "NDArray" in str(field.type):
-                dtype = str(field.type).split("np.")[1].rstrip("]")
-                record[field.name] = np.asarray(value, dtype=dtype)
+            if get_origin(field.type) is np.ndarray:
+                _, dtype = get_args(field.type)
+                record[field.name] = np.asarray(value, dtype=get_args(dtype)[0])
             elif isinstance(value, list) and field.name != "steps":
                 record[field.name] = tuple(value)
         record["optimizer"], record["optimizer_ops"] = Span(**record["optimizer"]), Span(**record["optimizer_ops"])

@@ -1,0 +1,59 @@
+"""Steps that are really run, and the bytes that torch's allocator says they needed."""
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from memplan import optimizers
+from memplan.device import CpuDevice
+from memplan.meter import allocator_record
+from memplan.recorder import Recipe, loss_of
+from memplan.samples import Sample
+
+
+def step_of(model: nn.Module, sample: Sample, recipe: Recipe) -> Callable[[], None]:
+    """One whole optimizer step as a `Recipe` says it, the way a training loop writes it."""
+    made = recipe.optimizer
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizers.build(made, trained) if isinstance(made, str) else made
+
+    def micro_step() -> None:
+        with nullcontext() if recipe.autocast is None else torch.autocast("cpu", recipe.autocast):
+            loss = loss_of(model, sample, recipe.loss)
+        (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
+
+    def step() -> None:
+        for _ in range(recipe.accumulation):
+            micro_step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_of(model: nn.Module, sample: Sample, recipe: Recipe = Recipe()) -> int:  # noqa: B008  # frozen
+    """Peak bytes of a steady step, counted from zero but without what other tests have left alive."""
+    step = step_of(model, sample, recipe)
+    held = [*model.parameters(), *model.buffers(), *sample.tensors()]
+    if not isinstance(recipe.optimizer, str):
+        held += [t for state in recipe.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    gc.collect()
+    others = CpuDevice().peak_of(lambda: None) - bytes_of(held)
+    return CpuDevice().peak_of(step) - others
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def growth_of(function: Callable[..., object], *inputs: Tensor) -> int:
+    """The most that a call has allocated at any moment, on top of its inputs."""
+    with allocator_record() as record:
+        function(*inputs)
+    return max(accumulate(change for _, change in record), default=0)

@@ -1,0 +1,300 @@
+"""`lengthened`: the trace made from a few blocks against that of all of them, column by column."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import memplan.recorder
+from memplan import levers
+from memplan.blocks import find_blocks
+from memplan.recorder import Recipe, Recorder
+from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
+from memplan.samples import Sample
+from memplan.trace import Trace
+
+
+@dataclass
+class Watch:
+    """What the recorder did with its long runs."""
+
+    runs: list[Run] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    watch, original = Watch(), memplan.recorder.lengthened
+
+    def watched(trace: Trace, runs: Sequence[Run]) -> Trace:
+        try:
+            made = original(trace, runs)
+        except NotPeriodic as reason:
+            watch.refusals.append(str(reason))
+            raise
+        watch.runs += runs
+        return made
+
+    monkeypatch.setattr(memplan.recorder, "lengthened", watched)
+    return watch
+
+
+def traced(made: tiny.Made, accumulation: int = 1, options: Sequence[str] | None = None) -> Trace:
+    """As the recorder does it."""
+    model, batch = made
+    decisions = dict(zip(find_blocks(model), options, strict=True)) if options else {}
+    installed = (lambda: levers.decided(model, decisions)) if options else nullcontext
+    return Recorder(model, Recipe(accumulation=accumulation)).record(Sample.of(batch), installed)
+
+
+def whole(made: tiny.Made, accumulation: int = 1, options: Sequence[str] | None = None) -> Trace:
+    """The same, every block of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memplan.recorder, "long_runs", lambda *_: [])
+        return traced(made, accumulation, options)
+
+
+def differences(a: Trace, b: Trace) -> list[str]:
+    """Which columns are not the same, tables that they point to looked up and storages in order of birth."""
+    found = [name for name in ("ticks", "steps", "optimizer", "optimizer_ops") if getattr(a, name) != getattr(b, name)]
+    first, second = _columns(a), _columns(b)
+    found += [name for name, column in first.items() if not np.array_equal(column, second[name])]
+    if a.breakdown(a.peak_tick) != b.breakdown(b.peak_tick):
+        found.append("breakdown")
+    return found
+
+
+def _columns(trace: Trace) -> dict[str, np.ndarray]:
+    order = np.lexsort((trace.storage_bytes, trace.storage_category, trace.died, trace.born))
+    modules, names, dtypes = np.array(trace.modules), np.array(trace.op_names), np.array(trace.dtypes)
+    return {
+        "live": trace.live,
+        "storage_bytes": trace.storage_bytes[order],
+        "storage_category": trace.storage_category[order],
+        "storage_module": modules[trace.storage_module[order]],
+        "born": trace.born[order],
+        "died": trace.died[order],
+        "op_name": names[trace.op_name],
+        "op_module": modules[trace.op_module],
+        "op_flops": trace.op_flops,
+        "op_bytes": trace.op_bytes,
+        "op_dtype": dtypes[trace.op_dtype],
+    }
+
+
+LONG: dict[str, Callable[[], tiny.Made]] = {
+    "llama": partial(tiny.llama, layers=10, use_cache=False),
+    "bert": partial(tiny.bert, layers=10),
+    "lora": partial(tiny.lora, layers=10),
+}
+KEEP, RECOMPUTE = "keep", "recompute"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("option", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("name", LONG)
+def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulation: int, watch: Watch) -> None:
+    made = LONG[name]()
+    trace = traced(made, accumulation, [option] * 10)
+    assert [len(run.omitted) for run in watch.runs] == [3]
+    assert differences(trace, whole(made, accumulation, [option] * 10)) == []
+    assert set(trace.modules) == {path for path, _ in made[0].named_modules()}
+
+
+def test_transformers_own_checkpointing(watch: Watch) -> None:
+    made = LONG["llama"]()
+    made[0].gradient_checkpointing_enable()
+    trace = traced(made)
+    assert len(watch.runs) == 1
+    assert differences(trace, whole(made)) == []
+
+
+MIXED = {
+    "one long run": [KEEP] * 9 + [RECOMPUTE] * 3,
+    "two long runs": [RECOMPUTE] * 9 + [KEEP] * 10,
+    "three long runs": [KEEP] * 8 + [RECOMPUTE] * 8 + [KEEP] * 8,
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("flags", MIXED)
+def test_mixed_plans(flags: str, accumulation: int, watch: Watch) -> None:
+    options = MIXED[flags]
+    made = tiny.llama(layers=len(options), use_cache=False, hidden_size=16, intermediate_size=16)
+    trace = traced(made, accumulation, options)
+    assert differences(trace, whole(made, accumulation, options)) == []
+    if flags != "two long runs" or not watch.refusals:
+        assert watch.runs
+
+
+def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
+    options = [KEEP, RECOMPUTE] * 5
+    made = LONG["llama"]()
+    assert differences(traced(made, 1, options), whole(made, 1, options)) == []
+    assert not watch.runs
+    assert not watch.refusals
+
+
+@pytest.mark.parametrize("copies", [2, 4])
+def test_a_wrong_number_of_copies_is_seen(copies: int) -> None:
+    """The comparison above would not pass whatever it is given."""
+    made = LONG["llama"]()
+    model, batch = made
+    (run,) = long_runs(model, find_blocks(model))
+    with shortened(model, [run]):
+        short = whole(made)
+    names = (*run.blocks[:4], *(f"{run.container}.{100 + k}" for k in range(copies)), *run.blocks[-3:])
+    wrong = differences(lengthened(short, [replace(run, blocks=names)]), whole(made))
+    assert {"ticks", "live", "steps", "op_flops"} <= set(wrong)
+
+
+def test_shortened_puts_every_block_back() -> None:
+    model, _ = LONG["llama"]()
+    layers = list(model.model.layers)
+    (run,) = long_runs(model, find_blocks(model))
+    with pytest.raises(KeyboardInterrupt), shortened(model, [run]):
+        assert len(model.model.layers) == 7
+        raise KeyboardInterrupt
+    assert all(a is b for a, b in zip(model.model.layers, layers, strict=True))
+    assert [name for name, _ in model.model.layers.named_children()] == [str(k) for k in range(10)]
+
+
+# --- where blocks look the same and are not -----------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Blocks that look the same; the model around them may treat them differently."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.narrow(torch.relu(self.wide(x)))
+
+    def __init__(self, layers: int = 12) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(layers))
+
+    def chain(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x).square().mean()
+
+
+class EveryOther(Chain):
+    def chain(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x).sin() if number % 2 else block(x)
+        return x
+
+
+class Backwards(Chain):
+    def chain(self, x: Tensor) -> Tensor:
+        for block in reversed(self.blocks):
+            x = block(x)
+        return x
+
+
+class Twice(Chain):
+    def chain(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(block(x))
+        return x
+
+
+class Skips(Chain):
+    """Each block reads what the one three before it made."""
+
+    def chain(self, x: Tensor) -> Tensor:
+        seen = [x, x, x]
+        for block in self.blocks:
+            x = block(x) * seen.pop(0).tanh()
+            seen.append(x)
+        return x
+
+
+class Collects(Chain):
+    """All intermediate results are held to the end of the forward, and all are in the loss."""
+
+    def chain(self, x: Tensor) -> Tensor:
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x)
+        return torch.stack(seen)
+
+
+class Grows(Chain):
+    def chain(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.cat([x, block(x)[:1]])
+        return x
+
+
+class Fixed(Chain):
+    """It counts on its twelve blocks."""
+
+    def chain(self, x: Tensor) -> Tensor:
+        for number in range(12):
+            x = self.blocks[number](x)
+        return x
+
+
+ODD = [EveryOther, Backwards, Twice, Skips, Collects, Grows, Fixed]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", [Chain, *ODD], ids=lambda kind: kind.__name__)
+def test_whatever_is_done_the_trace_is_the_whole_one(kind: type[Chain], accumulation: int, watch: Watch) -> None:
+    made = kind(), {"x": torch.randn(4, 8)}
+    assert long_runs(made[0], find_blocks(made[0]))
+    assert differences(traced(made, accumulation), whole(made, accumulation)) == []
+    assert bool(watch.runs) or kind is not Chain
+
+
+@pytest.mark.parametrize("kind", [EveryOther, Backwards, Twice, Skips, Grows], ids=lambda kind: kind.__name__)
+def test_differences_are_found_and_said(kind: type[Chain], watch: Watch) -> None:
+    traced((kind(), {"x": torch.randn(4, 8)}))
+    assert not watch.runs
+    assert len(watch.refusals) == 1
+    assert "blocks.3" in watch.refusals[0]
+
+
+# --- which runs are worth it --------------------------------------------------------------------------------------------
+
+
+def test_seven_blocks_are_traced_whole() -> None:
+    for layers, expected in ((7, []), (8, [1]), (9, [2])):
+        model = Chain(layers)
+        assert [len(run.omitted) for run in long_runs(model, find_blocks(model))] == expected
+
+
+def test_a_run_names_its_parts() -> None:
+    model = Chain(9)
+    (run,) = long_runs(model, find_blocks(model))
+    assert (run.container, run.template, run.omitted) == ("blocks", "blocks.3", ("blocks.4", "blocks.5"))
+
+
+def test_a_sequential_is_not_shortened() -> None:
+    model = nn.Sequential(*(Chain.Block() for _ in range(9)))
+    assert long_runs(model, find_blocks(model)) == []
+
+
+def test_a_config_with_a_list_per_layer_is_believed() -> None:
+    model, _ = LONG["llama"]()
+    assert long_runs(model, find_blocks(model))
+    model.config.rates = [0.1] * 10
+    assert long_runs(model, find_blocks(model))
+    model.config.rates = [0.1] * 9 + [0.2]
+    assert long_runs(model, find_blocks(model)) == []
