@@ -100,7 +100,9 @@ def _decide(case: Case, model: torch.nn.Module, batch: dict[str, torch.Tensor]) 
         return {}
     rows = next(iter(batch.values())).shape[0]
     bare = copy.deepcopy(model).to("meta")
-    asked = {"sample": batch, "micro_batch": rows, "effective_batch": rows * case.accumulation, **case.options}
+    asked = {"sample": batch, "micro_batch": rows, **case.options}
+    if case.workload != "W5":  # batch norm: a plan never splits its batch; the same decisions are run accumulated
+        asked["effective_batch"] = rows * case.accumulation
     full = memplan.plan(bare, "cpu:1TiB", strategy="huggingface", **asked)
     half = memplan.plan(bare, f"cpu:{(full.peak_bytes + full.unplanned_bytes) // 2}B", **asked)
     return half.decisions

@@ -37,7 +37,7 @@ def lived_in(make: Callable[[], tiny.Made]) -> nn.Module:
 
 def meddle(model: nn.Module) -> None:
     """All that a step, a plan or a careless forward may do to a model."""
-    torch.rand(3), random.random(), np.random.rand()  # noqa: B018 -- for the random state alone
+    torch.rand(3), random.random(), np.random.rand()
     for module in model.modules():
         module.train(not module.training)
         module.scratch = torch.zeros(3)
@@ -156,7 +156,7 @@ def test_imitations_have_the_same_layout(tensor: Tensor) -> None:
     assert (imitation.shape, imitation.stride(), imitation.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
 
 
-# --- preserved ----------------------------------------------------------------------------------------------------------
+# --- preserved --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet", "plain", "gpt2"])

@@ -28,6 +28,7 @@ from memplan.errors import (
     PlanMismatch,
     PlanSchema,
     UnknownGpu,
+    UsageError,
 )
 
 
@@ -212,6 +213,9 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
         BadBatch,
         ("effective_batch = -8", "at least 1"),
     ),
+    "half a sample": (lambda s: s.plan(micro_batch=2.5), BadBatch, ("micro_batch = 2.5", "whole number")),
+    "autocast by name": (lambda s: s.plan(autocast="bfloat16"), UsageError, ("'bfloat16'", "torch.bfloat16", "None")),
+    "autocast to integers": (lambda s: s.predict(autocast=torch.int8), UsageError, ("torch.int8", "torch.float16")),
     "accumulation of zero": (lambda s: s.predict(accumulation=0), BadBatch, ("accumulation is 0", "at least 1")),
     # plans
     "plan of another version": (load_other_version, PlanSchema, ("schema version 2", "reads version 1", "Plan again")),

@@ -102,7 +102,7 @@ def test_models_without_blocks(model: nn.Module) -> None:
     assert find_blocks(model) == ()
 
 
-# --- alike --------------------------------------------------------------------------------------------------------------
+# --- alike ------------------------------------------------------------------------------------------------------------
 
 
 def runs(model: nn.Module) -> list[int]:
@@ -209,7 +209,7 @@ def test_a_description_is_stable() -> None:
     assert describe(block, "model.layers.0") == describe(block, "model.layers.0")
 
 
-# --- signature ----------------------------------------------------------------------------------------------------------
+# --- signature --------------------------------------------------------------------------------------------------------
 
 
 def test_a_signature_is_that_of_shapes_not_of_values() -> None:
@@ -234,7 +234,7 @@ def test_signatures_of_other_models_differ(make: Callable[[], tiny.Made]) -> Non
     assert signature(make()[0]) != signature(tiny.plain()[0])
 
 
-# --- batch norms --------------------------------------------------------------------------------------------------------
+# --- batch norms ------------------------------------------------------------------------------------------------------
 
 
 def test_only_training_batch_norms_couple_a_batch() -> None:

@@ -193,8 +193,8 @@ def test_a_batch_that_must_not_be_split_is_recomputed_instead() -> None:
         (Affine(can_split=False), 8, 4, "couple the samples"),
         (Affine(), None, 65, "beyond the 64"),
         (Affine(can_split=False), 128, None, "beyond the 64"),
-        (Affine(), 0, None, "effective_batch = 0 has to be at least 1"),
-        (Affine(), None, -1, "micro_batch = -1 has to be at least 1"),
+        (Affine(), 0, None, "effective_batch = 0 has to be a whole number and at least 1"),
+        (Affine(), None, -1, "micro_batch = -1 has to be a whole number and at least 1"),
     ],
 )
 def test_batches_that_cannot_be(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -96,9 +97,13 @@ LONG: dict[str, Callable[[], tiny.Made]] = {
 KEEP, RECOMPUTE = "keep", "recompute"
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("option", [KEEP, RECOMPUTE])
-@pytest.mark.parametrize("name", LONG)
+CASES = [
+    *(("llama", option, accumulation) for option in (KEEP, RECOMPUTE) for accumulation in (1, 2)),
+    *((name, *case) for name in ("bert", "lora") for case in ((KEEP, 2), (RECOMPUTE, 1))),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "accumulation"), CASES)
 def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulation: int, watch: Watch) -> None:
     made = LONG[name]()
     trace = traced(made, accumulation, [option] * 10)
@@ -126,16 +131,15 @@ MIXED = {
 @pytest.mark.parametrize("flags", MIXED)
 def test_mixed_plans(flags: str, accumulation: int, watch: Watch) -> None:
     options = MIXED[flags]
-    made = tiny.llama(layers=len(options), use_cache=False, hidden_size=16, intermediate_size=16)
+    made = Chain(len(options)), {"x": torch.randn(4, 8)}
     trace = traced(made, accumulation, options)
     assert differences(trace, whole(made, accumulation, options)) == []
-    if flags != "two long runs" or not watch.refusals:
-        assert watch.runs
+    assert len(watch.runs) == sum(len(list(group)) > 7 for _, group in groupby(options))
 
 
 def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
     options = [KEEP, RECOMPUTE] * 5
-    made = LONG["llama"]()
+    made = Chain(10), {"x": torch.randn(4, 8)}
     assert differences(traced(made, 1, options), whole(made, 1, options)) == []
     assert not watch.runs
     assert not watch.refusals
@@ -144,8 +148,8 @@ def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
 @pytest.mark.parametrize("copies", [2, 4])
 def test_a_wrong_number_of_copies_is_seen(copies: int) -> None:
     """The comparison above would not pass whatever it is given."""
-    made = LONG["llama"]()
-    model, batch = made
+    made = Chain(10), {"x": torch.randn(4, 8)}
+    model, _ = made
     (run,) = long_runs(model, find_blocks(model))
     with shortened(model, [run]):
         short = whole(made)
@@ -158,14 +162,14 @@ def test_shortened_puts_every_block_back() -> None:
     model, _ = LONG["llama"]()
     layers = list(model.model.layers)
     (run,) = long_runs(model, find_blocks(model))
-    with pytest.raises(KeyboardInterrupt), shortened(model, [run]):
+    with pytest.raises(KeyboardInterrupt), shortened(model, [run]):  # noqa: PT012 -- what is left by it is put back
         assert len(model.model.layers) == 7
         raise KeyboardInterrupt
     assert all(a is b for a, b in zip(model.model.layers, layers, strict=True))
     assert [name for name, _ in model.model.layers.named_children()] == [str(k) for k in range(10)]
 
 
-# --- where blocks look the same and are not -----------------------------------------------------------------------------
+# --- where blocks look the same and are not ---------------------------------------------------------------------------
 
 
 class Chain(nn.Module):
@@ -263,7 +267,7 @@ def test_whatever_is_done_the_trace_is_the_whole_one(kind: type[Chain], accumula
     assert bool(watch.runs) or kind is not Chain
 
 
-@pytest.mark.parametrize("kind", [EveryOther, Backwards, Twice, Skips, Grows], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [EveryOther, Twice, Skips, Grows], ids=lambda kind: kind.__name__)
 def test_differences_are_found_and_said(kind: type[Chain], watch: Watch) -> None:
     traced((kind(), {"x": torch.randn(4, 8)}))
     assert not watch.runs
@@ -271,7 +275,7 @@ def test_differences_are_found_and_said(kind: type[Chain], watch: Watch) -> None
     assert "blocks.3" in watch.refusals[0]
 
 
-# --- which runs are worth it --------------------------------------------------------------------------------------------
+# --- which runs are worth it ------------------------------------------------------------------------------------------
 
 
 def test_seven_blocks_are_traced_whole() -> None:

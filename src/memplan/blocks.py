@@ -35,7 +35,9 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_block(module: nn.Module, repeated: frozenset[type]) -> bool:
-    return is_checkpointing_layer(module) or type(module) in repeated
+    if is_checkpointing_layer(module):
+        return True
+    return type(module) in repeated and type(module) not in _twins(module)  # of nested Sequentials the inner ones
 
 
 def _repeated_classes(model: nn.Module) -> frozenset[type]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memplan.device import resolve_gpu
-from memplan.errors import BadBatch, DoesNotFit, NoDevice
+from memplan.errors import BadBatch, DoesNotFit, NoDevice, UsageError
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
 from memplan.plan_record import Plan, Verdict
@@ -18,7 +18,6 @@ from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 
 __all__ = ["apply", "autofit", "plan", "predict"]
-
 
 _SHORT_CHECK_S = 30.0  # steps that take longer are not run just to be measured; Fit.measure does it when asked
 
@@ -51,10 +50,9 @@ def predict(
         BadSample, BadLoss, BadOptimizer, BadBatch, UnknownGpu: an argument cannot be used.
         NothingToTrain, ModelFailed, CannotTrace: the model stands in the way.
     """
-    if accumulation < 1:
-        raise BadBatch(f"accumulation is {accumulation}; it counts micro-batches per step and is at least 1")
+    recipe = _recipe(loss, optimizer, autocast, accumulation)
     card, device = resolve_gpu(gpu)
-    return Session(model, Sample.of(sample), Recipe(loss, optimizer, autocast, accumulation), card, device).predict()
+    return Session(model, Sample.of(sample), recipe, card, device).predict()
 
 
 def plan(
@@ -92,7 +90,7 @@ def plan(
     chosen = load_strategy(strategy)
     card, device = resolve_gpu(gpu)
     shown = sample_for(model, 2, seq_len) if sample is None else Sample.of(sample)
-    session = Session(model, shown, Recipe(loss, optimizer, autocast), card, device)
+    session = Session(model, shown, _recipe(loss, optimizer, autocast), card, device)
     return session.plan(chosen, effective_batch, micro_batch)
 
 
@@ -129,9 +127,21 @@ def autofit(
         raise DoesNotFit(found.describe(), found.smallest_bytes)
     fit = apply(model, found)
     try:
-        with suppress(NoDevice):  # planned for a card that is not here
-            fit.measured = fit.measure(steps=1)
+        if found.step_s <= _SHORT_CHECK_S:
+            with suppress(NoDevice):  # planned for a card that is not here
+                fit.measured = fit.measure(steps=1)
     except BaseException:
         fit.undo()
         raise
     return fit
+
+
+def _recipe(
+    loss: Loss | None, optimizer: str | torch.optim.Optimizer, autocast: torch.dtype | None, accumulation: int = 1
+) -> Recipe:
+    """What `torch.autocast` would only warn of, and then not cast, is refused here."""
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise UsageError(f"autocast is {autocast!r}: pass torch.bfloat16, torch.float16, or None for full precision")
+    if accumulation < 1:
+        raise BadBatch(f"accumulation is {accumulation}; it counts micro-batches per step and is at least 1")
+    return Recipe(loss, optimizer, autocast, accumulation)

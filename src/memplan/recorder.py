@@ -168,6 +168,7 @@ class Recorder:
             raise CannotTrace(_values_message(self.model, error)) from error
         finally:
             tape.backward = False
+        del loss
         return MicroBorders(start, middle, Border.of(tape))
 
     def _loss(self, tape: Tape, batch: Sample) -> Tensor:

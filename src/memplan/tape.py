@@ -240,18 +240,17 @@ class Tape(TorchDispatchMode):
         self.op_ticks.append(self.now)
         outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         fresh = [t for t in outputs if self._follow(t, module, written)]
-        if func.is_view:
-            flops = moved = workspace = 0
-        else:
+        flops = moved = 0
+        worked = bool(fresh) or written is not None or func._schema.is_mutable
+        if worked and not func.is_view:  # not so `_unsafe_view`, and a `contiguous` of what is contiguous
             inputs = [t for t in flat if isinstance(t, Tensor)]
             flops = flops_of(func, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
-            if fresh or written is not None or func._schema.is_mutable:
-                workspace = self.backend.workspace_bytes(func, flat, outputs)
-                if self.backend.wants_probe(func, flat):
-                    self._ask(func, args, kwargs)
-                elif workspace:
-                    self._add(workspace, module, self.now + 1)
+            workspace = self.backend.workspace_bytes(func, flat, outputs)
+            if self.backend.wants_probe(func, flat):
+                self._ask(func, args, kwargs)
+            elif workspace:
+                self._add(workspace, module, self.now + 1)
         dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else ""
         name = self.op_names.setdefault(func._schema.name, len(self.op_names))
         self.op_columns.append((name, module, flops, moved, self.dtypes.setdefault(dtype, len(self.dtypes))))

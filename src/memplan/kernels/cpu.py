@@ -217,9 +217,9 @@ def _copies_of(*positions: int) -> Rule:
 
 
 def _product(args: Sequence[object], _: Sequence[Tensor]) -> int:
-    """addmm_impl_cpu_, bmm_out_or_baddbmm_ (LinearAlgebra.cpp): copies of operands that BLAS cannot read in place."""
+    """addmm_impl_cpu_ (LinearAlgebra.cpp): copies of operands that BLAS cannot read in place; one by one in a batch."""
     unfit = [t for t in _tensors(args)[-2:] if not _fits_blas(t.shape[-2:], t.stride()[-2:])]
-    return sum(prod(t.shape) * t.element_size() for t in unfit)
+    return sum(prod(t.shape[-2:]) * t.element_size() for t in unfit)
 
 
 def _fits_blas(shape: Sequence[int], stride: Sequence[int]) -> bool:
