@@ -240,5 +240,9 @@ def test_signatures_of_other_models_differ(make: Callable[[], tiny.Made]) -> Non
 def test_only_training_batch_norms_couple_a_batch() -> None:
     model, _ = tiny.resnet()
     assert is_batch_coupled(model)
-    assert not is_batch_coupled(model.eval())
+    assert is_batch_coupled(model.eval())  # a step is taken in training mode
+    model.train()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    assert not is_batch_coupled(model)  # frozen on purpose
     assert not is_batch_coupled(tiny.llama()[0])

@@ -100,6 +100,12 @@ class AbstractModel:
             return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu")
 
 
+def to_training(model: nn.Module) -> None:
+    """Put a model into training mode, unless it is: parts of it that are in eval mode then are so on purpose."""
+    if not model.training:
+        model.train()
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Undo what a real forward and backward leave behind: gradients, buffers, attributes, modes, random state.
@@ -108,7 +114,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with untouched(model):
+    cards = {parameter.device for parameter, _ in gradients if parameter.is_cuda}  # with a random state of their own
+    with untouched(model), torch.random.fork_rng(list(cards)):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None

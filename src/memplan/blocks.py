@@ -134,5 +134,9 @@ def signature(model: nn.Module) -> str:
 
 
 def is_batch_coupled(model: nn.Module) -> bool:
-    """Whether layers mix the samples of a batch, so that splitting it would change the mathematics: batch norms."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
+    """Whether layers mix the samples of a batch, so that splitting it would change the mathematics: batch norms.
+
+    A step is taken in training mode, so those of a model in eval mode count; those that alone are in eval mode do not.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return any(norm.training or not model.training for norm in norms)

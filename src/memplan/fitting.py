@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memplan import levers, optimizers
-from memplan.abstract import preserved
+from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
 from memplan.device import Device, resolve_gpu
 from memplan.errors import AlreadyApplied, DoesNotFit, NoDevice, PlanMismatch
@@ -81,7 +81,7 @@ class Fit:
         )
         shown = self._sample(sample, live)
         with preserved(self.model):
-            self.model.train()
+            to_training(self.model)
             others_bytes = device.peak_of(_nothing) - _own_bytes(self.model)
             micro = shown.resized(self.plan.micro_batch).to(device.torch_device)
             step = training_step(self.model, micro, recipe, device)

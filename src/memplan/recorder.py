@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from memplan import optimizers
-from memplan.abstract import AbstractModel, preserved
+from memplan.abstract import AbstractModel, preserved, to_training
 from memplan.assembly import Border, MicroBorders, assemble, with_optimizer
 from memplan.blocks import find_blocks
 from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NothingToTrain
@@ -87,14 +87,14 @@ class Recorder:
         self.accumulation = accumulation or self.recipe.accumulation
         try:
             with AbstractModel(self.model, self.fake) as abstract, installed():
-                self.model.train()
+                to_training(self.model)
                 optimizer, state = self._optimizer_step(abstract)
                 trace = self._traced(sample.map(abstract.imitate), state)
         except CannotTrace:
             if any(parameter.is_meta for parameter in self.model.parameters()):
                 raise
             with preserved(self.model), installed():
-                self.model.train()
+                to_training(self.model)
                 batch = sample.to(next(self.model.parameters()).device)
                 trace = self._micro_steps(batch, find_blocks(self.model), self._static(batch, state), None)
         return with_optimizer(trace, optimizer)

@@ -36,6 +36,7 @@ _GRADIENT_ACCUMULATION = 2**63
 _CPU = cpu.CpuBackend()
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _RAND = torch.ops.aten.rand.default
 _CONSTANTS = {torch.ops.aten.ones_like.default: 1, torch.ops.aten.zeros_like.default: 0}
 
@@ -177,6 +178,8 @@ class Tape(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is _DEVICE:  # autograd asks every fake where it is; no operator
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
         flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
         in_place = self.backward and would_write(func, args)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from memplan import levers
 from memplan._compat import is_cache
-from memplan.abstract import preserved
+from memplan.abstract import preserved, to_training
 from memplan.blocks import alike
 from memplan.device import Device
 from memplan.errors import ModelFailed
@@ -52,7 +52,7 @@ def measured(
     rest: dict[int, float] = {}
     scale = 1.0
     with preserved(model):
-        model.train()
+        to_training(model)
         for sample in samples:
             clock = _Clock(model, recipe, sample.to(device.torch_device), device)
             size = sample.batch_size
