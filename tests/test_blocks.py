@@ -168,8 +168,8 @@ def _buffer(block: nn.Module) -> None:
 
 
 def _strides(block: nn.Module) -> None:
-    square = torch.randn_like(block.wide.weight.t()).t()
-    block.wide.weight = nn.Parameter(square)
+    rows, columns = block.wide.weight.shape
+    block.wide.weight = nn.Parameter(torch.randn(columns, rows).t())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ of a ResNet. They are told by structure; transformers' own `GradientCheckpointin
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -122,6 +123,8 @@ def _plain(value: object, place: str) -> object:
         return tuple((key, _plain(entry, place)) for key, entry in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return tuple(_plain(entry, place) for entry in value)
+    if isinstance(value, partial):
+        return (_plain(value.func, place), _plain(value.args, place), _plain(value.keywords, place))
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__
     return id(value)

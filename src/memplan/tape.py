@@ -112,8 +112,10 @@ class Tape(TorchDispatchMode):
             hook.remove()
 
     def _followed_random_state(self) -> Tensor:
-        state = self._random_state()
-        self._follow(state, self.running(), None)
+        state, module = self._random_state(), self.running()
+        self.op_ticks.append(self.now)
+        self._follow(state, module, None)
+        self._count("torch::get_rng_state", module, 0, state.nbytes, "uint8")
         return state
 
     def forget(self) -> None:
@@ -255,8 +257,12 @@ class Tape(TorchDispatchMode):
             elif workspace:
                 self._add(workspace, module, self.now + 1)
         dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else ""
-        name = self.op_names.setdefault(func._schema.name, len(self.op_names))
-        self.op_columns.append((name, module, flops, moved, self.dtypes.setdefault(dtype, len(self.dtypes))))
+        self._count(func._schema.name, module, flops, moved, dtype)
+
+    def _count(self, name: str, module: int, flops: int, moved: int, dtype: str) -> None:
+        names, dtypes = self.op_names, self.dtypes
+        row = names.setdefault(name, len(names)), module, flops, moved, dtypes.setdefault(dtype, len(dtypes))
+        self.op_columns.append(row)
 
     # -- storages ------------------------------------------------------------------------------------------------
 
