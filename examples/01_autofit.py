@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import memplan
 from memplan.units import format_bytes as size
 
-BUDGET, BATCH, LENGTH, STEPS, ROUNDS = "460MiB", 2, 512, 22, 4
+BUDGET, BATCH, LENGTH, STEPS, ROUNDS = "460MiB", 2, 512, 21, 3
 
 
 def text_batches() -> list[torch.Tensor]:
