@@ -100,7 +100,7 @@ def describe(block: nn.Module, path: str) -> tuple[object, ...]:
 
 def _tensors(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     own = {**module._parameters, **module._buffers}
-    return [(name, tensor) for name, tensor in own.items() if tensor is not None]  # type: ignore[misc]
+    return [(name, tensor) for name, tensor in own.items() if tensor is not None]  # type: ignore[misc]  # buffers are no Parameters; both have what is read
 
 
 def _tells(name: str, value: object, position: int | None) -> bool:

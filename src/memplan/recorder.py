@@ -180,7 +180,7 @@ class Recorder:
             raise CannotTrace(_values_message(self.model, error)) from error
         except BadLoss:
             raise
-        except Exception as error:
+        except Exception as error:  # anything: it is the user's own model that runs
             name, where = type(self.model).__name__, tape.last_entered
             raise ModelFailed(
                 f"{name} raised {type(error).__name__}{f' in {where}' if where else ''}: {error}\n"

@@ -129,7 +129,7 @@ class _Clock:
                 found.update({(path, option): seconds[option] for path in group for option in options})
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # anything: it is the user's own model that runs
             raise ModelFailed(
                 f"{type(self.model).__name__} can be traced, but raised {type(error).__name__} when its blocks were "
                 f"run to be timed, at micro-batch {self.batch.batch_size}: {error}\nRun one step of it by hand."

@@ -133,7 +133,7 @@ def _answered(func: FunctionType, questions: frozenset[str]) -> FunctionType:
 # -- operators whose CUDA form keeps something else for backward; their arguments are named as torch's ----------------
 
 
-def _dropout(input: Tensor, p: float, train: bool) -> Tensor:  # noqa: A002
+def _dropout(input: Tensor, p: float, train: bool) -> Tensor:  # noqa: A002  # torch's own name
     """native/Dropout.cpp: one kernel that keeps a boolean mask; on the CPU the factors themselves are kept."""
     if train and 0 < p < 1 and input.numel():
         kept: Tensor = _aten.native_dropout(input, p, True)[0]
@@ -142,7 +142,7 @@ def _dropout(input: Tensor, p: float, train: bool) -> Tensor:  # noqa: A002
 
 
 def _rms_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,  # noqa: A002  # torch's own name
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
