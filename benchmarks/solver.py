@@ -74,7 +74,7 @@ def chain(points: Points, blocks: int, options: int, *, identical: bool) -> Prob
     def block_options() -> tuple[Option, ...]:
         drawn = points(rng, options)
         most = max(hold for hold, _ in drawn)
-        names = ["keep", "recompute"] if options == 2 else [f"option {k}" for k in range(options)]
+        names = ["keep", "recompute"] if options == 2 else [f"select-{k}" for k in range(options)]
         return tuple(Option(n, hold, most, most + 64 * MIB, s) for n, (hold, s) in zip(names, drawn, strict=True))
 
     one = block_options()

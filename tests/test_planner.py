@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -32,8 +33,9 @@ class Affine:
     sample_s: float = 0.002
     can_split: bool = True
     largest_micro_batch: int = 64
+    variants: tuple[str, ...] = ("keep",)
 
-    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int) -> Problem:
+    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str = "keep") -> Problem:
         assert 1 <= micro_batch <= self.largest_micro_batch
         static = 3 * self.weights + (self.weights if accumulation > 1 else 0)
         act, edge = self.sample * micro_batch, self.sample * micro_batch // 8
@@ -182,7 +184,7 @@ def test_a_batch_that_must_not_be_split_is_recomputed_instead() -> None:
     assert (outcome.micro_batch, outcome.accumulation) == (16, 1)
     assert outcome.slowdown > 0
     refused = search(profile, smallest - 1, SPEED, effective_batch=16)
-    assert refused == NoPlan(16, 1, smallest, "no choice of what to recompute fits the budget")
+    assert refused == NoPlan(16, 1, smallest, "no plan by the strategy's levers fits the budget")
 
 
 @pytest.mark.parametrize(
@@ -207,28 +209,28 @@ def test_batches_that_cannot_be(
 # --- what the strategy says -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recompute", "name"), [("all", "recompute"), ("none", "keep")])
-def test_all_and_none_leave_no_other_option(recompute: str, name: str) -> None:
-    strategy = Strategy(name="test", recompute=recompute)
+@pytest.mark.parametrize("name", ["recompute", "keep"])
+def test_what_every_block_does_leaves_no_other_option(name: Literal["keep", "recompute"]) -> None:
+    strategy = Strategy(name="test", every_block=name)
     outcome = planned(search(Affine(), 2000 * MIB, strategy, micro_batch=2))
     chosen = zip(outcome.problem.blocks, outcome.solution.choice or (), strict=True)
     assert {block.options[k].name for block, k in chosen} == {name}
 
 
 def test_recomputing_all_is_slower_than_keeping_all() -> None:
-    outcome = planned(search(Affine(launch_s=0.0), GIB, Strategy(name="test", recompute="all"), micro_batch=2))
+    outcome = planned(search(Affine(launch_s=0.0), GIB, Strategy(name="test", every_block="recompute"), micro_batch=2))
     step_s = 4 * 1.3 * 0.004 + 0.025
     assert outcome.slowdown == pytest.approx(step_s / (4 * 0.004 + 0.025) - 1)
 
 
 def test_a_block_that_can_only_keep_is_left_as_it_is() -> None:
     class Mixed(Affine):
-        def problem(self, micro_batch: int, accumulation: int, budget_bytes: int) -> Problem:
+        def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str = "keep") -> Problem:
             problem = Affine.problem(self, micro_batch, accumulation, budget_bytes)
             first = replace(problem.blocks[0], options=problem.blocks[0].options[:1])
             return replace(problem, blocks=(first, *problem.blocks[1:]))
 
-    outcome = planned(search(Mixed(), GIB, Strategy(name="test", recompute="all"), micro_batch=2))
+    outcome = planned(search(Mixed(), GIB, Strategy(name="test", every_block="recompute"), micro_batch=2))
     assert [block.options[0].name for block in outcome.problem.blocks] == ["keep"] + ["recompute"] * 3
 
 
@@ -246,7 +248,7 @@ def test_a_plan_slower_than_max_slowdown_is_refused_with_the_budget_that_helps()
 
 
 def test_no_budget_makes_recomputing_all_quick_enough() -> None:
-    strategy = Strategy(name="test", recompute="all", max_slowdown=0.1)
+    strategy = Strategy(name="test", every_block="recompute", max_slowdown=0.1)
     refused = search(Affine(), 100 * GIB, strategy, micro_batch=8)
     assert isinstance(refused, NoPlan)
     assert refused.smallest_bytes is None
@@ -334,3 +336,98 @@ def test_a_choice_that_the_simulator_does_not_accept_is_an_internal_error() -> N
 def test_a_solver_that_gives_up_where_something_fits_is_an_internal_error() -> None:
     with pytest.raises(RuntimeError, match="internal error: the solver found nothing"):
         search(Affine(), GIB, SPEED, micro_batch=8, solve=lambda _: Solution.infeasible())
+
+
+# --- variants, levers and the link ----------------------------------------------------------------------------------
+
+
+class Rich(Affine):
+    """With a smaller and slower loss head, an option that copies to the host, and one that keeps a part."""
+
+    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str = "keep") -> Problem:
+        problem = Affine.problem(self, micro_batch, accumulation, budget_bytes)
+        keep, recompute = problem.blocks[0].options
+        half = (keep.hold_bytes + recompute.hold_bytes) // 2
+        select = replace(recompute, name="select-1", hold_bytes=half, step_s=keep.step_s * 1.1)
+        offload = replace(keep, name="offload-1", hold_bytes=half, link_bytes=keep.hold_bytes - half)
+        options = (keep, recompute, select, offload)
+        gaps = problem.gaps
+        if variant == "chunked-512":
+            head = Gap(gaps[0].forward_bytes, gaps[0].backward_bytes)
+            return replace(
+                problem,
+                blocks=tuple(replace(block, options=options) for block in problem.blocks),
+                gaps=(*gaps[:-1], head),
+                rest_s=problem.rest_s * 1.5,
+            )
+        assert variant == "keep"
+        logits = Gap(gaps[-1].forward_bytes + 100 * MIB, gaps[-1].backward_bytes + 100 * MIB)
+        blocks = tuple(replace(block, options=options) for block in problem.blocks)
+        return replace(problem, blocks=blocks, gaps=(*gaps[:-1], logits))
+
+
+RICH = Rich(layers=8, variants=("keep", "chunked-512"))
+TIGHT = smallest_budget(RICH.problem(8, 1, 1)) + 40 * MIB
+
+
+def names(outcome: Outcome) -> set[str]:
+    chosen = zip(outcome.problem.blocks, outcome.solution.choice or (), strict=True)
+    return {block.options[k].name for block, k in chosen}
+
+
+def test_the_faster_variant_is_taken() -> None:
+    roomy = planned(search(RICH, 100 * GIB, SPEED, micro_batch=8))
+    assert (roomy.variant, roomy.slowdown) == ("keep", 0.0)
+    least = smallest_budget(RICH.problem(8, 1, 1, "chunked-512"))
+    tight = planned(search(RICH, least, SPEED, micro_batch=8))
+    assert tight.variant == "chunked-512"
+    assert tight.smallest_bytes == least < smallest_budget(RICH.problem(8, 1, 1))
+    keep_all_s = RICH.problem(8, 1, 1).step_s((0,) * 8)
+    assert tight.slowdown == pytest.approx(tight.timeline.step_s / keep_all_s - 1)
+
+
+@pytest.mark.parametrize("objective", ["samples-per-second", "micro-batch", "peak"])
+def test_of_two_variants_none_is_better_by_the_objective(
+    objective: Literal["samples-per-second", "micro-batch", "peak"],
+) -> None:
+    strategy = Strategy(name="test", objective=objective, tolerance=0.0)
+    both = planned(search(RICH, TIGHT, strategy, effective_batch=8))
+    alone = [
+        planned(search(replace(RICH, variants=("keep",)), TIGHT, strategy, effective_batch=8)),
+        planned(search(RICH, TIGHT, replace(strategy, levers=("recompute", "select")), effective_batch=8)),
+    ]
+    for one in alone:
+        if objective == "samples-per-second":
+            assert both.timeline.step_s <= one.timeline.step_s
+        elif objective == "micro-batch":
+            assert both.micro_batch >= one.micro_batch
+        else:
+            assert both.timeline.peak_bytes <= one.timeline.peak_bytes
+
+
+def test_a_strategy_s_levers_are_all_that_is_used() -> None:
+    only = Strategy(name="test", levers=("select",))
+    refused = search(RICH, TIGHT, only, micro_batch=8, link_bytes_s=1e10, host_bytes=GIB)
+    assert isinstance(refused, NoPlan)
+    assert refused.smallest_bytes is not None
+    least = planned(search(RICH, refused.smallest_bytes, only, micro_batch=8, link_bytes_s=1e10, host_bytes=GIB))
+    assert "select-1" in names(least) <= {"keep", "select-1"}
+    assert least.variant == "keep"
+    none = Strategy(name="test", levers=())
+    assert isinstance(search(RICH, TIGHT, none, micro_batch=8, link_bytes_s=1e10, host_bytes=GIB), NoPlan)
+    roomy = simulate(RICH.problem(8, 1, 1), (0,) * 8).peak_bytes - 100 * MIB
+    copy = replace(only, levers=("offload",))
+    copied = planned(search(RICH, roomy, copy, micro_batch=8, link_bytes_s=1e10, host_bytes=GIB))
+    assert "offload-1" in names(copied) <= {"keep", "offload-1"}
+    assert 0 < copied.timeline.host_bytes <= GIB
+    assert isinstance(search(RICH, roomy, copy, micro_batch=8), NoPlan)
+
+
+def test_levers_wanted_first_are_joined_by_others_only_where_they_have_to_be() -> None:
+    first = Strategy(name="test", levers_first=("offload",), tolerance=0.0)
+    slow = 2e9
+    most = simulate(RICH.problem(8, 1, 1), (0,) * 8).peak_bytes
+    alone = planned(search(RICH, most - 100 * MIB, first, micro_batch=8, link_bytes_s=slow, host_bytes=GIB))
+    assert (names(alone), alone.variant) == ({"keep", "offload-1"}, "keep")
+    joined = planned(search(RICH, TIGHT - 39 * MIB, first, micro_batch=8, link_bytes_s=slow, host_bytes=GIB))
+    assert names(joined) - {"keep", "offload-1"}

@@ -1,5 +1,7 @@
 """The judge against a step that was walked by hand, and against the definition of the peak."""
 
+from dataclasses import replace
+
 import pytest
 
 from memplan.problem import Block, Gap, Option, Problem
@@ -75,3 +77,48 @@ def test_a_choice_of_another_length_is_refused(choice: tuple[int, ...]) -> None:
 def test_an_option_that_a_block_does_not_have_is_refused(choice: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="b has options 0 to 1"):
         simulate(two_blocks(), choice)
+
+
+OFFLOAD = Option("offload", hold_bytes=4, forward_bytes=12, backward_bytes=15, step_s=3.0, link_bytes=6)
+
+
+def with_link(bytes_s: float | None = 3.0, host_bytes: int | None = 12) -> Problem:
+    blocks = tuple(Block(path, base, (KEEP, OFFLOAD)) for path, base in (("a", 100), ("b", 200)))
+    return replace(two_blocks(), blocks=blocks, link_bytes_s=bytes_s, host_bytes=host_bytes)
+
+
+def test_bytes_in_flight_are_there_from_the_first_block_to_the_last_but_not_at_the_head() -> None:
+    timeline = simulate(with_link(), (1, 0))
+    staging = 2 * 6
+    assert [moment.bytes for moment in timeline.moments] == [
+        90,
+        112 + staging,
+        4 + 92 + staging,
+        4 + 212 + staging,
+        14 + 300,
+        14 + 301,
+        4 + 215 + staging,
+        4 + 93 + staging,
+        115 + staging,
+        91,
+        150,
+    ]
+    assert timeline.host_bytes == 6
+
+
+def test_the_step_waits_for_the_link() -> None:
+    """A copy takes 2 s each way, a block's forward 1 s and its backward 2 s, so two copies out end at 3 s and 5 s."""
+    problem = with_link()
+    compute_s = 3.0 + 3.0 + 1.0 + 0.5
+    assert simulate(problem, (0, 0)).step_s == compute_s
+    assert simulate(problem, (1, 0)).step_s == pytest.approx(compute_s + 1.0)  # copied at 3 s, the forward ends at 2 s
+    assert simulate(problem, (1, 1)).step_s == pytest.approx(compute_s + 3.0 + 2.0)  # and block b's copy comes first
+
+
+@pytest.mark.parametrize(
+    ("bytes_s", "host_bytes", "fits"),
+    [(3.0, 12, True), (3.0, 11, False), (3.0, None, False), (None, 12, False)],
+)
+def test_what_is_copied_needs_a_link_and_room(bytes_s: float | None, host_bytes: int | None, fits: bool) -> None:
+    assert simulate(with_link(bytes_s, host_bytes), (1, 1)).fits is fits
+    assert simulate(with_link(bytes_s, host_bytes), (0, 0)).fits

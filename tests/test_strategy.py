@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from memplan.errors import BadStrategy
-from memplan.strategy import Strategy, load_strategy, shipped_strategies
+from memplan.strategy import LEVERS, SAFE_LEVERS, Strategy, load_strategy, shipped_strategies
+
+GIB = 2**30
 
 
 def write(folder: Path, text: str) -> Path:
@@ -15,29 +17,53 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "recompute", "tolerance"),
+    ("name", "objective", "tolerance", "levers", "host_memory"),
     [
-        ("balanced", "samples-per-second", "planned", 0.01),
-        ("throughput", "samples-per-second", "planned", 0.0),
-        ("largest-batch", "micro-batch", "planned", 0.01),
-        ("smallest-memory", "peak", "planned", 0.01),
-        ("huggingface", "samples-per-second", "all", 0.01),
+        ("balanced", "samples-per-second", 0.01, SAFE_LEVERS, 0.25),
+        ("throughput", "samples-per-second", 0.0, SAFE_LEVERS, 0.25),
+        ("largest-batch", "micro-batch", 0.01, SAFE_LEVERS, 0.25),
+        ("smallest-memory", "peak", 0.01, SAFE_LEVERS, 0.5),
+        ("recompute-only", "samples-per-second", 0.01, ("recompute", "select"), 0.0),
+        ("offload-first", "samples-per-second", 0.01, SAFE_LEVERS, 0.5),
+        ("huggingface", "samples-per-second", 0.01, ("recompute",), 0.0),
     ],
 )
-def test_the_shipped_strategies(name: str, objective: str, recompute: str, tolerance: float) -> None:
+def test_the_shipped_strategies(
+    name: str, objective: str, tolerance: float, levers: tuple[str, ...], host_memory: float
+) -> None:
     strategy = load_strategy(name)
     assert strategy.name == name
-    assert (strategy.objective, strategy.recompute, strategy.tolerance) == (objective, recompute, tolerance)
+    assert (strategy.objective, strategy.tolerance) == (objective, tolerance)
+    assert (strategy.levers, strategy.host_memory) == (levers, host_memory)
     assert (strategy.budget_share, strategy.max_slowdown) == (1.0, None)
+    assert strategy.levers_first == (("offload",) if name == "offload-first" else ())
+    assert strategy.every_block == ("recompute" if name == "huggingface" else None)
     assert strategy.summary.endswith(".")
     assert strategy.when_to_use.endswith(".")
     assert name in shipped_strategies()
 
 
+def test_seven_strategies_are_shipped() -> None:
+    assert len(shipped_strategies()) == 7
+
+
+@pytest.mark.parametrize(
+    ("host_memory", "total_bytes", "limit"),
+    [(0.25, 64 * GIB, 16 * GIB), (0.25, None, 0), ("8GiB", None, 8 * GIB), ("8GiB", 4 * GIB, 4 * GIB), (0, 64, 0)],
+)
+def test_host_memory_is_never_unbounded(host_memory: str | float, total_bytes: int | None, limit: int) -> None:
+    assert Strategy(name="mine", host_memory=host_memory).host_bytes(total_bytes) == limit
+
+
+def test_levers_are_kept_in_one_order(tmp_path: Path) -> None:
+    strategy = load_strategy(write(tmp_path, 'levers = ["offload", "recompute", "offload"]'))
+    assert strategy.levers == ("recompute", "offload")
+
+
 def test_the_readme_lists_each_shipped_strategy_and_each_key() -> None:
     readme = (Path(__file__).parents[1] / "strategies" / "README.md").read_text(encoding="utf-8")
-    for word in (*shipped_strategies(), *(field.name for field in dataclasses.fields(Strategy))):
-        assert f"`{word}`" in readme
+    for word in (*LEVERS, *shipped_strategies(), *(field.name for field in dataclasses.fields(Strategy))):
+        assert f"`{word}`" in readme or f'`"{word}"`' in readme
 
 
 def test_a_file_says_only_what_it_wants_otherwise(tmp_path: Path) -> None:
@@ -67,7 +93,14 @@ def test_a_file_says_only_what_it_wants_otherwise(tmp_path: Path) -> None:
         ('objective = "microbatch"', r"did you mean 'micro-batch'\?"),
         ('objective = "joy"', "samples-per-second, micro-batch, peak"),
         ("objective = 3", "objective 3 is not one of"),
-        ('recompute = "plan"', "planned, all, none"),
+        ('levers = ["ofload"]', r"levers entry 'ofload' .* did you mean 'offload'\?"),
+        ('levers = "offload"', r"levers = 'offload' has to be a list of recompute, select"),
+        ('levers = ["select"]\nlevers_first = ["offload"]', r"levers_first = \['offload'\] has more than"),
+        ('every_block = "select"', "keep, recompute"),
+        ("host_memory = 1.5", r"host_memory = 1.5 .* from 0 to 1, or a size such as '32GiB'"),
+        ('host_memory = "32"', "host_memory: '32' has no unit"),
+        ("host_memory = inf", "host_memory = inf"),
+        ('recompute = "all"', "key 'recompute' is not one of name, summary"),
         ("summary = 1", "summary = 1 has to be a text"),
         ("budget_shar = 0.5", r"key 'budget_shar' .* did you mean 'budget_share'\?"),
         ("xyzzy = 1", "key 'xyzzy' is not one of name, summary"),

@@ -1,8 +1,9 @@
-"""The outer search: which micro-batch, how often accumulated, and what each block does about memory.
+"""The outer search: which micro-batch, how often accumulated, in which variant, and what each block does about memory.
 
-For one micro-batch the solvers find the best choice. This file finds the micro-batch: it asks the profile for the
-problem at every size worth trying, skips those whose fastest imaginable step cannot win, and believes a solver only
-after the simulator has walked its choice. Pure arithmetic: no device, no clock, the same answer twice.
+For one micro-batch and one variant (a way to run what lies outside the blocks: the loss head, the optimizer) the
+solvers find the best choice. This file finds those two: it asks the profile for the problem at every size worth trying,
+skips those whose fastest imaginable step cannot win, and believes a solver only after the simulator has walked its
+choice. Pure arithmetic: no device, no clock, the same answer twice.
 
 What is tried:
 
@@ -11,7 +12,7 @@ What is tried:
 * neither: one micro-batch per step, of 1, 2, 3, 4, 6, 8, 12, ... samples, and by bisection the largest that is
   accepted. This takes it that memory and slowdown only grow with the micro-batch, so that what fits is an interval.
 
-Sizes are bytes, times are seconds.
+Each is tried with every variant whose levers the strategy allows. Sizes are bytes, times are seconds.
 """
 
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ from typing import Protocol
 
 from memplan.batches import splits
 from memplan.errors import BadBatch
-from memplan.problem import Block, Choice, Problem
+from memplan.problem import Problem, levers_of
 from memplan.simulator import Timeline, simulate
+from memplan.sizes import allowed, fastest, ladder, least_s
 from memplan.solvers import SOLVERS, Solution, Solver, smallest_budget
 from memplan.solvers.tidy import tidied
-from memplan.strategy import Recompute, Strategy
+from memplan.strategy import Strategy
 
 GIB = 2**30
 FRONTIER_POINTS = 8
@@ -42,7 +44,11 @@ class Profile(Protocol):
     def largest_micro_batch(self) -> int:
         """The end of the range in which the profile speaks."""
 
-    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int) -> Problem:
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The ways to run what lies outside the blocks; the first is the plain one, which pulls no lever."""
+
+    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str) -> Problem:
         """One optimizer step of `accumulation` micro-steps of `micro_batch` samples each."""
 
 
@@ -52,13 +58,16 @@ class Outcome:
 
     micro_batch: int
     accumulation: int
+    variant: str  # how what lies outside the blocks is run
     problem: Problem  # `solution.choice` counts its options: those that the strategy allows
     solution: Solution
     timeline: Timeline
-    slowdown: float  # share of time lost: step / step with every block's fastest option at this micro-batch - 1
+    slowdown: (
+        float  # step / plain step with every block's fastest option at this micro-batch - 1; below 0: it is faster
+    )
     gap: float  # share of the step that another plan could save at most; see `search`
-    shadow_price_s_per_gib: float  # seconds per step that 1 GiB more would save at this micro-batch
-    frontier: tuple[tuple[int, float], ...]  # (peak bytes, seconds per step) at this micro-batch, from the least peak
+    shadow_price_s_per_gib: float  # seconds per step that 1 GiB more would save at this micro-batch and variant
+    frontier: tuple[tuple[int, float], ...]  # (peak bytes, seconds per step) of those two, from the least peak
     smallest_bytes: int  # the least budget that some size tried would fit
 
     @property
@@ -78,13 +87,14 @@ class NoPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """A micro-batch, an accumulation, and what is known of it before solving."""
+    """A micro-batch, an accumulation, a variant, and what is known of it before solving."""
 
     micro_batch: int
     accumulation: int
+    variant: str
     problem: Problem  # with the options that the strategy allows
-    fastest_s: float  # seconds per step with every block's fastest option, allowed or not
-    allowed_s: float  # the same with allowed options: no plan of this size is faster
+    fastest_s: float  # seconds per plain step with every block's fastest option, allowed or not
+    allowed_s: float  # no plan of this size is faster
     smallest_bytes: int
 
     @property
@@ -94,7 +104,7 @@ class _Size:
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """A size with its plan."""
+    """A size with its plan, the fastest within the budget that was asked for."""
 
     size: _Size
     solution: Solution
@@ -123,12 +133,33 @@ class _Task:
     budget_bytes: int
     strategy: Strategy
     solve: Solver
+    link_bytes_s: float | None
+    host_bytes: int | None
 
-    def size(self, micro_batch: int, accumulation: int) -> _Size:
-        every = self.profile.problem(micro_batch, accumulation, self.budget_bytes)
-        allowed = _allowed(every, self.strategy.recompute)
-        fastest_s, allowed_s = every.step_s(_fastest(every)), allowed.step_s(_fastest(allowed))
-        return _Size(micro_batch, accumulation, allowed, fastest_s, allowed_s, smallest_budget(allowed))
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that the strategy allows."""
+        levers = set(self.strategy.levers)
+        return tuple(variant for variant in self.profile.variants if levers_of(variant) <= levers)
+
+    def sizes(self, micro_batch: int, accumulation: int) -> list[_Size]:
+        return [self.size(micro_batch, accumulation, variant) for variant in self.variants]
+
+    def size(self, micro_batch: int, accumulation: int, variant: str) -> _Size:
+        plain = self.profile.problem(micro_batch, accumulation, self.budget_bytes, self.profile.variants[0])
+        every = plain
+        if variant != self.profile.variants[0]:
+            every = self.profile.problem(micro_batch, accumulation, self.budget_bytes, variant)
+        problem = replace(allowed(every, self.strategy), link_bytes_s=self.link_bytes_s, host_bytes=self.host_bytes)
+        return _Size(
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            variant=variant,
+            problem=problem,
+            fastest_s=plain.step_s(fastest(plain)),
+            allowed_s=least_s(problem),
+            smallest_bytes=smallest_budget(problem),
+        )
 
     def solved(self, size: _Size, budget_bytes: int) -> _Solved:
         """The fastest plan of a size within a budget that is not below its smallest."""
@@ -150,7 +181,7 @@ class _Task:
 
     def least_bytes(self, size: _Size) -> int | None:
         """The least budget at which a size has a plan within max_slowdown; None if no budget gives it one."""
-        low, high = size.smallest_bytes, simulate(size.problem, _fastest(size.problem)).peak_bytes
+        low, high = size.smallest_bytes, simulate(size.problem, fastest(size.problem)).peak_bytes
         if self.is_quick(self.solved(size, low)):
             return low
         if not self.is_quick(self.solved(size, high)):
@@ -171,6 +202,8 @@ def search(
     *,
     effective_batch: int | None = None,
     micro_batch: int | None = None,
+    link_bytes_s: float | None = None,
+    host_bytes: int | None = None,
     solve: Solver = SOLVERS["dp"],
 ) -> Outcome | NoPlan:
     """The best plan within `budget_bytes`, the strategy's share of the memory already taken.
@@ -179,26 +212,43 @@ def search(
     tolerance, the largest micro-batch; "micro-batch" the largest micro-batch, run as fast as it can be; "peak" the
     smallest peak (of micro-batch 1 when neither batch is given), run as fast as that peak allows.
 
+    Nothing is copied to the host unless its link's speed (bytes per second, each way) and the bytes that may lie there
+    are both given. Levers that the strategy wants tried first are tried alone first.
+
     `Outcome.gap` is the distance to the proven bound on what was compared: on all sizes when the effective batch is
-    given and speed is the objective (the tolerance is then part of it), else on all choices at the micro-batch taken.
+    given and speed is the objective (the tolerance is then part of it), else on all variants and choices at the
+    micro-batch taken; where the peak is the objective, on all choices within that peak.
 
     Raises:
         BadBatch: the batch sizes contradict each other or what the profile covers.
     """
-    task = _Task(profile, budget_bytes, strategy, solve)
-    if effective_batch is None and micro_batch is None:
-        sizes = [task.size(1, 1)] if strategy.objective == "peak" else list(_growing(task))
+    task = _Task(profile, budget_bytes, strategy, solve, link_bytes_s, host_bytes)
+    if strategy.levers_first:
+        first = replace(strategy, levers=strategy.levers_first, levers_first=())
+        found = _found(replace(task, strategy=first), effective_batch, micro_batch)
+        if isinstance(found, Outcome):
+            return found
+    return _found(task, effective_batch, micro_batch)
+
+
+def _found(task: _Task, effective_batch: int | None, micro_batch: int | None) -> Outcome | NoPlan:
+    if effective_batch is not None or micro_batch is not None:
+        pairs = _given(task.profile, effective_batch, micro_batch)
+        sizes = [size for m, k in pairs for size in task.sizes(m, k)]
+    elif task.strategy.objective == "peak":
+        sizes = task.sizes(1, 1)
     else:
-        sizes = [task.size(m, k) for m, k in _given(profile, effective_batch, micro_batch)]
+        sizes = [size for variant in task.variants for size in _growing(task, variant)]
     best = _best(task, sizes)
     if best is None:
         return _no_plan(task, min(sizes, key=lambda size: size.smallest_bytes))
     taken, bound_s = best
     step_s = taken.timeline.step_s
-    problem = replace(taken.size.problem, budget_bytes=budget_bytes)
+    problem = replace(taken.size.problem, budget_bytes=task.budget_bytes)
     return Outcome(
         micro_batch=taken.size.micro_batch,
         accumulation=taken.size.accumulation,
+        variant=taken.size.variant,
         problem=problem,
         solution=taken.solution,
         timeline=_judged(problem, taken.solution),
@@ -224,45 +274,33 @@ def _given(profile: Profile, effective_batch: int | None, micro_batch: int | Non
     return covered
 
 
-def _growing(task: _Task) -> Iterator[_Size]:
-    """Sizes from 1 up to the largest that has a plan; the first is there even if it has none."""
+def _growing(task: _Task, variant: str) -> Iterator[_Size]:
+    """Sizes of a variant, from 1 up to the largest that has a plan; the first is there even if it has none."""
 
     def has_plan(size: _Size) -> bool:
         if task.strategy.max_slowdown is None:  # then it need not be solved to know
             return size.smallest_bytes <= task.budget_bytes
         return task.plan(size) is not None
 
-    size = task.size(1, 1)
+    size = task.size(1, 1, variant)
     yield size
     if not has_plan(size):
         return
     low, high = 1, task.profile.largest_micro_batch + 1
-    for micro_batch in _ladder(task.profile.largest_micro_batch):
-        size = task.size(micro_batch, 1)
+    for micro_batch in ladder(task.profile.largest_micro_batch):
+        size = task.size(micro_batch, 1, variant)
         if not has_plan(size):
             high = micro_batch
             break
         yield size
         low = micro_batch
     while high - low > 1:
-        size = task.size((low + high) // 2, 1)
+        size = task.size((low + high) // 2, 1, variant)
         if has_plan(size):
             yield size
             low = size.micro_batch
         else:
             high = size.micro_batch
-
-
-def _ladder(largest: int) -> Iterator[int]:
-    """2, 3, 4, 6, 8, 12, 16, ... and last `largest`."""
-    power = 2
-    while power < largest:
-        yield power
-        if power * 3 // 2 < largest:
-            yield power * 3 // 2
-        power *= 2
-    if largest > 1:
-        yield largest
 
 
 # --- the best of them -----------------------------------------------------------------------------------------------
@@ -272,39 +310,46 @@ def _best(task: _Task, sizes: list[_Size]) -> tuple[_Solved, float] | None:
     """The plan that the objective prefers and a lower bound on what it was compared with; None if no size has one."""
     if task.strategy.objective == "samples-per-second":
         return _quickest(task, sizes)
-    plans = (task.plan(size) for size in sorted(sizes, key=lambda size: -size.micro_batch))
-    found = [plan for plan in plans if plan is not None]
+    if task.strategy.objective == "micro-batch":
+        return _largest(task, sizes)
+    found = [plan for plan in map(task.plan, sizes) if plan is not None]
     if not found:
         return None
-    taken = found[0]
-    if task.strategy.objective == "peak":
-        taken = min(found, key=lambda plan: (plan.timeline.peak_bytes, plan.timeline.step_s / plan.size.samples))
+    taken = min(found, key=lambda plan: (plan.timeline.peak_bytes, -plan.rate, -plan.size.micro_batch))
     return taken, taken.bound_s
+
+
+def _largest(task: _Task, sizes: list[_Size]) -> tuple[_Solved, float] | None:
+    """The largest micro-batch that has a plan, in its fastest variant."""
+    for micro_batch in sorted({size.micro_batch for size in sizes}, reverse=True):
+        found = _quickest(task, [size for size in sizes if size.micro_batch == micro_batch])
+        if found is not None:
+            return found
+    return None
 
 
 def _quickest(task: _Task, sizes: list[_Size]) -> tuple[_Solved, float] | None:
     """The largest micro-batch within the tolerance of the most samples per second.
 
-    Sizes are tried in the order of what they could reach at most, so the first that can no longer come within the
-    tolerance ends the search.
+    Sizes are tried in the order of what they could reach at most; those that can no longer come within the tolerance
+    are not solved.
     """
     share = 1 - task.strategy.tolerance
     plans: list[_Solved] = []
-    bounds_s: list[float] = []
+    bounds: list[tuple[int, float]] = []  # (samples, seconds) of each size; a step of other samples bounds nothing
     for size in sorted(sizes, key=lambda size: (size.allowed_s / size.samples, -size.micro_batch)):
         if plans and size.samples < max(plan.rate for plan in plans) * share * size.allowed_s:
-            bounds_s.append(size.allowed_s)
-            break
+            bounds.append((size.samples, size.allowed_s))
+            continue
         plan = task.plan(size)
         if plan is not None:
             plans.append(plan)
-            bounds_s.append(plan.bound_s)
+            bounds.append((size.samples, plan.bound_s))
     if not plans:
         return None
-    top = max(plan.rate for plan in plans)
-    taken = max((plan for plan in plans if plan.rate >= top * share), key=lambda plan: plan.size.micro_batch)
-    comparable = len({size.samples for size in sizes}) == 1  # a step of other samples bounds nothing
-    return taken, min(bounds_s) if comparable else taken.bound_s
+    good = [plan for plan in plans if plan.rate >= max(other.rate for other in plans) * share]
+    taken = max(good, key=lambda plan: (plan.size.micro_batch, plan.rate))
+    return taken, min(bound_s for samples, bound_s in bounds if samples == taken.size.samples)
 
 
 def _shadow_price(task: _Task, taken: _Solved) -> float:
@@ -320,7 +365,7 @@ def _budget_of(task: _Task, taken: _Solved) -> int:
 def _frontier(task: _Task, taken: _Solved) -> tuple[tuple[int, float], ...]:
     """Peak against time from the smallest budget to the fastest options, and the plan taken; each step buys time."""
     size = taken.size
-    low, high = size.smallest_bytes, simulate(size.problem, _fastest(size.problem)).peak_bytes
+    low, high = size.smallest_bytes, simulate(size.problem, fastest(size.problem)).peak_bytes
     budgets = {low + (high - low) * k // (FRONTIER_POINTS - 1) for k in range(FRONTIER_POINTS)}
     timelines = [task.solved(size, budget).timeline for budget in sorted(budgets)] + [taken.timeline]
     points: list[tuple[int, float]] = []
@@ -333,7 +378,7 @@ def _frontier(task: _Task, taken: _Solved) -> tuple[tuple[int, float], ...]:
 def _no_plan(task: _Task, size: _Size) -> NoPlan:
     """Why the size that needs the least has no plan, and the budget from which it has one."""
     if size.smallest_bytes > task.budget_bytes:
-        reason = "no choice of what to recompute fits the budget"
+        reason = "no plan by the strategy's levers fits the budget"
     else:
         reason = "every choice that fits is slower than the strategy's max_slowdown allows"
     return NoPlan(size.micro_batch, size.accumulation, task.least_bytes(size), reason)
@@ -353,24 +398,3 @@ def _judged(problem: Problem, solution: Solution) -> Timeline:
             f"{timeline.step_s} s by the simulator, not {solution.peak_bytes} bytes and {solution.step_s} s"
         )
     return timeline
-
-
-def _allowed(problem: Problem, recompute: Recompute) -> Problem:
-    """The problem with the options that the strategy allows; a block without such an option keeps all it has."""
-    if recompute == "planned":
-        return problem
-    wanted = "recompute" if recompute == "all" else "keep"
-    return replace(problem, blocks=tuple(_only(block, wanted) for block in problem.blocks))
-
-
-def _only(block: Block, name: str) -> Block:
-    options = tuple(option for option in block.options if option.name == name)
-    return replace(block, options=options or block.options)
-
-
-def _fastest(problem: Problem) -> Choice:
-    """Every block's fastest option, of equally fast ones the one that holds less."""
-    return tuple(
-        min(range(len(options)), key=lambda k: (options[k].step_s, options[k].hold_bytes, k))
-        for options in (block.options for block in problem.blocks)
-    )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from memplan.problem import Choice, Option, Problem
+from memplan.problem import Choice, Option, Problem, staging_of
 
 Phase = Literal["forward", "loss", "backward", "optimizer"]
 
@@ -30,8 +30,9 @@ class Timeline:
     peak_bytes: int
     peak_phase: Phase
     peak_where: str
-    step_s: float  # the whole optimizer step, all its micro-steps
-    fits: bool  # the peak is within the problem's budget
+    step_s: float  # the whole optimizer step, all its micro-steps, with what it waits for the link
+    host_bytes: int  # what lies on the host between forward and backward
+    fits: bool  # the peak is within the problem's budget, and the host's part within its limit
 
 
 def simulate(problem: Problem, choice: Choice) -> Timeline:
@@ -40,18 +41,24 @@ def simulate(problem: Problem, choice: Choice) -> Timeline:
     One micro-step stands for all of them: what differs between the first and the later ones (gradients that are already
     there) is inside the problem's constants. When several moments share the peak, the first one is named.
 
+    Bytes that are on their way to or from the host lie in the staging area, which is there from the first block to the
+    last but not while the head runs: the queue is empty then.
+
     Raises `ValueError` when the choice has not one valid option index per block.
     """
     options = _chosen(problem, choice)
     moments = tuple(_walk(problem, options))
     peak = max(moments, key=lambda moment: moment.bytes)
+    allowed = all(problem.allows(option) for option in options)
+    host_bytes = sum(option.link_bytes for option in options)
     return Timeline(
         moments=moments,
         peak_bytes=peak.bytes,
         peak_phase=peak.phase,
         peak_where=peak.where,
         step_s=problem.step_s(choice),
-        fits=peak.bytes <= problem.budget_bytes,
+        host_bytes=host_bytes,
+        fits=peak.bytes <= problem.budget_bytes and allowed and host_bytes <= (problem.host_bytes or 0),
     )
 
 
@@ -67,15 +74,15 @@ def _chosen(problem: Problem, choice: Choice) -> list[Option]:
 def _walk(problem: Problem, options: list[Option]) -> Iterator[Moment]:
     steps = list(zip(problem.blocks, problem.gaps[:-1], options, strict=True))
     head = problem.gaps[-1]
-    held = 0
-    for block, gap, option in steps:
-        yield Moment("forward", "", held + gap.forward_bytes)
-        yield Moment("forward", block.path, held + block.base_bytes + option.forward_bytes)
+    held, staged = 0, staging_of(options)
+    for i, (block, gap, option) in enumerate(steps):
+        yield Moment("forward", "", held + gap.forward_bytes + (staged if i else 0))
+        yield Moment("forward", block.path, held + block.base_bytes + option.forward_bytes + staged)
         held += option.hold_bytes
     yield Moment("loss", "", held + head.forward_bytes)
     yield Moment("backward", "", held + head.backward_bytes)
-    for block, gap, option in reversed(steps):
+    for i, (block, gap, option) in reversed(list(enumerate(steps))):
         held -= option.hold_bytes
-        yield Moment("backward", block.path, held + block.base_bytes + option.backward_bytes)
-        yield Moment("backward", "", held + gap.backward_bytes)
+        yield Moment("backward", block.path, held + block.base_bytes + option.backward_bytes + staged)
+        yield Moment("backward", "", held + gap.backward_bytes + (staged if i else 0))
     yield Moment("optimizer", "", problem.optimizer_bytes)

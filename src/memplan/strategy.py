@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from memplan.errors import BadStrategy
+from memplan.errors import BadBudget, BadStrategy
+from memplan.units import parse_bytes
 
 Objective = Literal["samples-per-second", "micro-batch", "peak"]
-Recompute = Literal["planned", "all", "none"]
+Lever = Literal["recompute", "select", "offload", "loss-head", "optimizer", "step-in-backward"]
+LEVERS: Final[tuple[Lever, ...]] = get_args(Lever)
+
+# What needs no word of the user. A step inside the backward does: memplan cannot see whether gradients are clipped.
+SAFE_LEVERS: Final[tuple[Lever, ...]] = tuple(lever for lever in LEVERS if lever != "step-in-backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +36,40 @@ class Strategy:
     summary: str = ""  # one sentence, shown in lists
     when_to_use: str = ""
     objective: Objective = "samples-per-second"  # most of it; "peak": the smallest peak
-    recompute: Recompute = "planned"  # "planned": block by block, as the solver finds best
+    levers: tuple[Lever, ...] = SAFE_LEVERS  # what a plan may use to save memory; without any, everything is kept
+    levers_first: tuple[Lever, ...] = ()  # tried without the others; those join where these alone give no plan
+    every_block: Literal["keep", "recompute"] | None = None  # what every block does; None: as the solver finds best
+    host_memory: str | float = 0.25  # limit for offloading: a size ("32GiB"), or a share of the host's memory
     budget_share: float = 1.0  # of the usable memory, what a plan may use
     tolerance: float = 0.01  # plans within this share of the best are equal; the larger micro-batch is taken
-    max_slowdown: float | None = None  # share of time lost against no recomputation that is still accepted; None: any
+    max_slowdown: float | None = None  # share of time lost against keeping everything that is accepted; None: any
 
     def __post_init__(self) -> None:
         for key in ("name", "summary", "when_to_use"):
             if not isinstance(getattr(self, key), str):
                 raise BadStrategy(f"{key} = {getattr(self, key)!r} has to be a text")
         _check_one_of("objective", self.objective, get_args(Objective))
-        _check_one_of("recompute", self.recompute, get_args(Recompute))
+        for key in ("levers", "levers_first"):
+            object.__setattr__(self, key, _levers(key, getattr(self, key)))
+        if not set(self.levers_first) <= set(self.levers):
+            raise BadStrategy(f"levers_first = {list(self.levers_first)} has more than levers = {list(self.levers)}")
+        if self.every_block is not None:
+            _check_one_of("every_block", self.every_block, ("keep", "recompute"))
+        _check_host_memory(self.host_memory)
         _check_number("budget_share", self.budget_share, "above 0 and at most 1", lambda share: 0 < share <= 1)
         _check_number("tolerance", self.tolerance, "at least 0 and below 1", lambda share: 0 <= share < 1)
         if self.max_slowdown is not None:
             _check_number("max_slowdown", self.max_slowdown, "at least 0 and finite", lambda share: share >= 0)
+
+    def host_bytes(self, total_bytes: int | None) -> int:
+        """The limit on what is offloaded, on a host with `total_bytes` of memory; None: it is not known.
+
+        A share of an unknown memory is nothing. A size is what it says, but never more than there is.
+        """
+        if isinstance(self.host_memory, str):
+            size = parse_bytes(self.host_memory)
+            return size if total_bytes is None else min(size, total_bytes)
+        return 0 if total_bytes is None else int(total_bytes * self.host_memory)
 
 
 def load_strategy(name_or_path: str | Path | Strategy) -> Strategy:
@@ -109,3 +133,22 @@ def _check_number(key: str, value: object, allowed: str, in_range: Callable[[flo
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and in_range(value):
         return
     raise BadStrategy(f"{key} = {value!r} is out of range: it has to be a number {allowed}")
+
+
+def _levers(key: str, value: object) -> tuple[Lever, ...]:
+    if not isinstance(value, list | tuple):
+        raise BadStrategy(f"{key} = {value!r} has to be a list of {', '.join(LEVERS)}")
+    for lever in value:
+        _check_one_of(f"{key} entry", lever, LEVERS)
+    return tuple(lever for lever in LEVERS if lever in value)
+
+
+def _check_host_memory(value: object) -> None:
+    if not isinstance(value, str):
+        allowed = "from 0 to 1, or a size such as '32GiB'"
+        _check_number("host_memory", value, allowed, lambda share: 0 <= share <= 1)
+        return
+    try:
+        parse_bytes(value)
+    except BadBudget as error:
+        raise BadStrategy(f"host_memory: {error}") from None

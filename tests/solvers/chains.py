@@ -23,11 +23,15 @@ def brute_force(problem: Problem) -> Choice | None:
 def least_peak(problem: Problem) -> int:
     """The smallest peak of all choices, by trying every one."""
     choices = product(*(range(len(block.options)) for block in problem.blocks))
-    return min(simulate(problem, choice).peak_bytes for choice in choices)
+    timelines = (simulate(replace(problem, budget_bytes=10**15), choice) for choice in choices)
+    return min(timeline.peak_bytes for timeline in timelines if timeline.fits)
 
 
 def fastest(problem: Problem) -> Choice:
-    return tuple(min(range(len(b.options)), key=lambda k: b.options[k].step_s) for b in problem.blocks)
+    return tuple(
+        min((option.step_s, k) for k, option in enumerate(block.options) if option.link_bytes == 0)[1]
+        for block in problem.blocks
+    )
 
 
 def with_share(problem: Problem, share: float) -> Problem:
@@ -66,6 +70,46 @@ def problems(draw: st.DrawFn, most_blocks: int = 8, most_choices: int = 700) -> 
     if draw(st.booleans()):
         return replace(problem, budget_bytes=draw(st.integers(0, 2 * smallest_budget(problem) + 10)))
     return with_share(problem, draw(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])))
+
+
+@st.composite
+def offloading_problems(draw: st.DrawFn) -> Problem:
+    """Chains of up to five blocks in which some options copy to the host, mostly with a link and a limit for it."""
+    problem = draw(problems(most_blocks=5, most_choices=100))
+    copies = st.integers(1, 6) | st.integers(1, 10**11)
+
+    def some(block: Block) -> Block:
+        copying = [
+            replace(o, name="offload", link_bytes=draw(copies)) for o in block.options[:1] if draw(st.booleans())
+        ]
+        return replace(block, options=(*block.options, *copying))
+
+    return replace(
+        problem,
+        blocks=tuple(some(block) for block in problem.blocks),
+        link_bytes_s=draw(st.sampled_from([1.0, 10.0, 1e10, 1e12])),
+        host_bytes=draw(st.none() | st.integers(0, 20) | st.integers(0, 10**14)),
+    )
+
+
+def offloading(problem: Problem, *, seed: int, bytes_s: float, host_bytes: int = 10**15) -> Problem:
+    """The chain with four more options per block, which copy shares of what the largest ones hold."""
+    rng = random.Random(seed)
+    drawn: dict[tuple[Option, ...], tuple[Option, ...]] = {}
+
+    def more(options: tuple[Option, ...]) -> tuple[Option, ...]:
+        copying = []
+        for k, source in enumerate(sorted(options, key=lambda option: -option.hold_bytes)[:4]):
+            size = int(source.hold_bytes * rng.choice([0.1, 0.3, 0.5, 0.9]))
+            held = source.hold_bytes - size
+            copying.append(replace(source, name=f"offload-{k}", hold_bytes=held, link_bytes=size))
+        return (*options, *copying)
+
+    for block in problem.blocks:
+        if block.options not in drawn:
+            drawn[block.options] = more(block.options)
+    blocks = tuple(replace(block, options=drawn[block.options]) for block in problem.blocks)
+    return replace(problem, blocks=blocks, link_bytes_s=bytes_s, host_bytes=host_bytes)
 
 
 def chain(blocks: int, options: int, *, seed: int, same: bool = False, shape: str = "selective") -> Problem:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from memplan.problem import Block, Gap, Option, Problem
 from memplan.simulator import simulate
-from memplan.solvers import Status, dp, exact, smallest_budget
+from memplan.solvers import Status, dp, exact, labels, smallest_budget
 
 ULP = 1e-12
 
@@ -55,7 +55,7 @@ def test_keep_or_recompute_is_exact(distinct: int) -> None:
 def test_the_bound_holds_when_labels_are_dropped(problem: Problem) -> None:
     optimum = brute_force(problem)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dp, "WIDTHS", (1, 2))
+        patch.setattr(labels, "WIDTHS", (1, 2))
         solution = dp.solve(problem)
     if optimum is None:
         assert solution.status is Status.INFEASIBLE
@@ -70,7 +70,7 @@ def test_the_bound_holds_when_labels_are_dropped(problem: Problem) -> None:
 def test_dropped_labels_are_admitted() -> None:
     problem = with_share(chain(20, 6, seed=1, shape="proportional"), 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dp, "WIDTHS", (8,))
+        patch.setattr(labels, "WIDTHS", (8,))
         solution = dp.solve(problem)
     assert solution.status is Status.BOUNDED
     assert solution.gap is not None

@@ -7,7 +7,11 @@ With x[i,o] = 1 where block i takes option o, and one row for every moment that 
                 sum over j < i of hold_j(o) x[j,o] + sum over o of load_i(o) x[i,o] <= budget      for every block i
                 sum over j < i of hold_j(o) x[j,o] + gap_i                          <= budget      for every gap i
 
-where load_i(o) = base_i + max(forward_i(o), backward_i(o)). It shares no search with `memplan.solvers.dp`: that two so
+where load_i(o) = base_i + max(forward_i(o), backward_i(o)). Where options copy to the host, three columns join: the
+staging area, at least DEPTH times every copy taken and added to the rows between the first block and the last, and the
+waits of the forward and of the backward, at least what the link is busier than either. The copies sum to the host limit
+at most. Of the queues that is a relaxation: then the bound is proven for all choices, the choice itself only the best
+by that. It shares no search with `memplan.solvers.dp`: that two so
 different programmes agree is what the tests believe. Sizes are bytes, times are seconds.
 """
 
@@ -20,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memplan.errors import UsageError
+from memplan.link import staging_bytes
 from memplan.problem import Choice, Problem
 from memplan.solvers.solution import Solution, peak_bytes
 
@@ -37,7 +42,19 @@ class _Programme:
     cost: NDArray[np.float64]
     rows: NDArray[np.int64]
     room: NDArray[np.int64]
+    staged: tuple[bool, ...]  # per row: whether the staging area is alive then
     first: tuple[int, ...]  # the column of each block's option 0, and the number of columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """What copying to the host adds to the programme, per column."""
+
+    allowed: NDArray[np.bool_]
+    bytes: NDArray[np.int64]
+    out_s: NDArray[np.float64]  # seconds that the link is busy beyond the option's forward
+    back_s: NDArray[np.float64]  # and beyond its backward
+    host_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +75,7 @@ def solve(problem: Problem) -> Solution:
         return Solution.infeasible()
     if not problem.blocks:
         return Solution.of(problem, (), bound_s=problem.step_s(()))
-    found = _optimum(highspy, programme)
+    found = _optimum(highspy, programme, _copies(problem))
     if found is None:
         return Solution.infeasible()
     choice = _choice(programme, found.x)
@@ -105,10 +122,25 @@ def _programme(problem: Problem) -> _Programme:
         least = matrix[:, start:stop].min(axis=1)
         matrix[:, start:stop] -= least[:, None]
         rooms -= least
-    return _Programme(np.array([option.step_s for option in options]), matrix, rooms, first)
+    staged = (False, *([True, True] * len(problem.blocks))[:-1], False)[: len(rows)]
+    return _Programme(np.array([option.step_s for option in options]), matrix, rooms, staged, first)
 
 
-def _optimum(highspy: Any, programme: _Programme) -> _Optimum | None:
+def _copies(problem: Problem) -> _Copies:
+    options = [option for block in problem.blocks for option in block.options]
+    copies = np.array([option.link_bytes for option in options], dtype=np.int64)
+    busy_s = copies / (problem.link_bytes_s or 1.0)  # without a link only options that copy nothing are allowed
+    forward_s = np.array([option.forward_s for option in options])
+    return _Copies(
+        allowed=np.array([problem.allows(option) for option in options]),
+        bytes=copies,
+        out_s=busy_s - forward_s,
+        back_s=busy_s - (np.array([option.step_s for option in options]) - forward_s),
+        host_bytes=problem.host_bytes or 0,
+    )
+
+
+def _optimum(highspy: Any, programme: _Programme, copies: _Copies) -> _Optimum | None:
     """None if there is no x at all."""
     columns = programme.first[-1]
     scale = ROWS_ABOUT / 2.0 ** float(
@@ -121,21 +153,43 @@ def _optimum(highspy: Any, programme: _Programme) -> _Optimum | None:
     for name in ("mip_feasibility_tolerance", "primal_feasibility_tolerance"):
         solver.setOptionValue(name, TOLERANCE)
     every = np.arange(columns, dtype=np.int32)
-    solver.addVars(columns, np.zeros(columns), np.ones(columns))
+    solver.addVars(columns, np.zeros(columns), copies.allowed.astype(np.float64))
     solver.changeColsCost(columns, every, programme.cost * pace)
     solver.changeColsIntegrality(columns, every, np.full(columns, highspy.HighsVarType.kInteger))
     for start, stop in pairwise(programme.first):
         solver.addRow(1.0, 1.0, stop - start, every[start:stop], np.ones(stop - start))
-    for row, room in zip(programme.rows, programme.room, strict=True):
-        if row.sum() > room:  # others cannot be exceeded
-            used = np.flatnonzero(row).astype(np.int32)
-            solver.addRow(-highspy.kHighsInf, float(room) * scale, len(used), used, row[used] * scale)
+    copying = bool((copies.allowed & (copies.bytes > 0)).any())
+    staging = columns  # the next column, in units of `scale`
+    if copying:
+        _add_copies(highspy, solver, copies, scale, pace)
+    for row, room, staged in zip(programme.rows, programme.room, programme.staged, strict=True):
+        if row.sum() > room or (copying and staged):  # others cannot be exceeded
+            used, sizes = np.flatnonzero(row).astype(np.int32), row[row != 0] * scale
+            if copying and staged:
+                used, sizes = np.append(used, np.int32(staging)), np.append(sizes, 1.0)
+            solver.addRow(-highspy.kHighsInf, float(room) * scale, len(used), used, sizes)
     solver.run()
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
         return None
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
         raise RuntimeError(f"internal error: HiGHS ended with {solver.modelStatusToString(solver.getModelStatus())}")
     return _Optimum(np.array(solver.getSolution().col_value), float(solver.getInfo().mip_dual_bound) / pace)
+
+
+def _add_copies(highspy: Any, solver: Any, copies: _Copies, scale: float, pace: float) -> None:
+    """Three columns, the staging area and the two waits, with the rows that push them up, and the host limit."""
+    columns = len(copies.bytes)
+    staging, *waits = range(columns, columns + 3)
+    solver.addVars(3, np.zeros(3), np.full(3, highspy.kHighsInf))
+    solver.changeColsCost(2, np.array(waits, dtype=np.int32), np.ones(2))
+    every = np.arange(columns, dtype=np.int32)
+    for column in np.flatnonzero(copies.allowed & (copies.bytes > 0)):
+        most = float(staging_bytes([int(copies.bytes[column])])) * scale
+        solver.addRow(-highspy.kHighsInf, 0.0, 2, np.array([column, staging], dtype=np.int32), np.array([most, -1.0]))
+    for wait, excess_s in zip(waits, (copies.out_s, copies.back_s), strict=True):
+        index = np.append(every, np.int32(wait))
+        solver.addRow(-highspy.kHighsInf, 0.0, columns + 1, index, np.append(excess_s * pace, -1.0))
+    solver.addRow(-highspy.kHighsInf, float(copies.host_bytes) * scale, columns, every, copies.bytes * scale)
 
 
 def _choice(programme: _Programme, x: NDArray[np.float64]) -> Choice:

@@ -5,7 +5,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import Self
 
-from memplan.problem import Choice, Problem
+from memplan.problem import Choice, Problem, staging_of
 
 
 class Status(Enum):
@@ -49,13 +49,21 @@ class Solution:
         return (self.step_s - self.bound_s) / self.step_s if self.step_s > 0 else 0.0
 
 
+def gap_peaks(problem: Problem) -> list[int]:
+    """The larger peak of each gap, the holds before it taken off."""
+    return [max(gap.forward_bytes, gap.backward_bytes) for gap in problem.gaps]
+
+
 def peak_bytes(problem: Problem, choice: Choice) -> int:
     """The largest of all moments under `choice`, by the formula that the solvers use: constants + prefix of holds."""
-    chosen = [block.options[k] for block, k in zip(problem.blocks, choice, strict=True)]
+    chosen = problem.chosen(choice)
+    staged = staging_of(chosen)
     before = list(accumulate((option.hold_bytes for option in chosen), initial=0))
-    gaps = (s + max(gap.forward_bytes, gap.backward_bytes) for s, gap in zip(before, problem.gaps, strict=True))
+    first, *between = gap_peaks(problem)
+    loss = before[-1] + between.pop() if between else 0
+    gaps = (s + gap + staged for s, gap in zip(before[1:], between, strict=False))
     blocks = (
-        s + block.base_bytes + max(option.forward_bytes, option.backward_bytes)
+        s + block.base_bytes + max(option.forward_bytes, option.backward_bytes) + staged
         for s, block, option in zip(before, problem.blocks, chosen, strict=False)
     )
-    return max(problem.optimizer_bytes, *gaps, *blocks)
+    return max(problem.optimizer_bytes, first, loss, *gaps, *blocks)
