@@ -68,7 +68,7 @@ def test_a_name_allocates_what_the_real_optimizer_does(name: str) -> None:
 
 
 def test_every_name_is_compared_with_a_real_one() -> None:
-    assert set(REAL) | {"adam8bit"} == set(OPTIMIZERS)
+    assert set(REAL) | {"adam8bit", "paged-adamw8bit"} == set(OPTIMIZERS)
     assert list(OPTIMIZERS) == sorted(OPTIMIZERS)
 
 

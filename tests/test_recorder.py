@@ -46,7 +46,8 @@ def real_peak(model: nn.Module, sample: Sample, recipe: Recipe) -> int:
         own = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
         others = device.peak_of(lambda: None) - sum(own.values())
         micro = sample.map(torch.clone)
-        return device.peak_of(training_step(model, micro, recipe, device)) - others
+        with training_step(model, micro, recipe, device) as step:
+            return device.peak_of(step) - others
 
 
 def agree(model: nn.Module, batch: object, recipe: Recipe) -> Trace:
@@ -64,16 +65,14 @@ def agree(model: nn.Module, batch: object, recipe: Recipe) -> Trace:
 # --- peaks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("name", "accumulation"), [*((name, 3) for name in MODELS), ("resnet", 1)])
 def test_the_peak_of_a_step(name: str, accumulation: int) -> None:
     agree(*MODELS[name](), Recipe(accumulation=accumulation))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_accumulation(accumulation: int) -> None:
-    trace = agree(*wide(), Recipe(accumulation=accumulation))
-    assert trace.accumulation == accumulation
+def test_accumulation() -> None:
+    trace = agree(*wide(), Recipe(accumulation=2))
+    assert trace.accumulation == 2
     assert trace.phase_of(trace.peak_tick) in ("loss", "backward")
 
 
@@ -82,7 +81,7 @@ def test_optimizers(optimizer: str) -> None:
     agree(*tiny.plain(layers=2, width=32), Recipe(optimizer=optimizer))
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "lora"])
+@pytest.mark.parametrize("name", ["vit", "lora"])
 def test_autocast(name: str) -> None:
     agree(*MODELS[name](), Recipe(autocast=torch.bfloat16))
 
@@ -91,7 +90,7 @@ def test_padding_masks() -> None:
     for make in (MODELS["llama"], MODELS["bert"]):
         model, batch = make()
         padded = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-        full = agree(model, padded, Recipe())
+        full = Recorder(model, Recipe()).record(Sample.of(padded))
         padded["attention_mask"][0, 5:] = 0
         assert agree(model, padded, Recipe()).peak_bytes >= full.peak_bytes
 
@@ -126,11 +125,13 @@ def test_where_a_loss_is_found(output: str) -> None:
             loss = super().forward(x).mean()
             return {"tensor": loss, "tuple": (loss, x), "attribute": Output(loss), "dict": {"loss": loss}}[output]
 
-    agree(Model(4, 4), torch.randn(3, 4), Recipe())
+    trace = Recorder(Model(4, 4), Recipe()).record(Sample.of(torch.randn(3, 4)))
+    assert trace.how == "fake"
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [(torch.optim.AdamW, 1), (partial(torch.optim.SGD, lr=0.1, momentum=0.9), 0)]
+)
 def test_a_live_optimizer(kind: Callable[..., torch.optim.Optimizer], steps: int) -> None:
     model, batch = tiny.plain(layers=2, width=32)
     optimizer = kind(model.parameters())
@@ -161,7 +162,7 @@ def test_a_model_in_evaluation_is_recorded_in_training() -> None:
     assert np.array_equal(agree(model.eval(), batch, Recipe()).live, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet", "lora"])
+@pytest.mark.parametrize("name", ["resnet", "lora"])
 def test_a_model_on_meta_has_the_same_trace(name: str) -> None:
     model, batch = MODELS[name]()
     here = Recorder(model, Recipe()).record(Sample.of(batch))

@@ -1,12 +1,14 @@
 """Optimizers to plan with: by name, or a copy of a live one that stands on other parameters.
 
 A plan runs optimizer steps that must not train anything. So a live optimizer is never stepped: `build` copies it, with
-its groups, flags and state, onto stand-ins for the parameters, and leaves the original as it is.
+its groups, flags and state, onto stand-ins for the parameters, and leaves the original as it is. `step_alone` steps one
+parameter of an optimizer, as training inside the backward does.
 """
 
 import difflib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -63,6 +65,24 @@ class Adam8bit(Optimizer):
         }
 
 
+class PagedAdam8bit(Adam8bit):
+    """As bitsandbytes' PagedAdamW8bit: states of at least 100 000 elements lie in memory that the driver pages.
+
+    They are counted on the host, where they are between steps; scales, maps and smaller states stay on the device. In
+    the step the driver moves pages to the device as there is room, and takes them away where there is none.
+    Source: bitsandbytes 0.50.2, ``Optimizer8bit.get_state_buffer`` and ``prefetch_state``.
+    """
+
+    SMALLEST_PAGED: Final = 100_000  # elements
+
+    def _new_state(self, parameter: Parameter) -> dict[str, Any]:
+        state = super()._new_state(parameter)
+        if parameter.numel() >= self.SMALLEST_PAGED:
+            for name in ("state1", "state2"):
+                _set_paged(state[name])
+        return state
+
+
 OPTIMIZERS: Final[Mapping[str, Factory]] = MappingProxyType(
     {
         "adafactor": lambda params, foreach: torch.optim.Adafactor(params, foreach=foreach),
@@ -75,6 +95,7 @@ OPTIMIZERS: Final[Mapping[str, Factory]] = MappingProxyType(
         "adamw-foreach": lambda params, _: torch.optim.AdamW(params, foreach=True),
         "adamw-fused": lambda params, _: torch.optim.AdamW(params, fused=True),
         "adamw-single": lambda params, _: torch.optim.AdamW(params, foreach=False),
+        "paged-adamw8bit": lambda params, _: PagedAdam8bit(params),
         "rmsprop": lambda params, foreach: torch.optim.RMSprop(params, foreach=foreach),
         "sgd": lambda params, foreach: torch.optim.SGD(params, lr=_LR, foreach=foreach),
         "sgd-momentum": lambda params, foreach: torch.optim.SGD(params, lr=_LR, momentum=0.9, foreach=foreach),
@@ -102,7 +123,7 @@ def build(
     """
     if isinstance(optimizer, str):
         return _factory(optimizer)(params, foreach)
-    live = _unwrapped(optimizer)
+    live = unwrapped(optimizer)
     held = [parameter for group in live.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in replacement for parameter in held)
     if foreign:
@@ -117,6 +138,69 @@ def build(
     return copy
 
 
+def is_paged(tensor: torch.Tensor) -> bool:
+    """Whether the state lies on the host between steps. The mark is bitsandbytes' own (``functional.get_paged``)."""
+    return bool(getattr(tensor, "is_paged", False))
+
+
+def _set_paged(tensor: torch.Tensor) -> None:
+    tensor.is_paged = True  # type: ignore[attr-defined]  # as bitsandbytes marks it
+
+
+def batches_parameters(optimizer: str | Optimizer, foreach: bool | None = None) -> bool:
+    """Whether a step takes many parameters at once by foreach operators, with temporaries for all of them.
+
+    Args:
+        foreach: what the device does where the optimizer leaves it open, as in `build`.
+
+    Raises:
+        BadOptimizer: an unknown name, or not an optimizer.
+    """
+    some = _factory(optimizer)([Parameter(torch.empty(1))], foreach) if isinstance(optimizer, str) else None
+    groups = (some or unwrapped(optimizer)).param_groups
+    return any(
+        (foreach if group["foreach"] is None else group["foreach"]) and not group.get("fused")
+        for group in groups
+        if "foreach" in group
+    )
+
+
+@contextmanager
+def narrowed(optimizer: Optimizer, params: Sequence[Parameter]) -> Iterator[None]:
+    """The optimizer as if it held these of its parameters alone, in their own groups, while the `with` block lasts."""
+    wanted, groups = {id(parameter) for parameter in params}, optimizer.param_groups
+    kept = [(group, [p for p in group["params"] if id(p) in wanted]) for group in groups]
+    kept = [(group, chosen) for group, chosen in kept if chosen]
+    before = [group["params"] for group, _ in kept]
+    optimizer.param_groups = [group for group, _ in kept]
+    for group, chosen in kept:
+        group["params"] = chosen
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for (group, _), params_before in zip(kept, before, strict=True):
+            group["params"] = params_before
+
+
+def step_alone(optimizer: Optimizer, parameter: Parameter) -> None:
+    """Step one parameter by its gradient, with the optimizer's own arithmetic, group and state.
+
+    Step hooks, and what learning-rate schedulers put around `step`, are left out: they belong to the whole step.
+    """
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch wraps each class's step into one that calls the hooks
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    # A class of one's own may call the step of its base class, which calls them too.
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        with narrowed(optimizer, [parameter]):
+            step(optimizer)
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+
+
 def name_of(optimizer: str | Optimizer) -> str:
     """A name of the table as it is written there, or the class of a live optimizer.
 
@@ -126,7 +210,7 @@ def name_of(optimizer: str | Optimizer) -> str:
     if isinstance(optimizer, str):
         _factory(optimizer)
         return _spelled(optimizer)
-    return type(_unwrapped(optimizer)).__name__
+    return type(unwrapped(optimizer)).__name__
 
 
 def _spelled(name: str) -> str:
@@ -144,7 +228,7 @@ def _factory(name: str) -> Factory:
     return factory
 
 
-def _unwrapped(optimizer: object) -> Optimizer:
+def unwrapped(optimizer: object) -> Optimizer:
     """The optimizer that does the work: accelerate and others wrap it in one that holds it as `.optimizer`."""
     seen = optimizer
     while isinstance(inner := getattr(seen, "optimizer", None), Optimizer):
@@ -167,6 +251,8 @@ def _copied(
             case torch.Tensor():
                 if id(value) not in copies:
                     copies[id(value)] = stand_in(value)
+                    if is_paged(value):
+                        _set_paged(copies[id(value)])
                 return copies[id(value)]
             case defaultdict():
                 return defaultdict(value.default_factory, {copied(k): copied(v) for k, v in value.items()})

@@ -6,10 +6,11 @@ foreach optimizer holds) decides it here. A model that reads values which an abs
 its weights are. Either way the model, its gradients, buffers, hooks and the random state are left as they were.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -19,18 +20,27 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from memplan import optimizers
 from memplan.abstract import AbstractModel, preserved, to_training
 from memplan.assembly import Border, MicroBorders, assemble, with_optimizer
 from memplan.blocks import find_blocks
-from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NothingToTrain
+from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NoStepInBackward, NothingToTrain
 from memplan.kernels import Backend
 from memplan.kernels.cpu import CpuBackend
 from memplan.kernels.probes import probed_bytes
+from memplan.optimizer_step import (
+    IN_BACKWARD,
+    PLAIN,
+    Dropped,
+    OptimizerPart,
+    PrimedOptimizer,
+    check_stepping,
+    sizes_of,
+)
 from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
 from memplan.samples import Sample
 from memplan.tape import Tape
-from memplan.trace import Trace
+from memplan.trace import CATEGORIES, Trace
+from memplan.units import format_bytes
 
 Loss = Callable[[nn.Module, object], Tensor]
 
@@ -47,12 +57,15 @@ class Recipe:
     optimizer: "str | torch.optim.Optimizer" = "adamw"
     autocast: torch.dtype | None = None
     accumulation: int = 1
+    stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
 
 
 class Recorder:
-    """Records steps of one model. What all of them share (the optimizer's step) is recorded once.
+    """Records steps of one model. What they share (a step of the optimizer behind them) is recorded once.
 
-    Raises NothingToTrain if no parameter requires a gradient.
+    Raises:
+        NothingToTrain: no parameter requires a gradient.
+        UsageError: the recipe's `stepping` is no word for it.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, backend: Backend = _CPU) -> None:
@@ -64,7 +77,8 @@ class Recorder:
         self.model, self.recipe, self.backend = model, recipe, backend
         self.accumulation = recipe.accumulation
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._optimizer: tuple[Tape, list[int]] | None = None
+        check_stepping(recipe.stepping)
+        self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
 
     def record(
         self,
@@ -83,79 +97,112 @@ class Recorder:
             BadLoss: no scalar that can be differentiated was returned.
             ModelFailed: the model raised; the cause is chained.
             CannotTrace: the model asks for the value of a tensor that has none here.
+            NoStepInBackward: the recipe steps in the backward, and there are several micro-steps.
         """
         self.accumulation = accumulation or self.recipe.accumulation
+        in_backward = self.recipe.stepping == IN_BACKWARD
+        if in_backward and self.accumulation > 1:
+            raise NoStepInBackward(
+                f"a step inside the backward drops its gradients, and {self.accumulation} micro-steps add theirs "
+                "up. Use one micro-step, or step plainly."
+            )
         try:
             with AbstractModel(self.model, self.fake) as abstract, installed():
                 to_training(self.model)
-                optimizer, state = self._optimizer_step(abstract)
-                trace = self._traced(sample.map(abstract.imitate), state)
+                primed = self._primed(abstract) if in_backward else None
+                trace, stepped = self._traced(sample.map(abstract.imitate), primed)
+                part = self._part(abstract, stepped, primed)
         except CannotTrace:
-            if any(parameter.is_meta for parameter in self.model.parameters()):
+            if in_backward or any(parameter.is_meta for parameter in self.model.parameters()):
                 raise
             with preserved(self.model), installed():
                 to_training(self.model)
                 batch = sample.to(next(self.model.parameters()).device)
-                trace = self._micro_steps(batch, find_blocks(self.model), self._static(batch, state), None)
-        return with_optimizer(trace, optimizer)
+                trace, graded = self._micro_steps(batch, find_blocks(self.model), self._static(batch), None)
+                stepped = _places(self.model, graded)
+            with AbstractModel(self.model, self.fake) as abstract:
+                part = self._part(abstract, stepped, None)
+        return with_optimizer(self._with_state(trace, part), part.tape)
 
-    def _traced(self, batch: Sample, state: list[int]) -> Trace:
-        """Abstractly: by a few blocks of each long run where that is the same, else whole."""
+    def _traced(self, batch: Sample, primed: PrimedOptimizer | None) -> tuple[Trace, tuple[int, ...]]:
+        """Abstractly: by a few blocks of each long run where that is the same, else whole.
+
+        Also the places, among the model's parameters, of those that were given a gradient.
+        """
         blocks = find_blocks(self.model)
         runs = long_runs(self.model, blocks)
-        static = self._static(batch, state)
-        trace = self._shortened(batch, blocks, static, runs) if runs else None
-        return trace or self._micro_steps(batch, blocks, static, self.fake)
+        static = self._static(batch)
+        found = self._shortened(batch, blocks, static, runs, primed) if runs else None
+        trace, graded = found or self._micro_steps(batch, blocks, static, self.fake, primed)
+        return trace, _places(self.model, graded)
 
-    def _static(self, batch: Sample, state: list[int]) -> dict[str, list[int]]:
-        """Sizes of what is there all the time, by category."""
+    def _static(self, batch: Sample) -> dict[str, list[int]]:
+        """Sizes of what is there all the time, by category; but for the optimizer's state."""
         sizes = {
-            "params": _sizes(self.model.parameters()),
-            "buffers": _sizes(self.model.buffers()),
-            "inputs": _sizes(batch.tensors()),
-            "optimizer": state,
+            "params": sizes_of(self.model.parameters()),
+            "buffers": sizes_of(self.model.buffers()),
+            "inputs": sizes_of(batch.tensors()),
             "libraries": [self.backend.fixed_bytes()],
         }
         return {name: [self.backend.rounded(size) for size in found] for name, found in sizes.items()}
 
     def _shortened(
-        self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], runs: list[Run]
-    ) -> Trace | None:
+        self,
+        batch: Sample,
+        blocks: Sequence[str],
+        static: dict[str, list[int]],
+        runs: list[Run],
+        primed: PrimedOptimizer | None,
+    ) -> tuple[Trace, set[int]] | None:
         """None if it cannot be shown to be the same."""
         omitted = {path for run in runs for path in run.omitted}
+        kept = [path for path in blocks if path not in omitted]
         try:
             with shortened(self.model, runs):
-                short = self._micro_steps(batch, [path for path in blocks if path not in omitted], static, self.fake)
-            return lengthened(short, runs)
+                short, graded = self._micro_steps(batch, kept, static, self.fake, primed)
+            trace = lengthened(short, runs)
         except (NotPeriodic, MemplanError):  # a true error of the model comes again when it is traced whole
             return None
+        return trace, graded | _likewise(self.model, graded, runs)
 
     def _micro_steps(
-        self, batch: Sample, blocks: Sequence[str], static: dict[str, list[int]], fake: FakeTensorMode | None
-    ) -> Trace:
+        self,
+        batch: Sample,
+        blocks: Sequence[str],
+        static: dict[str, list[int]],
+        fake: FakeTensorMode | None,
+        primed: PrimedOptimizer | None = None,
+    ) -> tuple[Trace, set[int]]:
+        """The trace without the optimizer, and the ids of the parameters that were given a gradient.
+
+        With `primed`, these are stepped where their gradients come.
+        """
         tape = Tape(self.model, fake, self.backend)
         for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
             tape.pass_over(tensor)
         borders, grads = [], []
-        with tape, self.backend.kernels():
+        stepping = primed.in_backward(tape) if primed else nullcontext(Dropped())
+        with tape, self.backend.kernels(), stepping as dropped:
             for _ in range(min(self.accumulation, 2)):
                 borders.append(self._micro_step(tape, batch))
                 rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
                 grads += [row for row in rows if row is not None]
         tape.forget()
+        graded = {id(p) for p in self.model.parameters() if p.grad is not None} | dropped.parameters
         for parameter in self.model.parameters():
             parameter.grad = None
         _fill_probes(tape)
-        return assemble(
+        trace = assemble(
             tape,
             borders,
             static,
-            grads,
+            [*grads, *dropped.rows],
             blocks,
             how="recorded" if fake is None else "fake",
             micro_batch=batch.batch_size,
             accumulation=self.accumulation,
         )
+        return trace, graded
 
     def _micro_step(self, tape: Tape, batch: Sample) -> MicroBorders:
         start = Border.of(tape)
@@ -188,34 +235,55 @@ class Recorder:
             ) from error
         return loss / self.accumulation if self.accumulation > 1 else loss
 
-    def _optimizer_step(self, abstract: AbstractModel) -> tuple[Tape, list[int]]:
-        """The tape of one optimizer step with its state in place, and the sizes of that state."""
-        if self._optimizer is not None:
-            return self._optimizer
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        with Tape(self.model, self.fake, self.backend, answer=1.0):
-            optimizer = optimizers.build(
-                self.recipe.optimizer, trainable, abstract.stand_in, abstract.imitate, foreach=self.backend.foreach
-            )
-            for parameter in trainable:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # lazily created state exists from here on, as in a steady run
-        state = _tensors_in(list(optimizer.state.values()))
-        tape = Tape(self.model, self.fake, self.backend, answer=1.0)
-        for tensor in (*self.model.parameters(), *(p.grad for p in trainable if p.grad is not None), *state):
-            tape.pass_over(tensor)
-        with tape:
-            optimizer.step()
-        tape.forget()
-        optimizer.zero_grad(set_to_none=True)
-        self._optimizer = tape, _sizes(state)
-        return self._optimizer
+    def _primed(self, abstract: AbstractModel) -> PrimedOptimizer:
+        return PrimedOptimizer(abstract, self.fake, self.backend, self.recipe.optimizer, self.recipe.stepping)
+
+    def _part(self, abstract: AbstractModel, stepped: tuple[int, ...], primed: PrimedOptimizer | None) -> OptimizerPart:
+        """What the optimizer adds when these of the model's parameters are stepped; with `primed` they were already."""
+        if stepped not in self._parts:
+            parameters = list(self.model.parameters())
+            optimizer = primed or self._primed(abstract)
+            self._parts[stepped] = optimizer.part([parameters[at] for at in stepped], done=primed is not None)
+        return self._parts[stepped]
+
+    def _with_state(self, trace: Trace, part: OptimizerPart) -> Trace:
+        """The optimizer's state, there all the time. It comes first, with what else is static."""
+        count, said = len(part.state), trace.assumptions
+        if part.paged_bytes:
+            said += (f"{format_bytes(part.paged_bytes)} of paged optimizer state are in host memory between steps",)
+        code, nowhere = CATEGORIES.index("optimizer"), np.zeros(count, dtype=np.int64)
+        sizes = np.array([self.backend.rounded(size) for size in part.state], dtype=np.int64)
+        return replace(
+            trace,
+            storage_bytes=np.concatenate([sizes, trace.storage_bytes]),
+            storage_category=np.concatenate([np.full(count, code, dtype=np.int8), trace.storage_category]),
+            storage_module=np.concatenate([nowhere.astype(np.int32), trace.storage_module]),
+            born=np.concatenate([nowhere, trace.born]),
+            died=np.concatenate([np.full(count, trace.ticks, dtype=np.int64), trace.died]),
+            assumptions=said,
+        )
+
+
+def _places(model: nn.Module, graded: set[int]) -> tuple[int, ...]:
+    return tuple(at for at, parameter in enumerate(model.parameters()) if id(parameter) in graded)
+
+
+def _likewise(model: nn.Module, graded: set[int], runs: Sequence[Run]) -> set[int]:
+    """Ids of the parameters of omitted blocks whose fellows in the template block were given a gradient."""
+    found: set[int] = set()
+    for run in runs:
+        template = [id(p) in graded for p in model.get_submodule(run.template).parameters()]
+        for path in run.omitted:
+            own = model.get_submodule(path).parameters()
+            found |= {id(p) for p, is_graded in zip(own, template, strict=True) if is_graded}
+    return found
 
 
 def loss_of(model: nn.Module, batch: Sample, loss: Loss | None) -> Tensor:
     """The scalar to differentiate: `loss(model, batch)`, else what the model's output calls its loss.
 
-    Nothing else of the output is kept alive. Raises BadLoss, which says what to pass.
+    That is its `.loss` or key "loss", the output itself where it is a tensor, and of a tuple the one differentiable
+    scalar in it, else its first. Nothing else of the output is kept alive. Raises BadLoss, which says what to pass.
     """
     if loss is not None:
         return _checked(loss(model, batch.content), "loss(model, batch)")
@@ -226,7 +294,8 @@ def _loss_in(output: object) -> object:
     if isinstance(output, dict):  # also transformers' ModelOutput
         return output.get("loss")
     if isinstance(output, tuple) and output and not hasattr(output, "loss"):
-        return output[0]
+        scalars = [part for part in output if isinstance(part, Tensor) and part.dim() == 0 and part.requires_grad]
+        return scalars[0] if len(scalars) == 1 else output[0]  # (logits, loss), or the loss first
     return output if isinstance(output, Tensor) else getattr(output, "loss", None)
 
 
@@ -252,21 +321,3 @@ def _values_message(model: nn.Module, error: Exception) -> str:
         f"{type(model).__name__} asks for the value of a floating-point tensor in its step ({error}), and an abstract "
         "run has none. Give the model real weights and plan on the device itself, where one step can be run."
     )
-
-
-def _sizes(tensors: Iterable[Tensor]) -> list[int]:
-    """Bytes of the distinct storages behind some tensors."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return list(storages.values())
-
-
-def _tensors_in(values: Iterable[object]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors_in(value)
-        elif isinstance(value, dict):
-            found += _tensors_in(value.values())
-    return found

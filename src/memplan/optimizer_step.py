@@ -1,0 +1,175 @@
+"""The optimizer's part of a recorded step: its state, and its temporaries, behind the micro-steps or inside a backward.
+
+`PrimedOptimizer` stands on a model's abstract parameters with its lazily made state in place, as in a steady run. Real
+optimizers skip a parameter without a gradient, and make no state for it; so only what the micro-steps have given a
+gradient is stepped and counted, and state that a live optimizer has already.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from memplan import optimizers
+from memplan.abstract import AbstractModel
+from memplan.errors import UsageError
+from memplan.kernels import Backend
+from memplan.tape import Tape
+
+PLAIN: Final = "plain"  # as the optimizer does by itself
+SINGLE: Final = "single"  # one parameter after the other where it would take many at once (foreach)
+IN_BACKWARD: Final = "in-backward"  # each parameter as soon as its gradient is there, which is dropped then
+STEPPINGS: Final = (PLAIN, SINGLE, IN_BACKWARD)
+
+
+def check_stepping(stepping: str) -> None:
+    """Raises UsageError for a word that is none of `STEPPINGS`."""
+    if stepping not in STEPPINGS:
+        raise UsageError(f"a step is one of {', '.join(STEPPINGS)}, got {stepping!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPart:
+    """What an optimizer adds to the trace of a step."""
+
+    tape: Tape  # of its step behind the micro-steps
+    state: list[int]  # bytes of each storage on the device
+    paged_bytes: int  # of state that is on the host between steps
+
+
+@dataclass(slots=True)
+class Dropped:
+    """What a backward that steps has seen: gradients that were there, and are gone."""
+
+    parameters: set[int] = field(default_factory=set)  # ids
+    rows: list[int] = field(default_factory=list)  # the gradients' rows on the tape
+
+
+class PrimedOptimizer:
+    """An optimizer over a model's abstract parameters; every parameter was stepped once. Steps have no effect.
+
+    Raises BadOptimizer as `optimizers.build` does.
+    """
+
+    def __init__(
+        self,
+        abstract: AbstractModel,
+        fake: FakeTensorMode,
+        backend: Backend,
+        optimizer: str | Optimizer,
+        stepping: str,
+    ) -> None:
+        self.model, self.fake, self.backend = abstract.model, fake, backend
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        foreach = False if stepping == SINGLE else backend.foreach
+        with self._tape():
+            self.optimizer = optimizers.build(
+                optimizer, self._trainable, abstract.stand_in, abstract.imitate, foreach=foreach
+            )
+            if stepping == SINGLE:
+                set_single(self.optimizer)
+            self._inherited = {id(key) for key in self.optimizer.state}
+            self._give_gradients(self._trainable)
+            self.optimizer.step()
+            self._drop_gradients()
+
+    def part(self, stepped: Sequence[Parameter], *, done: bool = False) -> OptimizerPart:
+        """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before."""
+        state = self._state_of({id(parameter) for parameter in stepped})
+        with self._tape():
+            self._give_gradients([] if done else stepped)
+        tape = self._tape()
+        for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *state):
+            tape.pass_over(tensor)
+        with tape:
+            self.optimizer.step()
+        tape.forget()
+        self._drop_gradients()
+        paged = [tensor for tensor in state if optimizers.is_paged(tensor)]
+        here = [tensor for tensor in state if not optimizers.is_paged(tensor)]
+        return OptimizerPart(tape, sizes_of(here), sum(sizes_of(paged)))
+
+    @contextmanager
+    def in_backward(self, tape: Tape) -> Iterator[Dropped]:
+        """Each parameter is stepped inside the backwards that `tape` records, as the lever for it does."""
+        dropped = Dropped()
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for tensor in tensors_in(list(self.optimizer.state.values())):
+            tape.pass_over(tensor)
+
+        def step(parameter: Tensor) -> None:
+            assert isinstance(parameter, Parameter)
+            row = tape.row_of(parameter.grad) if parameter.grad is not None else None
+            dropped.rows += [] if row is None else [row]
+            dropped.parameters.add(id(parameter))
+            with _optimizer_s_own(tape):
+                optimizers.step_alone(self.optimizer, parameter)
+            parameter.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(step) for p in self._trainable if id(p) in held]
+        try:
+            yield dropped
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _tape(self) -> Tape:
+        return Tape(self.model, self.fake, self.backend, answer=1.0)
+
+    def _give_gradients(self, parameters: Iterable[Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._trainable:
+            parameter.grad = None
+
+    def _state_of(self, stepped: set[int]) -> list[Tensor]:
+        """What is there in a steady run: not what only the first step here has made."""
+        made = {id(parameter) for parameter in self._trainable} - stepped - self._inherited
+        return tensors_in([value for key, value in self.optimizer.state.items() if id(key) not in made])
+
+
+@contextmanager
+def _optimizer_s_own(tape: Tape) -> Iterator[None]:
+    """Operators inside a backward that are not autograd's: values may be asked for, sums are not written in place."""
+    module, backward, answer = tape.running(), tape.backward, tape.answer
+    tape.stack.append(module)
+    tape.backward, tape.answer = False, 1.0
+    try:
+        yield
+    finally:
+        tape.stack.pop()
+        tape.backward, tape.answer = backward, answer
+
+
+def set_single(optimizer: Optimizer) -> None:
+    """Take one parameter after the other, in all groups that would take many at once."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = False
+
+
+def sizes_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return list(storages.values())
+
+
+def tensors_in(values: Iterable[object]) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+        elif isinstance(value, dict):
+            found += tensors_in(value.values())
+    return found
