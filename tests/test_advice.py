@@ -18,7 +18,8 @@ def ways(missing_bytes: int, breakdown: dict[str, int] = FULL, **changes: Any) -
     needed = sum(breakdown.values())
     usable = needed - missing_bytes
     given = {"phase": "backward", "smallest_bytes": needed, "micro_batch": 1, "can_split": True, **changes}
-    budget = Budget(gpu="24GiB", total_bytes=usable + 2 * GIB, others_bytes=0, context_bytes=GIB, margin_bytes=GIB)
+    gpu = given.pop("gpu", "24GiB")
+    budget = Budget(gpu=gpu, total_bytes=usable + 2 * GIB, others_bytes=0, context_bytes=GIB, margin_bytes=GIB)
     return ways_out(breakdown, given.pop("phase"), budget=budget, **given)
 
 
@@ -73,3 +74,8 @@ def test_the_card_has_room_for_context_and_margin() -> None:
 
 def test_where_no_card_is_large_enough_none_is_named() -> None:
     assert not any("card" in sentence for sentence in ways(GIB, {**FULL, "params": 10_000 * GIB}))
+
+
+def test_the_processor_is_not_told_to_become_a_card() -> None:
+    assert any("card" in sentence for sentence in ways(7 * GIB))
+    assert not any("card" in sentence for sentence in ways(7 * GIB, gpu="cpu:8MiB"))

@@ -108,7 +108,7 @@ def apply_misfit(scene: Scene) -> None:
 
 
 def load_other_version(scene: Scene) -> None:
-    text = scene.plan().model_dump_json().replace('"schema_version":1', '"schema_version":2')
+    text = scene.plan().model_dump_json().replace('"schema_version":2', '"schema_version":99')
     memplan.Plan.load(scene.file(text, "plan.json"))
 
 
@@ -164,6 +164,18 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
         BadLoss,
         ("float", "loss=lambda", "labels"),
     ),
+    "loss by name": (lambda s: s.plan(loss="ce"), BadLoss, ("'ce'", "loss(model, batch)")),
+    "loss of one argument": (lambda s: s.plan(loss=lambda m: m), BadLoss, ("two arguments", "loss(model, batch)")),
+    "a criterion": (
+        lambda s: s.predict(loss=nn.CrossEntropyLoss()),
+        BadLoss,
+        ("CrossEntropyLoss", "outputs and targets", "loss(model, batch)"),
+    ),
+    "a criterion's function": (
+        lambda s: s.predict(loss=nn.functional.cross_entropy),
+        BadLoss,
+        ("cross_entropy", "outputs and targets", "loss(model, batch)"),
+    ),
     "output without a loss": (
         lambda s: memplan.predict(s.model.blocks, {"x": s.batch["x"]}, loss=lambda m, b: m[0](b["x"])),
         BadLoss,
@@ -176,7 +188,14 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
         ModelFailed,
         ("Plain", "ArithmeticError", "blocks.1.narrow", "the model's own trouble", "by hand"),
     ),
+    "a class": (
+        lambda s: memplan.plan(nn.Linear, "24GiB", sample=s.batch),
+        UsageError,
+        ("class Linear", "Linear(...)"),
+    ),
+    "a hub id": (lambda s: memplan.predict("org/llama", s.batch), UsageError, ("a str", "nn.Module", "--config")),
     # strategies
+    "no strategy": (lambda s: s.plan(strategy=None), BadStrategy, ("None", "'balanced'")),
     "NaN in a strategy": (
         lambda s: s.strategy("budget_share = nan"),
         BadStrategy,
@@ -214,11 +233,20 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
         ("effective_batch = -8", "at least 1"),
     ),
     "half a sample": (lambda s: s.plan(micro_batch=2.5), BadBatch, ("micro_batch = 2.5", "whole number")),
+    "a batch that is a truth value": (lambda s: s.plan(micro_batch=True), BadBatch, ("True", "whole number")),
+    "half an accumulation": (lambda s: s.predict(accumulation=1.5), BadBatch, ("accumulation is 1.5", "at least 1")),
+    "half a token": (
+        lambda s: memplan.plan(other(tiny.llama)[0], "cpu:1GiB", seq_len=3.5),
+        BadSample,
+        ("seq_len is 3.5", "whole number"),
+    ),
     "autocast by name": (lambda s: s.plan(autocast="bfloat16"), UsageError, ("'bfloat16'", "torch.bfloat16", "None")),
     "autocast to integers": (lambda s: s.predict(autocast=torch.int8), UsageError, ("torch.int8", "torch.float16")),
     "accumulation of zero": (lambda s: s.predict(accumulation=0), BadBatch, ("accumulation is 0", "at least 1")),
     # plans
-    "plan of another version": (load_other_version, PlanSchema, ("schema version 2", "reads version 1", "Plan again")),
+    "a folder for a plan": (lambda s: s.plan().save(s.folder), PlanSchema, ("cannot write", "Name another")),
+    "what is no plan": (lambda s: memplan.apply(s.model, {}), UsageError, ("dict", "Plan.load")),  # type: ignore[arg-type]
+    "plan of another version": (load_other_version, PlanSchema, ("schema version 99", "reads version 2", "Plan again")),
     "no plan": (
         lambda s: memplan.Plan.load(s.file("{}", "plan.json")),
         PlanSchema,
@@ -234,7 +262,7 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
         PlanMismatch,
         ("Plain", "shapes", "Plan for this model"),
     ),
-    "plan applied twice": (apply_twice, AlreadyApplied, ("Plain", "0 blocks", "undo()")),
+    "plan applied twice": (apply_twice, AlreadyApplied, ("Plain", "0 modules", "undo()")),
 }
 
 

@@ -71,6 +71,20 @@ def test_an_unknown_card_names_the_nearest(text: str, nearest: str) -> None:
     assert "'24GiB'" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["", "mps", "xyz"])
+def test_what_is_like_no_card_has_no_nearest(text: str) -> None:
+    with pytest.raises(UnknownGpu, match="`memplan gpus` lists") as caught:
+        find_gpu(text)
+    assert "nearest" not in str(caught.value)
+
+
+def test_a_number_that_is_in_cards_names_is_no_size() -> None:
+    with pytest.raises(UnknownGpu, match=r"the nearest names are rtx-4090\. "):
+        find_gpu("4090")
+    with pytest.raises(BadBudget, match="no unit"):
+        find_gpu("123456789")
+
+
 @pytest.mark.parametrize("text", ["", "auto", "cuda", "cuda:1", "Infinity Card", "nano"])
 def test_what_names_no_card_is_unknown(text: str) -> None:
     with pytest.raises(UnknownGpu):

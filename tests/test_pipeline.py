@@ -121,7 +121,7 @@ def test_accumulation_and_optimizer_count() -> None:
 def test_nothing_is_recomputed_where_memory_is_plentiful(name: str) -> None:
     plan = ample(name)
     assert plan.verdict is Verdict.FITS
-    assert plan.recomputed == ()
+    assert plan.changed == ()
     assert plan.decisions
     assert plan.slowdown == 0
     assert plan.times == "estimate"
@@ -133,7 +133,7 @@ def test_nothing_is_recomputed_where_memory_is_plentiful(name: str) -> None:
 def test_a_tight_budget_is_kept_by_recomputing_and_the_step_is_as_large_as_predicted(name: str) -> None:
     plan = tight(name)
     assert plan.verdict is Verdict.FITS
-    assert plan.recomputed
+    assert plan.changed
     assert plan.peak_bytes <= plan.budget_bytes < plan.unplanned_bytes
     assert plan.slowdown > 0
     model, batch = MODELS[name]()
@@ -145,8 +145,11 @@ def test_a_tight_budget_is_kept_by_recomputing_and_the_step_is_as_large_as_predi
 
 def test_the_layers_say_what_is_decided_and_what_it_saves() -> None:
     plan = tight("llama")
-    assert {layer.path: layer.option for layer in plan.layers} == plan.decisions
-    assert all(layer.recompute_bytes < layer.keep_bytes and layer.recompute_s > 0 for layer in plan.layers)
+    assert {layer.path: layer.option for layer in plan.layers}.items() <= plan.decisions.items()
+    changed = [layer for layer in plan.layers if layer.option != "keep"]
+    assert changed
+    assert all(layer.held_bytes < layer.keep_bytes and layer.extra_s > 0 for layer in changed)
+    assert all(layer.held_bytes == layer.keep_bytes for layer in plan.layers if layer not in changed)
 
 
 def test_more_memory_is_never_slower() -> None:
@@ -217,11 +220,11 @@ def test_batches_that_are_given_are_taken(settings: dict[str, int], micro_batch:
 
 def test_an_effective_batch_is_split_as_the_budget_wants() -> None:
     whole = planned("llama", GIB, effective_batch=6)
-    assert (whole.micro_batch, whole.accumulation, whole.recomputed) == (6, 1, ())
+    assert (whole.micro_batch, whole.accumulation, whole.changed) == (6, 1, ())
     split = planned("llama", (whole.peak_bytes + ample("llama").smallest_bytes) // 2, effective_batch=6)
     assert split.verdict is Verdict.FITS
     assert split.effective_batch == 6
-    assert split.accumulation > 1 or split.recomputed
+    assert split.accumulation > 1 or split.changed
 
 
 def test_without_a_batch_the_memory_goes_into_it() -> None:
@@ -265,6 +268,7 @@ def test_a_model_without_repeated_blocks_plans_the_batch_only() -> None:
 
     plan = memplan.plan(model, "cpu:1MiB", sample=torch.randn(4, 8), loss=loss)
     assert plan.verdict is Verdict.FITS
+    assert plan.reason.startswith("no repeated blocks, so only the batch is planned")
     assert plan.decisions == {}
     assert plan.micro_batch > 4
     assert plan.peak_bytes <= plan.budget_bytes
@@ -327,7 +331,7 @@ def test_autofit_plans_applies_and_measures() -> None:
     before = Imprint(model)
     with memplan.autofit(model, f"cpu:{tight('plain').budget_bytes}B", sample=batch, micro_batch=64) as fit:
         assert fit.model is model
-        assert fit.plan.recomputed
+        assert fit.plan.changed
         assert fit.measured is not None
         assert abs(fit.measured.peak_bytes - fit.plan.peak_bytes) <= KIB
         assert fit.measured.predicted_bytes == fit.plan.peak_bytes
@@ -376,7 +380,7 @@ def test_a_model_that_is_planned_already_is_planned_as_if_it_were_not() -> None:
         again = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4)
         assert before.differences() == []
     assert again.peak_bytes == ample("llama").peak_bytes
-    assert again.recomputed == ()
+    assert again.changed == ()
 
 
 @pytest.mark.parametrize(

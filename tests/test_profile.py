@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.problem import Choice
-from memplan.profile import ChainSizes, Profile
+from memplan.profile import ChainSizes, Level, Profile
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
 from memplan.simulator import simulate
@@ -30,7 +30,7 @@ class OneSecond:
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         return 1.0 + micro_batch
 
-    def rest_s(self, micro_batch: int) -> float:
+    def rest_s(self, micro_batch: int, variant: str) -> float:
         return 1.0
 
 
@@ -49,9 +49,12 @@ class Model:
         return self.recorder.record(sample, lambda: levers.decided(self.model, decisions), accumulation)
 
     def profile(self, micro_batches: Sequence[int]) -> Profile:
-        traces = {b: {o: self.trace([o] * len(self.blocks), b, 2) for o in OPTIONS} for b in micro_batches}
-        first, other = ({b: ChainSizes.of(t, step, self.blocks) for b, t in traces.items()} for step in (0, 1))
-        return Profile(first, other, OneSecond(), can_split=True, largest_micro_batch=64)
+        levels = {b: {levers.KEEP: [self.level(option, b) for option in OPTIONS]} for b in micro_batches}
+        return Profile.of(levels, self.blocks, OneSecond(), can_split=True, largest_micro_batch=64)
+
+    def level(self, option: str, micro_batch: int) -> Level:
+        trace = self.trace([option] * len(self.blocks), micro_batch, 2)
+        return Level(dict.fromkeys(self.blocks, option), trace)
 
     def peaks(self, profile: Profile, choice: Choice, micro_batch: int, accumulation: int) -> tuple[int, int]:
         """(by the simulator on the profile's problem, by a trace of the model as planned)."""
@@ -127,8 +130,8 @@ def test_a_model_without_blocks_is_one_gap() -> None:
     model = Model(tiny.plain)
     model.blocks = ()
     trace = model.trace([], 256, 1)  # so many rows that the peak is not in the optimizer's step
-    sizes = ChainSizes.of({"keep": trace}, 0, ())
-    profile = Profile({256: sizes}, {256: sizes}, OneSecond(), can_split=True, largest_micro_batch=256)
+    levels = {256: {"keep": [Level({}, trace)]}}
+    profile = Profile.of(levels, (), OneSecond(), can_split=True, largest_micro_batch=256)
     problem = profile.problem(256, 1, 1)
     assert problem.blocks == ()
     assert simulate(problem, ()).peak_bytes == trace.peak_bytes > problem.optimizer_bytes
@@ -139,11 +142,12 @@ def test_a_model_without_blocks_is_one_gap() -> None:
 
 def sizes(*values: int) -> ChainSizes:
     base, hold, gap, optimizer = values
-    return ChainSizes(("block",), base, {"keep": ((hold, 0, 0),)}, ((gap, gap), (gap, gap)), optimizer)
+    return ChainSizes(("block",), base, ({"keep": (hold, 0, 0, 0)},), ((gap, gap), (gap, gap)), optimizer)
 
 
 def chain(low: int, a: ChainSizes, high: int, b: ChainSizes) -> Profile:
-    return Profile({low: a, high: b}, {low: a, high: b}, OneSecond(), can_split=True, largest_micro_batch=4096)
+    points = {"keep": {low: a, high: b}}
+    return Profile(points, points, OneSecond(), can_split=True, largest_micro_batch=4096)
 
 
 @given(
@@ -173,7 +177,7 @@ def test_every_size_is_interpolated() -> None:
 def test_sizes_run_from_one_micro_batch_to_the_next() -> None:
     """A peak bends upwards where another moment takes over: between two it is below the line, beyond them above."""
     profile = chain(2, sizes(100, 0, 0, 0), 4, sizes(110, 0, 0, 0))
-    bent = replace(profile, first={**profile.first, 8: sizes(310, 0, 0, 0)})
+    bent = replace(profile, first={"keep": {**profile.first["keep"], 8: sizes(310, 0, 0, 0)}})
     assert profile.problem(8, 1, 1).blocks[0].base_bytes == 130
     assert [bent.problem(b, 1, 1).blocks[0].base_bytes for b in (1, 3, 4, 6, 8, 9)] == [95, 105, 110, 210, 310, 360]
 
@@ -181,8 +185,7 @@ def test_sizes_run_from_one_micro_batch_to_the_next() -> None:
 def test_a_profile_learns_from_traces_at_another_micro_batch() -> None:
     model = Model(partial(tiny.plain, layers=2))
     profile = model.profile([2, 4])
-    every = {option: model.trace([option] * 2, 512, 2) for option in OPTIONS}
-    learned = profile.with_traces(512, every)
+    learned = profile.with_levels(512, {"keep": [model.level(option, 512) for option in OPTIONS]})
     for accumulation in (1, 2):
         simulated, traced = model.peaks(learned, (0, 1), 512, accumulation)
         assert simulated == traced
@@ -191,7 +194,7 @@ def test_a_profile_learns_from_traces_at_another_micro_batch() -> None:
 
 def test_accumulation_has_sizes_of_its_own() -> None:
     once, often = sizes(100, 1, 1, 1), sizes(500, 1, 1, 1)
-    profile = Profile({2: once}, {2: often}, OneSecond(), can_split=True, largest_micro_batch=2)
+    profile = Profile({"keep": {2: once}}, {"keep": {2: often}}, OneSecond(), can_split=True, largest_micro_batch=2)
     assert profile.problem(2, 1, 1).blocks[0].base_bytes == 100
     assert profile.problem(2, 4, 1).blocks[0].base_bytes == 500
 
@@ -200,3 +203,9 @@ def test_one_micro_batch_tells_nothing_of_others() -> None:
     profile = replace(chain(2, sizes(1, 1, 1, 1), 4, sizes(1, 1, 1, 1)), first={2: sizes(1, 1, 1, 1)})
     with pytest.raises(ValueError, match="profiled at micro-batch 2 only, asked for 3"):
         profile.problem(3, 1, 1)
+
+
+def test_a_variant_has_the_blocks_of_the_plain_one_and_its_own_surroundings() -> None:
+    plain, other = sizes(100, 10, 50, 7), sizes(90, 99, 20, 5)
+    both = plain.around(other)
+    assert (both.options, both.base, both.gaps, both.optimizer) == (plain.options, 90, ((20, 20), (20, 20)), 5)

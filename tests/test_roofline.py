@@ -9,6 +9,7 @@ import tiny
 from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.gpus import Gpu, find_gpu
+from memplan.profile import Level
 from memplan.recorder import Recipe, Recorder
 from memplan.roofline import (
     MEMORY_EFFICIENCY,
@@ -77,28 +78,28 @@ def test_a_step_is_split_into_blocks_the_rest_and_the_optimizer() -> None:
     seconds = [1, 2, 4, 8, 16, 32, 64, 128]  # embedding, two blocks, head, loss, two blocks back, optimizer
     ops: list[Op] = [(0, s * 1e10, "float32") for s in seconds]
     trace = trace_of(ops, [(0, 4), (4, 5), (5, 7), (7, 8)], [(1, 2, 6, 7), (2, 3, 5, 6)])
-    times = estimated({3: {"keep": trace}}, RATES)
+    times = estimated({3: {"keep": [Level({}, trace)]}}, RATES)
     assert times.block_s("block.0", "keep", 3) == pytest.approx(2 + 64, rel=1e-5)
     assert times.block_s("block.1", "keep", 3) == pytest.approx(4 + 32, rel=1e-5)
-    assert times.rest_s(3) == pytest.approx(1 + 8 + 16, rel=1e-5)
+    assert times.rest_s(3, "keep") == pytest.approx(1 + 8 + 16, rel=1e-5)
     assert times.optimizer_s == pytest.approx(128, rel=1e-5)
     assert times.how == "estimate"
 
 
 def test_times_between_and_beyond_two_micro_batches() -> None:
-    times = StepTimes({("a", "keep"): {2: 1.0, 4: 1.5}}, {2: 0.25, 4: 0.5}, optimizer_s=0.0)
+    times = StepTimes({("a", "keep"): {2: 1.0, 4: 1.5}}, {"keep": {2: 0.25, 4: 0.5}}, optimizer_s=0.0)
     assert [times.block_s("a", "keep", b) for b in (1, 2, 3, 4, 8)] == pytest.approx([0.75, 1.0, 1.25, 1.5, 2.5])
-    assert times.rest_s(3) == pytest.approx(0.375)
+    assert times.rest_s(3, "keep") == pytest.approx(0.375)
 
 
 def test_noise_never_makes_a_larger_batch_cheaper_or_dearer_per_sample() -> None:
-    falling = StepTimes({("a", "keep"): {2: 1.0, 4: 0.5}}, {2: 1.0, 4: 3.0}, optimizer_s=0.0)
+    falling = StepTimes({("a", "keep"): {2: 1.0, 4: 0.5}}, {"keep": {2: 1.0, 4: 3.0}}, optimizer_s=0.0)
     assert falling.block_s("a", "keep", 8) == 1.0
-    assert [falling.rest_s(b) for b in (1, 2, 4)] == [0.5, 1.0, 2.0]
+    assert [falling.rest_s(b, "keep") for b in (1, 2, 4)] == [0.5, 1.0, 2.0]
 
 
 def test_one_measurement_stands_for_every_micro_batch() -> None:
-    assert StepTimes({("a", "keep"): {2: 1.0}}, {2: 1.0}, optimizer_s=0.0).block_s("a", "keep", 2) == 1.0
+    assert StepTimes({("a", "keep"): {2: 1.0}}, {"keep": {2: 1.0}}, optimizer_s=0.0).block_s("a", "keep", 2) == 1.0
 
 
 # --- cards ----------------------------------------------------------------------------------------------------------
@@ -127,13 +128,11 @@ def test_a_card_without_figures_has_nominal_ones(gpu: Gpu) -> None:
 def test_a_real_trace_costs_more_where_it_recomputes() -> None:
     model, batch = tiny.t5(use_cache=False)
     recorder, blocks = Recorder(model, Recipe()), find_blocks(model)
-    traces = {
-        option: recorder.record(Sample.of(batch), lambda o=option: levers.decided(model, dict.fromkeys(blocks, o)))
-        for option in levers.OPTIONS
-    }
-    times = estimated({2: traces}, Rates.of(find_gpu("h100-sxm")))
+    every = [dict.fromkeys(blocks, option) for option in levers.OPTIONS]
+    found = [Level(d, recorder.record(Sample.of(batch), lambda d=d: levers.decided(model, d))) for d in every]
+    times = estimated({2: {"keep": found}}, Rates.of(find_gpu("h100-sxm")))
     for path in blocks:
         keep, recompute = (times.block_s(path, option, 2) for option in levers.OPTIONS)
         assert keep < recompute < 2 * keep
-    assert times.rest_s(2) > 0
+    assert times.rest_s(2, "keep") > 0
     assert times.optimizer_s > 0

@@ -15,7 +15,7 @@ from memplan.device import CpuDevice
 from memplan.inplace import sole_owner_counts
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
-from memplan.tape import Tape
+from memplan.tape import Tape, on_host
 from memplan.trace import CATEGORIES, Trace
 
 KIB = 1024
@@ -119,6 +119,26 @@ def test_a_tape_leaves_no_hooks_and_no_functions_behind() -> None:
     with pytest.raises(KeyboardInterrupt), Tape(nn.Identity(), None):
         raise KeyboardInterrupt
     assert before == (torch.get_rng_state, dict(hooks._global_forward_hooks), dict(hooks._global_forward_pre_hooks))
+
+
+def test_host_memory_is_not_the_devices() -> None:
+    """It has no row, nor have its views; copies to it and from it are no work of the device."""
+
+    def work(x: Tensor) -> tuple[Tensor, Tensor]:
+        with on_host():
+            host = x.new_empty(4 * FLOATS, dtype=torch.uint8)
+            host.view(torch.float32).copy_(x)
+        back = torch.empty_like(x)
+        with on_host():
+            back.copy_(host.view(torch.float32))
+        return host[4:], back.sin()
+
+    tape = taped(work)
+    assert tape.bytes == [SIZE, SIZE]
+    assert tape.died[0] is not None
+    assert tape.died[1] is None
+    copies = [c for c, name in zip(tape.op_columns, names(tape), strict=True) if name == "copy_"]
+    assert [column[2:4] for column in copies] == [(0, 0), (0, 0)]
 
 
 def test_random_states_that_checkpoints_keep_are_seen() -> None:
@@ -265,9 +285,9 @@ def test_recorded_for_real_and_abstractly_a_step_is_the_same() -> None:
     model, batch = tiny.plain(layers=2)
     recorder, sample = Recorder(model, Recipe()), Sample.of(batch)
     abstract = recorder.record(sample)
-    static = recorder._static(sample, [])
+    static = recorder._static(sample)
     model.zero_grad()
-    real = recorder._micro_steps(sample, ["blocks.0", "blocks.1"], static, None)
+    real, _ = recorder._micro_steps(sample, ["blocks.0", "blocks.1"], static, None)
     assert real.how == "recorded"
     assert abs(int(real.live.max() - real.live[0]) - int(abstract.live[: real.ticks].max() - abstract.live[0])) <= KIB
     flops = abstract.op_flops[: abstract.optimizer_ops.start]

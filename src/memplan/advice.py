@@ -31,7 +31,7 @@ def ways_out(
     missing = smallest_bytes - budget.usable_bytes
     found = [way for way in _savings(breakdown, phase, micro_batch, can_split) if way[0] > 0]
     enough = [text for saved, text in found if saved >= missing]
-    card = _smallest_card(smallest_bytes, budget)
+    card = None if budget.gpu.startswith("cpu") else _smallest_card(smallest_bytes, budget)
     if card is not None:
         enough.append(f"The smallest card that is large enough is {card}.")
     rest = sorted(((saved, text) for saved, text in found if saved < missing), reverse=True)

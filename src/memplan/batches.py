@@ -15,7 +15,7 @@ def splits(effective_batch: int | None, micro_batch: int | None, can_split: bool
         BadBatch: a size below 1, a micro-batch that does not divide the effective batch, or a batch that must not be.
     """
     for name, value in (("effective_batch", effective_batch), ("micro_batch", micro_batch)):
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (type(value) is int and value >= 1):
             raise BadBatch(f"{name} = {value!r} has to be a whole number and at least 1")
     if effective_batch is None:
         return [(micro_batch or 1, 1)]

@@ -10,6 +10,7 @@
     │   ├── BadSample                the sample is missing, or its first dimensions disagree
     │   ├── BadLoss                  no scalar, differentiable loss could be found
     │   ├── BadOptimizer             unknown name, or not built from this model's parameters
+    │   ├── NoStepInBackward         parameters cannot be stepped one by one, as their gradients come
     │   └── BadBatch                 micro-batch and effective batch cannot be reconciled
     ├── ModelError (RuntimeError)    the model itself stands in the way
     │   ├── NothingToTrain           no parameter requires a gradient
@@ -90,6 +91,10 @@ class PlanMismatch(PlanError):
     """The plan names modules or shapes that this model does not have."""
 
 
+class PlanNotFollowed(UserWarning):
+    """A block runs otherwise than it was planned: still right, but with more memory. A warning, no error."""
+
+
 class AlreadyApplied(PlanError):
     """This model carries a plan already; undo that one first."""
 
@@ -104,3 +109,7 @@ class DoesNotFit(MemplanError, RuntimeError):
 
 class NoDevice(MemplanError, RuntimeError):
     """The device asked for is not on this machine."""
+
+
+class NoStepInBackward(UsageError):
+    """Parameters cannot be stepped one by one inside the backward; the message says why, and what can be done."""

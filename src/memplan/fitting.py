@@ -1,7 +1,8 @@
 """`apply(model, plan) -> Fit`: the plan in the user's own model, measured there, and taken out again."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
@@ -12,12 +13,16 @@ from memplan import levers, optimizers
 from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
 from memplan.device import Device, resolve_gpu
-from memplan.errors import AlreadyApplied, DoesNotFit, NoDevice, PlanMismatch
+from memplan.errors import AlreadyApplied, DoesNotFit, NoDevice, PlanMismatch, UsageError
+from memplan.levers import stepping
+from memplan.levers.host_memory import pooled_bytes
+from memplan.levers.host_pool import HostPool
+from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
 from memplan.recorder import Loss, Recipe, loss_of
 from memplan.samples import Sample, sample_for
 
-_applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its blocks are recomputed
+_applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its modules run by a plan
 
 
 class Fit:
@@ -29,19 +34,42 @@ class Fit:
         measured: what `autofit` measured on the device, if it could.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, undo: Callable[[], None], live: "Live | None" = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        undo: Callable[[], None],
+        live: "Live | None" = None,
+        step: Callable[[], Callable[[], None]] | None = None,
+    ) -> None:
         self.model = model
         self.plan = plan
         self.measured: Measured | None = None
         self._undo: Callable[[], None] | None = undo
         self._live = live
+        self._step = step
+        self._unstep = step() if step is not None else None
 
     def undo(self) -> None:
         """Give every block its own functions back. A second call does nothing."""
         if self._undo is not None:
+            if self._unstep is not None:
+                self._unstep()
             self._undo()
             self._undo = None
             _applied.pop(self.model, None)
+
+    @contextmanager
+    def _optimizer_at_rest(self) -> Iterator[None]:
+        """The optimizer in use does not step in other backwards than the user's own."""
+        if self._step is None or self._unstep is None or self._undo is None:
+            yield
+            return
+        self._unstep()
+        try:
+            yield
+        finally:
+            self._unstep = self._step()
 
     def __enter__(self) -> "Fit":
         return self
@@ -77,16 +105,20 @@ class Fit:
         live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=_dtype(self.plan.autocast)), None)
         device = _device_of(self.plan, self.model)
         recipe = Recipe(
-            loss or live.recipe.loss, optimizer or live.recipe.optimizer, live.recipe.autocast, self.plan.accumulation
+            loss or live.recipe.loss,
+            optimizer or live.recipe.optimizer,
+            live.recipe.autocast,
+            self.plan.accumulation,
+            self.plan.stepping,
         )
         shown = self._sample(sample, live)
-        with preserved(self.model):
+        with preserved(self.model), self._optimizer_at_rest():
             to_training(self.model)
             others_bytes = device.peak_of(_nothing) - _own_bytes(self.model)
             micro = shown.resized(self.plan.micro_batch).to(device.torch_device)
-            step = training_step(self.model, micro, recipe, device)
-            peak_bytes = device.peak_of(step) - others_bytes
-            seconds = sorted(device.seconds_of(step, steps))
+            with training_step(self.model, micro, recipe, device) as step:
+                peak_bytes = device.peak_of(step) - others_bytes
+                seconds = sorted(device.seconds_of(step, steps))
         return Measured(
             peak_bytes=peak_bytes,
             predicted_bytes=self.plan.peak_bytes,
@@ -115,25 +147,49 @@ class Live:
 
 
 def apply(model: nn.Module, plan: Plan) -> Fit:
-    """Make the model run by the plan: its blocks keep or recompute as decided. Nothing else changes.
+    """Make the model run by the plan: its blocks keep, drop or recompute as decided. Nothing else changes.
 
     Raises:
         DoesNotFit: the plan itself says that it does not fit.
         AlreadyApplied: the model runs by a plan already.
         PlanMismatch: the plan was made for other modules or shapes.
+        UsageError: it is no plan, or the model is compiled already.
     """
+    if not isinstance(plan, Plan):
+        raise UsageError(f"a plan is what memplan.plan returns or Plan.load reads, got {type(plan).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("the model is compiled already: apply the plan to the module that torch.compile was given.")
     if plan.verdict is Verdict.DOES_NOT_FIT:
         raise DoesNotFit(f"this plan does not fit: {plan.reason} {' '.join(plan.ways_out)}", plan.smallest_bytes)
     if model in _applied:
         raise AlreadyApplied(
-            f"this {type(model).__name__} runs by a plan already ({_applied[model]} blocks recomputed). Call undo() on "
+            f"this {type(model).__name__} runs by a plan already ({_applied[model]} modules changed). Call undo() on "
             "the Fit that memplan.apply returned, then apply again."
         )
     _check_match(model, plan)
     live = plan._live if isinstance(plan._live, Live) else None
-    fit = Fit(model, plan, levers.install(model, plan.decisions), live)
-    _applied[model] = len(plan.recomputed)
+    pool = HostPool(pooled_bytes(plan.host_bytes)) if plan.host_bytes else None
+    undo = levers.install(model, plan.decisions, plan.selections, pool)
+    try:
+        fit = Fit(model, plan, undo, live, _stepped(model, plan, live))
+    except BaseException:
+        undo()
+        raise
+    _applied[model] = len(plan.changed)
     return fit
+
+
+def _stepped(model: nn.Module, plan: Plan, live: "Live | None") -> "Callable[[], Callable[[], None]] | None":
+    """What makes the optimizer in use step as planned, and returns what takes that back."""
+    if plan.stepping == PLAIN:
+        return None
+    optimizer = None if live is None else live.recipe.optimizer
+    if optimizer is None or isinstance(optimizer, str):
+        raise PlanMismatch(
+            f"the plan has the optimizer step {plan.stepping!r}, but it was read from a file, which holds no "
+            "optimizer. Plan again with optimizer=... the one in use."
+        )
+    return partial(stepping.install, model, optimizer, plan.stepping, plan.accumulation)
 
 
 def _check_match(model: nn.Module, plan: Plan) -> None:
@@ -151,7 +207,8 @@ def _check_match(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Device) -> Callable[[], None]:
+@contextmanager
+def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Device) -> Iterator[Callable[[], None]]:
     """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped."""
     parameters = {id(p): p for p in model.parameters()}
     trainable = [p for p in parameters.values() if p.requires_grad]
@@ -171,7 +228,11 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
         for parameter in trainable:
             parameter.grad = None
 
-    return step
+    unstep = stepping.install(model, optimizer, recipe.stepping, recipe.accumulation)
+    try:
+        yield step
+    finally:
+        unstep()
 
 
 def _nothing() -> None:

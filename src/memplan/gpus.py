@@ -18,6 +18,8 @@ from memplan.errors import UnknownGpu
 from memplan.units import parse_bytes
 
 # What can only have been meant as a size: it begins like a number, or it is one of the words for numbers that are none.
+_MODEL_DIGITS: Final = 4  # of a number that names a card
+_ALIKE: Final = 0.5  # share of common letters from which a name may have been meant
 _LIKE_A_SIZE: Final = re.compile(r"[+-]?(?:[\d.].*|(?:nan|inf)\s*(?:[kmgt]?i?b)?)", re.IGNORECASE)
 
 
@@ -60,11 +62,13 @@ def find_gpu(text: str) -> Gpu:
     card = _cards_by_key().get(_key(name))
     if card is not None:
         return card
-    if _LIKE_A_SIZE.fullmatch(name):
+    if _LIKE_A_SIZE.fullmatch(name) and not _is_model_number(name):
         return Gpu(name=name, kind="size", total_bytes=parse_bytes(name))
+    near = _nearest(name)
+    known = f"the nearest names are {', '.join(near)}" if near else "`memplan gpus` lists those that are known"
     raise UnknownGpu(
-        f"no card is called {text!r}; the nearest names are {', '.join(_nearest(name))}. "
-        "Any other card can be given by its memory, for example '24GiB'"
+        f"no card is called {text!r}; {known}. Any other card can be given by its memory, for example '24GiB', "
+        "and the processor as 'cpu' or 'cpu:8GiB'"
     )
 
 
@@ -101,12 +105,25 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def _is_model_number(name: str) -> bool:
+    """Whether a number without a unit is how people call a card: 4090."""
+    return len(name) >= _MODEL_DIGITS and name.isdecimal() and any(name in key for key in _cards_by_key())
+
+
 def _nearest(name: str) -> list[str]:
-    """Short names of the three cards nearest to `name`: those that have it in a name of theirs, then the most alike."""
+    """Short names of the three cards nearest to `name`: those that have it in a name of theirs, then the most alike.
+
+    None if it is like no card at all, and only those that have it in their name if it is a model's number.
+    """
     wanted, cards = _key(name), _cards_by_key()
 
     def nearness(key: str) -> tuple[bool, float]:
         return wanted in key, difflib.SequenceMatcher(a=wanted, b=key).ratio()
 
+    def is_near(key: str) -> bool:
+        holds, alike = nearness(key)
+        return holds or (alike >= _ALIKE and not _is_model_number(name))
+
+    near = sorted(filter(is_near, cards), key=nearness, reverse=True) if wanted else []
     # A card has several keys and comes at the place of its nearest.
-    return list(dict.fromkeys(cards[key].name for key in sorted(cards, key=nearness, reverse=True)))[:3]
+    return list(dict.fromkeys(cards[key].name for key in near))[:3]

@@ -1,5 +1,6 @@
 """`predict`, `plan`, `autofit`: the whole library on one screen. `apply` is in `fitting`."""
 
+import inspect
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from memplan.device import resolve_gpu
-from memplan.errors import BadBatch, DoesNotFit, NoDevice, UsageError
+from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, NoDevice, UsageError
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
 from memplan.plan_record import Plan, Verdict
@@ -35,9 +36,10 @@ def predict(
     """The memory that one training step of the model needs, as it stands. Nothing is run and nothing is changed.
 
     Args:
-        model: any module, with weights anywhere, also on `meta`.
+        model: any module, with weights anywhere, also on `meta`. Of a compiled one the module inside is taken.
         sample: one micro-batch: a dict of keyword arguments, a tuple, or one tensor; the first dimension is the batch.
-        loss: `loss(model, batch) -> scalar tensor`; by default the output's `.loss`.
+        loss: `loss(model, batch) -> scalar tensor`; by default the output's `.loss`, the output itself, or of a tuple
+            the one differentiable scalar in it, else its first.
         optimizer: a name ("adamw", "adamw-foreach", "sgd-momentum", "adam8bit", ...) or a live optimizer.
         autocast: a dtype, if the forward runs under `torch.autocast`.
         accumulation: micro-batches per optimizer step.
@@ -52,7 +54,7 @@ def predict(
     """
     recipe = _recipe(loss, optimizer, autocast, accumulation)
     card, device = resolve_gpu(gpu)
-    return Session(model, Sample.of(sample), recipe, card, device).predict()
+    return Session(_module(model), Sample.of(sample), recipe, card, device).predict()
 
 
 def plan(
@@ -87,6 +89,11 @@ def plan(
         BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy, UnknownGpu, NoDevice,
         NothingToTrain, ModelFailed, CannotTrace: as named.
     """
+    model = _module(model)
+    if not isinstance(strategy, str | Path | Strategy):
+        raise BadStrategy(
+            f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
+        )
     chosen = load_strategy(strategy)
     card, device = resolve_gpu(gpu)
     shown = sample_for(model, 2, seq_len) if sample is None else Sample.of(sample)
@@ -142,6 +149,42 @@ def _recipe(
     """What `torch.autocast` would only warn of, and then not cast, is refused here."""
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise UsageError(f"autocast is {autocast!r}: pass torch.bfloat16, torch.float16, or None for full precision")
-    if accumulation < 1:
-        raise BadBatch(f"accumulation is {accumulation}; it counts micro-batches per step and is at least 1")
+    if type(accumulation) is not int or accumulation < 1:
+        raise BadBatch(f"accumulation is {accumulation!r}; it counts micro-batches per step and is at least 1")
+    if loss is not None:
+        _check_loss(loss)
     return Recipe(loss, optimizer, autocast, accumulation)
+
+
+def _module(model: object) -> nn.Module:
+    """The module to plan for: of a compiled one what is inside, whose forward is the same and can be followed."""
+    inside = getattr(model, "_orig_mod", model)
+    if isinstance(inside, nn.Module):
+        return inside
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise UsageError(f"the model is the class {model.__name__}: pass a module, such as {model.__name__}(...)")
+    raise UsageError(
+        f"the model is a {type(model).__name__}: pass a torch.nn.Module. From a config or a hub id the command line "
+        "makes one: memplan plan --config ..."
+    )
+
+
+def _check_loss(loss: object) -> None:
+    """That a loss can be called as `loss(model, batch)`; what takes outputs and targets is the usual mistake."""
+    way_out = (
+        "It is called as loss(model, batch) and returns one differentiable scalar, for example "
+        "loss=lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])"
+    )
+    if not callable(loss):
+        raise BadLoss(f"loss is {loss!r}, which cannot be called. {way_out}")
+    made = loss if hasattr(loss, "__name__") else type(loss)
+    if str(getattr(made, "__module__", "")).startswith("torch.nn."):
+        raise BadLoss(f"loss is torch's {made.__name__}, which takes outputs and targets. {way_out}")
+    try:
+        signature = inspect.signature(loss)
+    except ValueError:  # a function of another language, which does not say
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise BadLoss(f"loss does not take two arguments ({error}). {way_out}") from error

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from memplan.errors import PlanSchema
 from memplan.units import format_budget, format_bytes, format_seconds
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Verdict(StrEnum):
@@ -42,10 +42,10 @@ class Layer(_Record):
     """One block of the model in the plan's table. Bytes and seconds are for one micro-batch."""
 
     path: str
-    option: str = Field(description="what the plan does: keep or recompute")
-    keep_bytes: int = Field(description="held for backward if its activations are kept")
-    recompute_bytes: int = Field(description="held for backward if it is recomputed; 0 where it cannot be")
-    recompute_s: float = Field(description="extra seconds if it is recomputed")
+    option: str = Field(description='what the plan does: "keep", "recompute", or a key of `Plan.selections`')
+    keep_bytes: int = Field(description="held for backward if all that autograd saves is kept")
+    held_bytes: int = Field(description="held for backward under the plan")
+    extra_s: float = Field(description="extra seconds under the plan")
 
 
 class Measured(_Record):
@@ -93,7 +93,10 @@ class Plan(_Record):
     accumulation: int
     effective_batch: int
     decisions: dict[str, str] = Field(description="module path -> option, in forward order")
+    selections: dict[str, tuple[str, ...]] = Field({}, description="option -> names of the values that it drops")
     layers: tuple[Layer, ...]
+    stepping: str = Field("plain", description='how the optimizer steps: "plain", "single" or "in-backward"')
+    host_bytes: int = Field(0, description="held in host memory at once")
     peak_bytes: int
     peak_phase: str
     breakdown: dict[str, int] = Field(description="bytes at the peak by category, as in Prediction")
@@ -125,8 +128,11 @@ class Plan(_Record):
         return self.budget.usable_bytes
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON. Raises PlanSchema if the file cannot be written."""
+        try:
+            Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanSchema(f"cannot write the plan file {path}: {error.strerror}. Name another one.") from error
 
     @classmethod
     def load(cls, path: "str | Path") -> "Plan":
@@ -149,8 +155,13 @@ class Plan(_Record):
             raise PlanSchema(f"{path} is a damaged plan: {error}") from error
 
     @property
+    def changed(self) -> tuple[str, ...]:
+        """Paths of the modules that do not run as they did, in forward order."""
+        return tuple(path for path, option in self.decisions.items() if option != "keep")
+
+    @property
     def recomputed(self) -> tuple[str, ...]:
-        """Paths of the blocks that are recomputed, in forward order."""
+        """Paths of the blocks that are recomputed whole, in forward order."""
         return tuple(path for path, option in self.decisions.items() if option == "recompute")
 
     def describe(self) -> str:
@@ -164,14 +175,27 @@ class Plan(_Record):
             f" - {format_bytes(b.others_bytes)} others - {format_bytes(b.context_bytes)} context"
             f" - {format_bytes(b.margin_bytes)} margin",
             f"  batch     {self.micro_batch} x {self.accumulation} accumulated = {self.effective_batch} per step",
-            f"  recompute {len(self.recomputed)} of {len(self.decisions)} blocks",
+            f"  blocks    {count_text(self)}",
             f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {room}; "
             f"{format_bytes(self.unplanned_bytes)} without a plan",
             f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
             f"{self.slowdown:.1%} slower than keeping everything, within {self.gap:.2%} of the proven bound",
         ]
+        if self.host_bytes > 0:
+            lines.append(f"  host      {format_bytes(self.host_bytes)} of pinned memory")
         if self.shadow_price > 0:
             lines.append(f"  one GiB more would save {format_seconds(self.shadow_price)} per step")
         lines += [f"  way out   {way}" for way in self.ways_out]
         lines += [f"  assumed   {text}" for text in self.assumptions]
         return "\n".join(lines)
+
+
+def count_text(plan: Plan) -> str:
+    """How many blocks do what, as "4 of 12 recomputed, 8 in part"."""
+    options = [layer.option for layer in plan.layers]
+    whole, parts = options.count("recompute"), sum(option in plan.selections for option in options)
+    texts = [
+        f"{whole} of {len(options)} recomputed" if whole or not parts else "",
+        f"{parts} of {len(options)} in part",
+    ]
+    return ", ".join(text for text in texts[: 2 if parts else 1] if text)

@@ -1,6 +1,6 @@
 """`Profile`: what each block costs under each option, read off traces, for any micro-batch.
 
-A trace with every block kept and one with every block recomputed give all sizes of the chain (`problem.Block`). Between
+Traces in which every block shows each of its options in turn give all sizes of the chain (`problem.Block`). Between
 two micro-batches every size is affine in the number of samples (allocations are products of shapes); the profile takes
 that from two of them. The last word on a plan is a trace of the plan itself, so what the affine picture misses costs
 time to plan, never a wrong promise.
@@ -8,11 +8,11 @@ time to plan, never a wrong promise.
 
 from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
-from memplan.problem import Block, Gap, Option, Problem
+from memplan.problem import KEEP, Block, Gap, Option, Problem
 from memplan.trace import BlockRun, MicroStep, Span, Trace
 
 
@@ -22,12 +22,24 @@ class Times(Protocol):
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         """Forward and backward of one block in one micro-step, with any recomputation."""
 
-    def rest_s(self, micro_batch: int) -> float:
+    def rest_s(self, micro_batch: int, variant: str) -> float:
         """Everything of a micro-step that lies outside the blocks."""
 
     @property
     def optimizer_s(self) -> float:
         """One optimizer step."""
+
+
+Row = tuple[int, int, int, int]  # hold, forward peak, backward peak, bytes copied to the host
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A trace with a decision for every block."""
+
+    decisions: Mapping[str, str]  # block path -> option name
+    trace: Trace
+    copied: Mapping[str, int] = field(default_factory=dict)  # block path -> bytes to the host, where it offloads
 
 
 @dataclass(frozen=True)
@@ -36,30 +48,38 @@ class ChainSizes:
 
     Attributes:
         base: alive when the first block's forward starts, every block's holds taken off.
-        options: option name -> per block (hold, forward peak, backward peak), the peaks above base + earlier holds.
+        options: per block, option name -> row; the peaks are above base + earlier holds.
         gaps: per gap (forward, backward), absolute but for earlier holds.
         optimizer: peak of the optimizer step.
     """
 
     paths: tuple[str, ...]
     base: int
-    options: Mapping[str, tuple[tuple[int, int, int], ...]]
+    options: tuple[Mapping[str, Row], ...]
     gaps: tuple[tuple[int, int], ...]
     optimizer: int
 
     @classmethod
-    def of(cls, traces: Mapping[str, Trace], step: int, paths: Collection[str]) -> "ChainSizes":
-        """From one trace per option, each with that option in every block of `paths`; `step` picks the micro-step."""
-        measured = {name: _Chain(trace, trace.steps[step], paths) for name, trace in traces.items()}
-        chains = list(measured.values())
+    def of(cls, levels: Sequence[Level], step: int, paths: Collection[str]) -> "ChainSizes":
+        """From traces in which every block of `paths` shows each of its options; `step` picks the micro-step."""
+        chains = [_Chain(level.trace, level.trace.steps[step], paths) for level in levels]
+        order = tuple(block.path for block in chains[0].blocks)
+        rows: tuple[dict[str, Row], ...] = tuple({} for _ in order)
+        for level, chain in zip(levels, chains, strict=True):
+            for i, row in enumerate(chain.options):
+                rows[i].setdefault(level.decisions[order[i]], (*row, level.copied.get(order[i], 0)))
         gaps = zip(*(chain.gaps for chain in chains), strict=True)
         return cls(
-            paths=tuple(block.path for block in chains[0].blocks),
+            paths=order,
             base=max(chain.base for chain in chains),
-            options={name: chain.options for name, chain in measured.items()},
+            options=rows,
             gaps=tuple((max(g[0] for g in gap), max(g[1] for g in gap)) for gap in gaps),
-            optimizer=max(trace.peak_in(trace.optimizer) for trace in traces.values()),
+            optimizer=max(level.trace.peak_in(level.trace.optimizer) for level in levels),
         )
+
+    def around(self, other: "ChainSizes") -> "ChainSizes":
+        """The same blocks, with what lies around them as in another chain."""
+        return replace(self, base=other.base, gaps=other.gaps, optimizer=other.optimizer)
 
 
 class _Chain:
@@ -112,27 +132,49 @@ class Profile:
     """Block costs at any micro-batch up to `largest_micro_batch`; implements `planner.Profile`.
 
     Sizes are taken along straight lines from one profiled micro-batch to the next. A peak is the largest of many such
-    lines, so between two micro-batches it is never above the line, and beyond them it may be: see `with_traces`.
+    lines, so between two micro-batches it is never above the line, and beyond them it may be: see `with_levels`.
 
     Attributes:
-        first, other: micro-batch -> chain sizes of the first micro-step, and of one with gradients resident. With one
-            micro-batch, nothing else may be asked.
+        first, other: variant -> micro-batch -> chain sizes of the first micro-step, and of one with gradients resident.
+            With one micro-batch, nothing else may be asked.
     """
 
-    first: Mapping[int, ChainSizes]
-    other: Mapping[int, ChainSizes]
+    first: Mapping[str, Mapping[int, ChainSizes]]
+    other: Mapping[str, Mapping[int, ChainSizes]]
     times: Times
     can_split: bool
     largest_micro_batch: int
 
-    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int) -> Problem:
+    @classmethod
+    def of(
+        cls,
+        levels: Mapping[int, Mapping[str, Sequence[Level]]],
+        paths: Collection[str],
+        times: Times,
+        *,
+        can_split: bool,
+        largest_micro_batch: int,
+    ) -> "Profile":
+        """From traces: micro-batch -> variant -> levels. The first variant shows all options, the others one level."""
+        empty = cls({}, {}, times, can_split, largest_micro_batch)
+        for micro_batch, by_variant in levels.items():
+            empty = empty.with_levels(micro_batch, by_variant, paths)
+        return empty
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Ways to run what lies outside the blocks, the plain one first."""
+        return tuple(self.first)
+
+    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str = KEEP) -> Problem:
         """The planning problem of one optimizer step. With accumulation, every micro-step is priced as the dearest."""
-        sizes = self._sizes(micro_batch, accumulation > 1)
+        sizes = self._sizes(variant, micro_batch, accumulation > 1)
         blocks = []
-        for i, path in enumerate(sizes.paths):
+        for path, rows in zip(sizes.paths, sizes.options, strict=True):
+            keep_s = self.times.block_s(path, KEEP, micro_batch)
             options = tuple(
-                Option(name, *rows[i], self.times.block_s(path, name, micro_batch))
-                for name, rows in sizes.options.items()
+                self._option(name, row, self.times.block_s(path, name, micro_batch), keep_s)
+                for name, row in rows.items()
             )
             blocks.append(Block(path, sizes.base, options))
         return Problem(
@@ -140,19 +182,27 @@ class Profile:
             blocks=tuple(blocks),
             gaps=tuple(Gap(*gap) for gap in sizes.gaps),
             optimizer_bytes=sizes.optimizer,
-            rest_s=self.times.rest_s(micro_batch),
+            rest_s=self.times.rest_s(micro_batch, variant),
             optimizer_s=self.times.optimizer_s,
             accumulation=accumulation,
         )
 
-    def with_traces(self, micro_batch: int, traces: Mapping[str, Trace]) -> "Profile":
-        """The profile with the sizes of one more micro-batch, from one trace per option."""
-        paths = next(iter(self.first.values())).paths
-        first, other = (ChainSizes.of(traces, step, paths) for step in (0, -1))
-        return replace(self, first={**self.first, micro_batch: first}, other={**self.other, micro_batch: other})
+    def _option(self, name: str, row: Row, step_s: float, keep_s: float) -> Option:
+        return Option(name, *row[:3], step_s=step_s, link_bytes=row[3], recompute_s=max(0.0, step_s - keep_s))
 
-    def _sizes(self, micro_batch: int, accumulates: bool) -> ChainSizes:
-        points = self.other if accumulates else self.first
+    def with_levels(
+        self, micro_batch: int, levels: Mapping[str, Sequence[Level]], paths: Collection[str] | None = None
+    ) -> "Profile":
+        """The profile with the sizes of one more micro-batch."""
+        known = paths if paths is not None else next(iter(next(iter(self.first.values())).values())).paths
+        return replace(
+            self,
+            first=_with(self.first, micro_batch, levels, 0, known),
+            other=_with(self.other, micro_batch, levels, -1, known),
+        )
+
+    def _sizes(self, variant: str, micro_batch: int, accumulates: bool) -> ChainSizes:
+        points = (self.other if accumulates else self.first)[variant]
         if micro_batch in points:
             return points[micro_batch]
         if len(points) < 2:
@@ -165,15 +215,34 @@ class Profile:
         def at(x: int, y: int) -> int:
             return x - (x - y) * (micro_batch - low) // (high - low)  # rounded up
 
+        def row(p: Row, q: Row) -> Row:
+            return at(p[0], q[0]), at(p[1], q[1]), at(p[2], q[2]), at(p[3], q[3])
+
         return ChainSizes(
             paths=a.paths,
             base=at(a.base, b.base),
-            options={
-                name: tuple(
-                    (at(p[0], q[0]), at(p[1], q[1]), at(p[2], q[2])) for p, q in zip(rows, b.options[name], strict=True)
-                )
-                for name, rows in a.options.items()
-            },
+            options=tuple(
+                {name: row(p, after[name]) for name, p in before.items()}
+                for before, after in zip(a.options, b.options, strict=True)
+            ),
             gaps=tuple((at(p[0], q[0]), at(p[1], q[1])) for p, q in zip(a.gaps, b.gaps, strict=True)),
             optimizer=at(a.optimizer, b.optimizer),
         )
+
+
+def _with(
+    sizes: Mapping[str, Mapping[int, ChainSizes]],
+    micro_batch: int,
+    levels: Mapping[str, Sequence[Level]],
+    step: int,
+    paths: Collection[str],
+) -> dict[str, dict[int, ChainSizes]]:
+    """A variant with levels of its own for every option has its own blocks; else they are those of what it varies."""
+    whole = {variant: len(each) == len(levels[KEEP]) for variant, each in levels.items()}
+    found: dict[str, ChainSizes] = {}
+    for variant, each in levels.items():
+        own = ChainSizes.of(each, step, paths)
+        varied = variant.partition("+")[2]
+        blocks = found[varied] if varied in found and whole[varied] else found.get(KEEP, own)
+        found[variant] = own if whole[variant] else blocks.around(own)
+    return {variant: {**sizes.get(variant, {}), micro_batch: own} for variant, own in found.items()}

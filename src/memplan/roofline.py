@@ -5,13 +5,16 @@ These are estimates, and a plan says so. Ratios (what is the cheapest block to r
 better than absolute times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memplan.gpus import Gpu
+from memplan.graph import BlockGraph
+from memplan.problem import KEEP
+from memplan.profile import Level
 from memplan.trace import BlockRun, MicroStep, Span, Trace
 
 # Shares of the datasheet's figures that large training operators reach in practice. Products: model FLOP utilisations
@@ -64,36 +67,46 @@ class StepTimes:
 
     Attributes:
         blocks: (path, option) -> micro-batch -> seconds.
-        rest: micro-batch -> seconds of a micro-step outside the blocks.
+        rest: variant -> micro-batch -> seconds of a micro-step outside the blocks.
     """
 
     blocks: Mapping[tuple[str, str], Mapping[int, float]]
-    rest: Mapping[int, float]
+    rest: Mapping[str, Mapping[int, float]]
     optimizer_s: float
     how: str = field(default="estimate")  # or "measured"
 
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         return _affine(self.blocks[path, option], micro_batch)
 
-    def rest_s(self, micro_batch: int) -> float:
-        return _affine(self.rest, micro_batch)
+    def rest_s(self, micro_batch: int, variant: str) -> float:
+        return _affine(self.rest[variant], micro_batch)
 
 
-def estimated(traces: Mapping[int, Mapping[str, Trace]], rates: Rates) -> StepTimes:
-    """Times from traces (micro-batch -> option -> trace), by the roofline."""
+def estimated(levels: Mapping[int, Mapping[str, Sequence[Level]]], rates: Rates) -> StepTimes:
+    """Times from traces (micro-batch -> variant -> levels, see `profile.Profile.of`), by the roofline."""
     blocks: dict[tuple[str, str], dict[int, float]] = {}
-    rest: dict[int, float] = {}
+    rest: dict[str, dict[int, float]] = {}
     optimizer_s = 0.0
-    for micro_batch, by_option in traces.items():
-        for option, trace in by_option.items():
-            total = np.concatenate([[0.0], np.cumsum(op_seconds(trace, rates))])
-            step = trace.steps[0]
-            own = {block.path: _block_seconds(total, block) for block in step.blocks}
-            for path, seconds in own.items():
-                blocks.setdefault((path, option), {})[micro_batch] = seconds
-            rest[micro_batch] = _step_seconds(total, step) - sum(own.values())
-            optimizer_s = _between(total, trace.optimizer_ops)
+    for micro_batch, by_variant in levels.items():
+        for variant, found in by_variant.items():
+            for level in found:
+                total = np.concatenate([[0.0], np.cumsum(op_seconds(level.trace, rates))])
+                step = level.trace.steps[0]
+                own = {block.path: _block_seconds(total, block) for block in step.blocks}
+                for path, seconds in own.items():
+                    option = level.decisions.get(path, KEEP)
+                    blocks.setdefault((path, option), {}).setdefault(micro_batch, seconds)
+                rest_s = _step_seconds(total, step) - sum(own.values())
+                rest.setdefault(variant, {}).setdefault(micro_batch, rest_s)
+                if variant == KEEP:
+                    optimizer_s = _between(total, level.trace.optimizer_ops)
     return StepTimes(blocks, rest, optimizer_s)
+
+
+def node_seconds(graph: BlockGraph, rates: Rates) -> list[float]:
+    """Seconds of every node of a block's graph, by the roofline."""
+    flops = {node.dtype: rates.flops.get(node.dtype, rates.flops["other"]) for node in graph.nodes}
+    return [max(node.flops / flops[node.dtype], node.bytes / rates.bytes) + rates.launch_s for node in graph.nodes]
 
 
 def _block_seconds(total: NDArray[np.float64], block: BlockRun) -> float:

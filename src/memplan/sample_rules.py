@@ -30,8 +30,8 @@ def inputs_for(model: nn.Module, batch_size: int, seq_len: int | None) -> Inputs
     main_input = getattr(model, "main_input_name", None)
     if not isinstance(main_input, str):
         raise _no_rule(model, "it is not a transformers model, whose config would say what it takes")
-    if seq_len is not None and seq_len < 1:
-        raise BadSample(f"seq_len is {seq_len}, it has to be at least 1")
+    if seq_len is not None and not (type(seq_len) is int and seq_len >= 1):
+        raise BadSample(f"seq_len is {seq_len!r}, it has to be at least 1 and a whole number")
     maker = _Maker(model, model.config, batch_size, seq_len, torch.Generator().manual_seed(0))
     return _rule_for(maker, main_input)(maker)
 

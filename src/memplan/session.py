@@ -1,35 +1,39 @@
 """One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import psutil
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointError
 
-from memplan import levers, optimizers
+from memplan import optimizers
 from memplan.advice import ways_out
 from memplan.batches import splits
-from memplan.blocks import find_blocks, is_batch_coupled, signature
+from memplan.blocks import is_batch_coupled, signature
 from memplan.device import Device, memory_parts
-from memplan.errors import CannotTrace, DoesNotFit, ModelFailed
+from memplan.errors import DoesNotFit
 from memplan.fitting import Live
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
+from memplan.levers.host_memory import usable_bytes
+from memplan.levers.offload import measured_link
+from memplan.levers.stepping import ASSUMPTION
+from memplan.optimizer_step import IN_BACKWARD
 from memplan.plan_record import Budget, Plan, Verdict
 from memplan.planner import NoPlan, Outcome, search
 from memplan.prediction import Prediction
-from memplan.problem import KEEP, RECOMPUTE
-from memplan.profile import ChainSizes, Profile
+from memplan.problem import KEEP
+from memplan.profile import Profile
 from memplan.recorder import Recipe, Recorder
-from memplan.roofline import Rates, StepTimes, estimated, is_nominal
+from memplan.roofline import StepTimes, is_nominal
 from memplan.samples import Sample
 from memplan.simulator import simulate
 from memplan.strategy import Strategy
-from memplan.summary import decisions_of, layers_of, module_at, reason_for, saved_of, timeline_of
-from memplan.timing import cpu_rates, measured
+from memplan.study import Planned, Study
+from memplan.summary import layers_of, module_at, reason_for, saved_of, timeline_of
 from memplan.trace import Trace
 from memplan.units import format_budget, format_bytes
 
@@ -37,10 +41,12 @@ from memplan.units import format_budget, format_bytes
 # fragmentation. The best published predictor's median error is 3.7 % (xMem); memplan has not measured its own yet.
 CUDA_MARGIN = 0.05
 
+# Share of the datasheet's rate that pinned copies reach: 53.1 of 64 GB/s in torchtitan's pool. Not measured by memplan.
+LINK_EFFICIENCY = 0.8
+
 # Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
 CPU_MARGIN = 0.1
 
-LARGEST_MICRO_BATCH = 4096
 _POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
 _CORRECTIONS = 4
 _FAR = 1e-2  # of the budget: by more than this the profile is off only where it is no straight line
@@ -91,113 +97,58 @@ class Session:
         """
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = _points(pairs) if effective_batch or micro_batch else _POINTS
-        accumulation = 2 if pairs[0][1] > 1 else 1
         budget = self._budget(strategy)
-        chain = self._chain(points, accumulation)
-        self._refuse_below_static(chain.traces[points[0]][KEEP], budget)
-        profile = self._profile(chain)
+        study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
+        self._refuse_below_static(study.plain, budget)
+        profile = study.profile(self._can_split)
 
         def ask(usable: int) -> Outcome | NoPlan:
-            return search(profile, usable, strategy, effective_batch=effective_batch, micro_batch=micro_batch)
+            return search(
+                profile,
+                usable,
+                strategy,
+                effective_batch=effective_batch,
+                micro_batch=micro_batch,
+                link_bytes_s=self._link_bytes_s,
+                host_bytes=study.host_bytes,
+            )
 
         def learn(micro_batch: int) -> None:
             nonlocal profile
-            every = {o: self._trace(micro_batch, dict.fromkeys(chain.blocks, o), accumulation) for o in chain.options}
-            profile = profile.with_traces(micro_batch, every)
+            profile = profile.with_levels(micro_batch, study.levels(micro_batch))
 
         for usable, verdict in (
             (budget.usable_bytes, Verdict.FITS),
             (budget.usable_bytes + self._margin_bytes, Verdict.UNCERTAIN),
         ):
-            found = self._checked(ask, learn, usable)
+            found = _checked(study, ask, learn, usable)
             if found is not None:
-                return self._record(chain, profile, *found, budget, strategy, verdict)
-        return self._misfit(chain, profile, ask, budget, strategy)
+                return self._record(study, profile, *found, budget, strategy, verdict)
+        return self._misfit(study, profile, ask, budget, strategy)
 
-    def _checked(
-        self, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], usable_bytes: int
-    ) -> tuple[Outcome, Trace] | None:
-        """The best plan whose own trace is within a budget.
+    def _study(self, points: Sequence[int], accumulation: int, strategy: Strategy) -> Study:
+        asked = (self.model, self.sample, self.recipe, self.recorder, self.gpu, self.device)
+        return Study(*asked, points, accumulation, strategy.levers, self._host_bytes(strategy))
 
-        What a trace shows beyond the profile is taken off the budget; where that is much, the profile learns from
-        traces at that micro-batch, for another moment of the step has become the peak.
-        """
-        asked, taken, seen = usable_bytes, None, set()
-        for _ in range(_CORRECTIONS):
-            outcome = ask(asked)
-            if isinstance(outcome, NoPlan):
-                break
-            key = (outcome.micro_batch, outcome.accumulation, outcome.solution.choice)
-            if key in seen:
-                break
-            seen.add(key)
-            trace = self._trace_of(outcome)
-            better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
-            if better and trace.peak_bytes <= usable_bytes:
-                taken = outcome, trace
-            surprise = trace.peak_bytes - outcome.timeline.peak_bytes
-            if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
-                break
-            if abs(surprise) > _FAR * usable_bytes:
-                learn(outcome.micro_batch)
-                surprise = 0
-            asked = usable_bytes - surprise
-        return taken
+    @cached_property
+    def _link_bytes_s(self) -> float | None:
+        """Of the link to the host; None where there is none: a CPU's tensors are on the host already."""
+        if self.gpu.kind == "cpu":
+            return None
+        if self.device is not None:
+            return measured_link(self.device.torch_device)
+        return None if self.gpu.host_link_bytes_s is None else self.gpu.host_link_bytes_s * LINK_EFFICIENCY
 
-    def _chain(self, points: Sequence[int], accumulation: int) -> "_Chain":
-        """Traces at every point and option. Only modules that run once in a forward are decided on."""
-        found = find_blocks(self.model)
-        first = self._trace(points[0], dict.fromkeys(found, KEEP), accumulation)
-        runs = [block.path for block in first.steps[0].blocks]
-        blocks = tuple(path for path in runs if runs.count(path) == 1)
-        traces = {b: {KEEP: first} for b in points[:1]}
-        refused = None
-        for b in points:
-            keep = first if b == points[0] else self._trace(b, dict.fromkeys(found, KEEP), accumulation)
-            traces[b] = {KEEP: keep}
-            if not blocks or refused:
-                continue
-            try:
-                traces[b][RECOMPUTE] = self._trace(b, dict.fromkeys(blocks, RECOMPUTE), accumulation)
-            except (ModelFailed, CannotTrace, CheckpointError) as error:
-                refused = str(error).splitlines()[0]
-        if refused:
-            traces = {b: {KEEP: by_option[KEEP]} for b, by_option in traces.items()}
-        return _Chain(blocks, traces, refused)
-
-    def _trace(self, micro_batch: int, decisions: Mapping[str, str], accumulation: int) -> Trace:
-        sample = self.sample.resized(micro_batch)
-        return self.recorder.record(sample, lambda: levers.decided(self.model, decisions), accumulation)
-
-    def _trace_of(self, outcome: Outcome) -> Trace:
-        return self._trace(outcome.micro_batch, decisions_of(outcome), outcome.accumulation)
+    def _host_bytes(self, strategy: Strategy) -> int:
+        """What a plan may copy to the host, if the strategy lets it; a share of a host that is not here is nothing."""
+        if "offload" not in strategy.levers or self._link_bytes_s is None:
+            return 0
+        total = None if self.device is None else psutil.virtual_memory().total
+        return usable_bytes(strategy.host_bytes(total))
 
     @cached_property
     def _can_split(self) -> bool:
         return not is_batch_coupled(self.model)
-
-    def _profile(self, chain: "_Chain") -> Profile:
-        return Profile(
-            first={b: ChainSizes.of(by_option, 0, chain.blocks) for b, by_option in chain.traces.items()},
-            other={b: ChainSizes.of(by_option, -1, chain.blocks) for b, by_option in chain.traces.items()},
-            times=self._times(chain),
-            can_split=self._can_split,
-            largest_micro_batch=LARGEST_MICRO_BATCH if len(chain.traces) > 1 else next(iter(chain.traces)),
-        )
-
-    def _times(self, chain: "_Chain") -> StepTimes:
-        rates = cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
-        estimate = estimated(chain.traces, rates)
-        if self.device is None or not chain.blocks or not self._is_on(self.device):
-            return estimate
-        samples = [self.sample.resized(b) for b in chain.traces]
-        try:
-            return measured(self.model, self.recipe, samples, self.device, chain.blocks, chain.options, estimate)
-        except torch.OutOfMemoryError:  # the very reason for a plan
-            return estimate
-
-    def _is_on(self, device: Device) -> bool:
-        return {p.device.type for p in self.model.parameters()} == {device.torch_device.type}
 
     # -- the record ----------------------------------------------------------------------------------------------
 
@@ -237,7 +188,7 @@ class Session:
 
     def _misfit(
         self,
-        chain: "_Chain",
+        study: Study,
         profile: Profile,
         ask: Callable[[int], Outcome | NoPlan],
         budget: Budget,
@@ -254,23 +205,24 @@ class Session:
             if not isinstance(closest, Outcome):
                 raise DoesNotFit(f"{closest.reason} {reason}", refusal.smallest_bytes)
             outcome = closest
-        trace = self._trace_of(outcome)
-        return self._record(chain, profile, outcome, trace, budget, strategy, Verdict.DOES_NOT_FIT, reason)
+        planned = study.traced(outcome)
+        return self._record(study, profile, outcome, planned, budget, strategy, Verdict.DOES_NOT_FIT, reason)
 
     def _record(
         self,
-        chain: "_Chain",
+        study: Study,
         profile: Profile,
         outcome: Outcome,
-        trace: Trace,
+        planned: Planned,
         budget: Budget,
         strategy: Strategy,
         verdict: Verdict,
         reason: str = "",
     ) -> Plan:
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
-        keep_all = (0,) * len(whole.blocks)
-        unplanned = simulate(whole, keep_all).peak_bytes if outcome.solution.choice != keep_all else 0
+        decisions, trace = planned.decisions, planned.trace
+        kept = set(decisions.values()) <= {KEEP}
+        unplanned = 0 if kept else simulate(whole, (0,) * len(whole.blocks)).peak_bytes
         breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
         fits = verdict is not Verdict.DOES_NOT_FIT
         smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)
@@ -278,14 +230,17 @@ class Session:
         assert isinstance(times, StepTimes)
         plan = Plan(
             verdict=verdict,
-            reason=reason or reason_for(outcome, trace, budget),
+            reason=reason or reason_for(decisions, trace, budget),
             budget=budget,
             strategy=strategy.name,
             micro_batch=outcome.micro_batch,
             accumulation=outcome.accumulation,
             effective_batch=outcome.micro_batch * outcome.accumulation,
-            decisions=decisions_of(outcome),
-            layers=layers_of(whole, decisions_of(outcome)),
+            decisions=dict(decisions),
+            selections=dict(planned.dropped),
+            stepping=planned.stepping,
+            host_bytes=outcome.timeline.host_bytes,
+            layers=layers_of(whole, decisions),
             peak_bytes=trace.peak_bytes,
             peak_phase=phase,
             breakdown=breakdown,
@@ -305,12 +260,12 @@ class Session:
             model=type(self.model).__name__,
             signature=signature(self.model),
             sample=self.sample.fields(),
-            assumptions=self._assumptions(trace, chain.refused),
+            assumptions=self._assumptions(trace, (*study.refusals, *_said_of(planned.stepping))),
         )
         plan._live = Live(self.recipe, self.sample)
         return plan
 
-    def _assumptions(self, trace: Trace, refused: str | None = None) -> tuple[str, ...]:
+    def _assumptions(self, trace: Trace, refusals: tuple[str, ...] = ()) -> tuple[str, ...]:
         lines = [
             "steady state: optimizer state exists and gradients are dropped (set_to_none) after each step",
             "only the loss is kept of the model's output; logits held through the backward come on top",
@@ -323,24 +278,46 @@ class Session:
                 lines.append("the card's speed is unknown: times are for 100 TFLOP/s and 1 TB/s, only ratios count")
         if trace.how == "recorded":
             lines.append("the step reads values, so it was run for real rather than traced")
-        if refused:
-            lines.append(f"blocks cannot be recomputed: {refused}")
+        lines += refusals
         if not self._can_split:
             lines.append("batch norm couples the samples of a batch, so the batch is never split")
         return tuple(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """The model as a chain of blocks, traced under each option."""
+def _checked(
+    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], usable_bytes: int
+) -> tuple[Outcome, Planned] | None:
+    """The best plan whose own trace is within a budget.
 
-    blocks: tuple[str, ...]  # in forward order
-    traces: Mapping[int, Mapping[str, Trace]]  # micro-batch -> option -> trace
-    refused: str | None  # why blocks cannot be recomputed, if they cannot
+    What a trace shows beyond the profile is taken off the budget; where that is much, the profile learns from
+    traces at that micro-batch, for another moment of the step has become the peak.
+    """
+    asked, taken, seen = usable_bytes, None, set()
+    for _ in range(_CORRECTIONS):
+        outcome = ask(asked)
+        if isinstance(outcome, NoPlan):
+            break
+        key = (outcome.micro_batch, outcome.accumulation, outcome.variant, outcome.solution.choice)
+        if key in seen:
+            break
+        seen.add(key)
+        planned = study.traced(outcome)
+        peak_bytes = planned.trace.peak_bytes
+        better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
+        if better and peak_bytes <= usable_bytes:
+            taken = outcome, planned
+        surprise = peak_bytes - outcome.timeline.peak_bytes
+        if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
+            break
+        if abs(surprise) > _FAR * usable_bytes:
+            learn(outcome.micro_batch)
+            surprise = 0
+        asked = usable_bytes - surprise
+    return taken
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        return tuple(next(iter(self.traces.values())))
+
+def _said_of(stepping: str) -> tuple[str, ...]:
+    return (ASSUMPTION,) if stepping == IN_BACKWARD else ()
 
 
 def _points(pairs: Sequence[tuple[int, int]]) -> Sequence[int]:

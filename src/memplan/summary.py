@@ -1,11 +1,12 @@
 """What traces and outcomes say, in the terms of the records: pure sums over their tables."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from memplan.plan_record import Budget, Layer
 from memplan.planner import Outcome
 from memplan.prediction import Timeline
-from memplan.problem import KEEP, RECOMPUTE, Problem
+from memplan.problem import KEEP, Problem, lever_of
 from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_budget, format_bytes
 
@@ -21,23 +22,31 @@ def layers_of(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ..
     rows = []
     for block in problem.blocks:
         options = {option.name: option for option in block.options}
-        keep = options[KEEP]
-        other = options.get(RECOMPUTE)
+        keep, chosen = options[KEEP], options[decisions[block.path]]
         rows.append(
             Layer(
                 path=block.path,
-                option=decisions[block.path],
+                option=chosen.name,
                 keep_bytes=keep.hold_bytes,
-                recompute_bytes=other.hold_bytes if other else keep.hold_bytes,
-                recompute_s=max(0.0, other.step_s - keep.step_s) if other else 0.0,
+                held_bytes=chosen.hold_bytes,
+                extra_s=max(0.0, chosen.step_s - keep.step_s),
             )
         )
     return tuple(rows)
 
 
-def reason_for(outcome: Outcome, trace: Trace, budget: Budget) -> str:
-    count, recomputed = len(outcome.problem.blocks), list(decisions_of(outcome).values()).count(RECOMPUTE)
-    what = f"{recomputed} of {count} blocks are recomputed" if recomputed else "nothing is recomputed"
+def reason_for(decisions: Mapping[str, str], trace: Trace, budget: Budget) -> str:
+    pulled: Counter[str | None] = Counter(lever_of(option) for option in decisions.values())
+    blocks = len(decisions) - pulled["loss-head"]
+    texts = {
+        "recompute": "{} of {} blocks are recomputed",
+        "select": "{} of {} blocks drop a part of what they save",
+        "offload": "{} of {} blocks keep theirs on the host",
+        "loss-head": "the loss is computed in chunks",
+    }
+    counts = [text.format(pulled[lever], blocks) for lever, text in texts.items() if pulled[lever]]
+    nothing = "nothing is recomputed" if blocks else "no repeated blocks, so only the batch is planned"
+    what = ", ".join(counts) or nothing
     spare = budget.usable_bytes - trace.peak_bytes
     if spare >= 0:
         return f"{what}, {format_budget(spare)} to spare"

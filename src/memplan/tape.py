@@ -8,7 +8,9 @@ the number at each module entry and exit is enough to look the module up.
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -20,8 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from memplan.errors import CannotTrace
 from memplan.inplace import sole_owner_counts, would_write
 from memplan.kernels import Backend, cpu, probes
+from memplan.kernels.fakes import on_fakes
 from memplan.kernels.flops import flops_of
 
 # What is made of known values is computed for real up to a size, since models read it: is this mask full, which
@@ -39,6 +43,21 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
 _RAND = torch.ops.aten.rand.default
 _CONSTANTS = {torch.ops.aten.ones_like.default: 1, torch.ops.aten.zeros_like.default: 0}
+
+_ON_HOST: ContextVar[bool] = ContextVar("on_host", default=False)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """What is made while the `with` block lasts is host memory, and operators there copy to it or from it.
+
+    A tape gives such storages no row and such operators no work: neither is the device's. Without a tape, nothing.
+    """
+    token = _ON_HOST.set(True)
+    try:
+        yield
+    finally:
+        _ON_HOST.reset(token)
 
 
 class Tape(TorchDispatchMode):
@@ -199,7 +218,7 @@ class Tape(TorchDispatchMode):
                 return self.answer
             self._overwritten.update(map(_key_of, written))
             with self.fake:
-                out = cpu.on_fakes(func, args, kwargs)
+                out = on_fakes(func, args, kwargs)
             if written and isinstance(args[0], Tensor):
                 return args[0]
             return _constant(out, _CONSTANTS[func]) if func in _CONSTANTS else out
@@ -247,7 +266,9 @@ class Tape(TorchDispatchMode):
         fresh = [t for t in outputs if self._follow(t, module, written)]
         flops = moved = 0
         worked = bool(fresh) or written is not None or func._schema.is_mutable
-        if worked and not func.is_view:  # not so `_unsafe_view`, and a `contiguous` of what is contiguous
+        if (
+            worked and not func.is_view and not _ON_HOST.get()
+        ):  # not so `_unsafe_view`, and a `contiguous` of what is contiguous
             inputs = [t for t in flat if isinstance(t, Tensor)]
             flops = flops_of(func, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
@@ -277,9 +298,17 @@ class Tape(TorchDispatchMode):
         return entry[0] if entry else None
 
     def _follow(self, tensor: Tensor, module: int, written: Tensor | None) -> bool:
+        if tensor.layout != torch.strided:  # as the gradient of an embedding with sparse=True
+            raise CannotTrace(
+                f"the step makes a tensor of layout {str(tensor.layout).removeprefix('torch.')}, whose memory memplan "
+                "does not follow. Use dense ones (an embedding: sparse=False)."
+            )
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
+            return False
+        if _ON_HOST.get():
+            self.pass_over(tensor)
             return False
         if written is not None:
             inherited = self._live.pop(_key_of(written), None)

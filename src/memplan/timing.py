@@ -6,18 +6,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from memplan import levers
 from memplan._compat import is_cache
 from memplan.abstract import preserved, to_training
 from memplan.blocks import alike
 from memplan.device import Device
-from memplan.errors import ModelFailed
-from memplan.problem import KEEP
+from memplan.errors import ModelFailed, PlanNotFollowed
+from memplan.graph import BlockGraph
+from memplan.levers.select import capturing
+from memplan.menu import Menu
+from memplan.problem import KEEP, RECOMPUTE
 from memplan.recorder import Recipe, loss_of
 from memplan.repeat import long_runs, shortened
 from memplan.roofline import Rates, StepTimes
@@ -25,22 +29,32 @@ from memplan.samples import Sample
 
 _REPEATS = 3
 _LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
+_MOST_SCALED = 3.0  # single operators run hotter or colder than among others; by more than this, noise is measured
 _ENOUGH_S = 2.0  # a block that takes this long is not run again
 
 
+def captured(
+    model: nn.Module, recipe: Recipe, sample: Sample, device: Device, blocks: Sequence[str]
+) -> dict[str, tuple[BlockGraph, list[float]]]:
+    """First path of each group of alike blocks -> its graph, and each node's seconds on the device: the least of a few.
+
+    Raises:
+        ModelFailed: the model raised where the abstract run did not; the cause is chained.
+    """
+    with preserved(model):
+        to_training(model)
+        return _Clock(model, recipe, sample.to(device.torch_device), device).graphs(blocks)
+
+
 def measured(
-    model: nn.Module,
-    recipe: Recipe,
-    samples: Sequence[Sample],
-    device: Device,
-    blocks: Sequence[str],
-    options: Sequence[str],
-    estimate: StepTimes,
+    model: nn.Module, recipe: Recipe, samples: Sequence[Sample], device: Device, menu: Menu, estimate: StepTimes
 ) -> StepTimes:
     """The estimate, with each block's times replaced by measured ones and the rest scaled to agree with them.
 
     Every distinct block is run by itself, on the inputs that it gets in a real forward; one of a run of alike blocks
-    stands for all. Model, gradients, buffers and random state are as before afterwards.
+    stands for all. Of the selections only the one that runs most again is run; the others are priced by the seconds of
+    the operators that they run again, scaled to agree with it. Model, gradients, buffers and random state are as before
+    afterwards.
 
     Args:
         samples: one per micro-batch at which the estimate was made.
@@ -49,21 +63,24 @@ def measured(
         ModelFailed: the model raised where the abstract run did not; the cause is chained.
     """
     seconds: dict[tuple[str, str], dict[int, float]] = {}
-    rest: dict[int, float] = {}
-    scale = 1.0
+    scales: dict[int, float] = {}
     with preserved(model):
         to_training(model)
         for sample in samples:
             clock = _Clock(model, recipe, sample.to(device.torch_device), device)
             size = sample.batch_size
-            found = _believable(clock.times(blocks, options))
+            found = _believable(clock.times(menu))
             for key, value in found.items():
                 seconds.setdefault(key, {})[size] = value
             keep = [key for key in found if key[1] == KEEP]
             guessed_s = sum(estimate.blocks[key][size] for key in keep)
-            scale = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
-            rest[size] = estimate.rest[size] * scale
-    return StepTimes(_steadied(seconds, estimate), rest, estimate.optimizer_s * scale, how="measured")
+            scales[size] = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
+    rest = {
+        variant: {size: value * scales[size] for size, value in points.items()}
+        for variant, points in estimate.rest.items()
+    }
+    blocks = {**_guessed(seconds, menu, estimate), **_steadied(seconds, estimate), **_selected(seconds, menu)}
+    return StepTimes(blocks, rest, estimate.optimizer_s * scales[samples[-1].batch_size], how="measured")
 
 
 def _steadied(
@@ -79,9 +96,42 @@ def _steadied(
         kept, guessed = seconds[path, KEEP], estimate.blocks
         shares = [points[size] / kept[size] for size in points]
         least = [(1 + guessed[path, option][size] / guessed[path, KEEP][size]) / 2 for size in points]
-        share = max(median(shares), median(least))
+        share = max(median(shares), median(least)) if option == RECOMPUTE else median(shares)
         steady[path, option] = {size: kept[size] * share for size in points}
     return steady
+
+
+def _guessed(
+    seconds: Mapping[tuple[str, str], Mapping[int, float]], menu: Menu, estimate: StepTimes
+) -> dict[tuple[str, str], dict[int, float]]:
+    """What is not run: as many times as long as keeping, as by the estimate."""
+    guessed, blocks = {}, estimate.blocks
+    for path, names in menu.options.items():
+        for name in names:
+            if name not in menu.selections and (path, name) not in seconds:
+                shares = {size: blocks[path, name][size] / blocks[path, KEEP][size] for size in seconds[path, KEEP]}
+                guessed[path, name] = {size: value * shares[size] for size, value in seconds[path, KEEP].items()}
+    return guessed
+
+
+def _selected(
+    seconds: Mapping[tuple[str, str], Mapping[int, float]], menu: Menu
+) -> dict[tuple[str, str], dict[int, float]]:
+    """The selections of each block: keeping, and the seconds of what runs again, scaled by what was measured of it."""
+    priced = {}
+    for path, names in menu.options.items():
+        chosen = [name for name in names if name in menu.selections]
+        if not chosen:
+            continue
+        kept, last = seconds[path, KEEP], chosen[-1]
+        first = min(kept)  # the micro-batch at which operators were timed
+        rerun_s = menu.selections[last].rerun_s
+        extra = median((seconds[path, last][size] - kept[size]) * kept[first] / kept[size] for size in kept)
+        scale = min(max(extra / rerun_s, 1 / _MOST_SCALED), _MOST_SCALED) if rerun_s > 0 else 1.0
+        for name in chosen:
+            share = 1 + scale * menu.selections[name].rerun_s / kept[first]
+            priced[path, name] = {size: value * share for size, value in kept.items()}
+    return priced
 
 
 def _believable(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
@@ -120,13 +170,40 @@ class _Clock:
     batch: Sample
     device: Device
 
-    def times(self, blocks: Sequence[str], options: Sequence[str]) -> Mapping[tuple[str, str], float]:
-        """(path, option) -> seconds of one forward and backward."""
+    def times(self, menu: Menu) -> Mapping[tuple[str, str], float]:
+        """(path, option) -> seconds of one forward and backward; of the selections only the last."""
         found = {}
-        try:
-            for group, call in self._calls(blocks, options).items():
-                seconds = self._block(group[0], call, options)
+        with self._own_errors():
+            for group, call in self._calls(tuple(menu.options), menu.recomputable).items():
+                names = menu.options[group[0]]
+                selected = [name for name in names if name in menu.selections]
+                options = [n for n in names if n in (KEEP, RECOMPUTE, *selected[-1:])]
+                seconds = self._block(group[0], call, options, menu)
                 found.update({(path, option): seconds[option] for path in group for option in options})
+        return found
+
+    def graphs(self, blocks: Sequence[str]) -> dict[str, tuple[BlockGraph, list[float]]]:
+        with self._own_errors():
+            return {group[0]: self._graph(group[0], call) for group, call in self._calls(blocks, False).items()}
+
+    def _graph(self, path: str, call: _Call) -> tuple[BlockGraph, list[float]]:
+        """The first run warms up."""
+        block = self.model.get_submodule(path)
+        inputs = [leaf for leaf in tree_iter((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        laps = []
+        for _ in range(_REPEATS + 1):
+            with self._casting():
+                run = capturing(block, block.forward, inputs, call.args, call.kwargs, self.device.synchronize)
+            laps.append(run[0].node_s)
+        return run[0].graph, [min(node) for node in zip(*laps[1:], strict=True)]
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What a selection warns of here is not what is planned; at one sample some tensors are not saved at all."""
+        try:
+            with catch_warnings():
+                simplefilter("ignore", PlanNotFollowed)
+                yield
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # anything: it is the user's own model that runs
@@ -134,13 +211,12 @@ class _Clock:
                 f"{type(self.model).__name__} can be traced, but raised {type(error).__name__} when its blocks were "
                 f"run to be timed, at micro-batch {self.batch.batch_size}: {error}\nRun one step of it by hand."
             ) from error
-        return found
 
-    def _calls(self, blocks: Sequence[str], options: Sequence[str]) -> dict[tuple[str, ...], _Call]:
+    def _calls(self, blocks: Sequence[str], recomputable: bool) -> dict[tuple[str, ...], _Call]:
         """The inputs of the first block of each group of alike ones, from a forward of a short model if that goes."""
         groups = {group[0]: group for group in alike(self.model, blocks)}
         runs = long_runs(self.model, blocks)
-        with levers.decided(self.model, dict.fromkeys(blocks, options[-1])):  # the one that holds the least memory
+        with levers.decided(self.model, dict.fromkeys(blocks, RECOMPUTE if recomputable else KEEP)):  # holds less
             try:
                 with shortened(self.model, runs):
                     calls = self._captured(list(groups))
@@ -154,12 +230,14 @@ class _Clock:
             loss_of(self.model, self.batch, self.recipe.loss)
         return calls
 
-    def _block(self, path: str, call: _Call, options: Sequence[str]) -> dict[str, float]:
+    def _block(self, path: str, call: _Call, options: Sequence[str], menu: Menu) -> dict[str, float]:
         """Interleaved, so that a busy moment of the machine hits all options alike; the first round warms up."""
         laps: dict[str, list[float]] = {option: [] for option in options}
         for turn in range(_REPEATS + 1):
             for option in options:
-                with levers.decided(self.model, {path: option}):
+                with levers.decided(self.model, {path: option}, menu.of_decisions({path: option})):
+                    if option in menu.selections:
+                        self._lap(self.model.get_submodule(path), call)  # the first forward is captured
                     lap = self._lap(self.model.get_submodule(path), call)
                 if turn or lap > _ENOUGH_S:
                     laps[option].append(lap)

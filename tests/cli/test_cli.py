@@ -82,7 +82,7 @@ def run(*arguments: object, **environment: str) -> Result:
 
 def a_plan(**changes: Any) -> Plan:
     layers = tuple(
-        Layer(path=f"model.layers.{i}", option=option, keep_bytes=GIB, recompute_bytes=1, recompute_s=0.1)
+        Layer(path=f"model.layers.{i}", option=option, keep_bytes=GIB, held_bytes=1, extra_s=0.1)
         for i, option in enumerate(("recompute", "keep"))
     )
     values: dict[str, Any] = {
@@ -147,7 +147,7 @@ class TestPlan:
         stand_in(plan)
         result = run("plan", config, "--gpu", "24GiB", "--json")
         assert Plan.model_validate_json(result.stdout) == plan
-        assert json.loads(result.stdout)["schema_version"] == 1
+        assert json.loads(result.stdout)["schema_version"] == plan.schema_version
         assert "fits: one block" in result.stderr
 
     def test_the_options_reach_the_planner(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:
@@ -175,7 +175,7 @@ class TestPlan:
         assert Plan.load(tmp_path / "plan.json") == plan
         result = run("plan", config, "--gpu", "24GiB", "--save", tmp_path / "no" / "plan.json")
         assert result.exit_code == 2
-        assert "memplan: cannot write the plan to" in result.stderr
+        assert "memplan: cannot write the plan file" in result.stderr
         assert "No such file or directory" in result.stderr
 
     def test_what_does_not_fit_exits_with_3(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:

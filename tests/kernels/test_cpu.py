@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from memplan.kernels.cpu import RULES, on_fakes, workspace_bytes
+from memplan.kernels.cpu import RULES, workspace_bytes
+from memplan.kernels.fakes import on_fakes
 from memplan.meter import workspaces_of
 
 A = torch.ops.aten
@@ -88,6 +89,17 @@ def group_norm_backward() -> Call:
     )
 
 
+def bags(mode: int) -> Call:
+    operands = (ones(100, 16), torch.arange(96) % 100, torch.arange(0, 96, 8), False, mode, False, None)
+    return A._embedding_bag.default, operands
+
+
+def bags_backward(mode: int) -> Call:
+    func, (weight, indices, offsets, *rest) = bags(mode)
+    out, *kept = func(weight, indices, offsets, *rest)
+    return A._embedding_bag_backward.default, (torch.ones_like(out), indices, offsets, *kept, 100, *rest)
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "flash": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(300),) * 3),
     "flash, short": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(20),) * 3),
@@ -138,6 +150,25 @@ CALLS: dict[str, Callable[[], Call]] = {
     "Huber": lambda: (A.huber_loss.default, (ones(8, 64), ones(8, 64))),
     "smooth L1": lambda: (A.smooth_l1_loss.default, (ones(8, 64), ones(8, 64))),
     "cross entropy of logits": lambda: (A.binary_cross_entropy_with_logits.default, (ones(8, 64), ones(8, 64))),
+    "cross entropy of logits, none": lambda: (
+        A.binary_cross_entropy_with_logits.default,
+        (ones(8, 64), ones(8, 64), None, None, 0),
+    ),
+    "mean squares, low": lambda: (A.mse_loss.default, (low(8, 64), low(8, 64))),
+    "sum of squares, low": lambda: (A.mse_loss.default, (low(8, 64), low(8, 64), 2)),
+    "cross entropy of chances": lambda: (A.binary_cross_entropy.default, (ones(8, 64), ones(8, 64), None, 1)),
+    "cross entropy of chances, low": lambda: (A.binary_cross_entropy.default, (low(8, 64), low(8, 64), None, 1)),
+    "soft margin": lambda: (A.soft_margin_loss.default, (ones(8, 64), ones(8, 64))),
+    "soft margin backward": lambda: (
+        A.soft_margin_loss_backward.default,
+        (torch.ones(()), ones(8, 64), ones(8, 64), 1),
+    ),
+    "bags": lambda: bags(0),
+    "mean of bags": lambda: bags(1),
+    "greatest of bags": lambda: bags(2),
+    "bags backward": lambda: bags_backward(0),
+    "mean of bags backward": lambda: bags_backward(1),
+    "greatest of bags backward": lambda: bags_backward(2),
     "log sum exp": lambda: (A.logsumexp.default, (ones(8, 64), [1])),
     "roll": lambda: (A.roll.default, (ones(8, 64), [1], [1])),
     "roll twice": lambda: (A.roll.default, (ones(8, 64), [1, 1], [0, 1])),
@@ -217,13 +248,32 @@ SHAPES: dict[str, Callable[[], Call]] = {
         (ones(64, 32), ones(4, 32, 16), torch.tensor([16, 32, 48, 64], dtype=torch.int32)),
     ),
     "connectionist loss": connectionist_loss,
+    "mean squares": lambda: (A.mse_loss.default, (ones(8, 64), ones(8, 64))),
+    "squares": lambda: (A.mse_loss.default, (ones(8, 64), ones(8, 64), 0)),
+    "smooth L1, low": lambda: (A.smooth_l1_loss.default, (low(8, 64), low(8, 64), 2)),
+    "Huber": lambda: (A.huber_loss.default, (ones(8, 64), ones(8, 64))),
+    "soft margin": lambda: (A.soft_margin_loss.default, (ones(8, 64), ones(8, 64))),
+    "cross entropy of chances": lambda: (A.binary_cross_entropy.default, (ones(8, 64), ones(8, 64), None, 1)),
+    "recurrent": lambda: recurrent(8),
+    "recurrent, long": lambda: recurrent(300),
 }
+
+
+def recurrent(steps: int) -> Call:
+    weights = (ones(80, 12), ones(80, 20), ones(80), ones(80))
+    states = (ones(1, 3, 20), ones(1, 3, 20))
+    operands = (ones(steps, 3, 12), *weights, *states, False, [], 2, 20, 1, True, False, False, True)
+    return A.mkldnn_rnn_layer.default, operands
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_abstract_results_have_the_layout_of_real_ones(name: str) -> None:
     func, args = SHAPES[name]()
-    real = [(t.shape, t.dtype, t.stride()) for t in tree_iter(func(*args)) if isinstance(t, Tensor)]
+    real = [(t.shape, t.dtype, t.stride(), bytes_of(t)) for t in tree_iter(func(*args)) if isinstance(t, Tensor)]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def imitate(tensor: Tensor) -> Tensor:
@@ -232,4 +282,4 @@ def test_abstract_results_have_the_layout_of_real_ones(name: str) -> None:
     fakes = tree_map_only(Tensor, imitate, args)
     with fake:
         out = on_fakes(func, fakes, {})
-    assert [(t.shape, t.dtype, t.stride()) for t in tree_iter(out) if isinstance(t, Tensor)] == real
+    assert [(t.shape, t.dtype, t.stride(), bytes_of(t)) for t in tree_iter(out) if isinstance(t, Tensor)] == real

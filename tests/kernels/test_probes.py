@@ -123,3 +123,33 @@ def test_expanded_operands_stay_expanded() -> None:
     bias = torch.ones(1, 64).expand(4096, 64)
     shape = probes._Shape(tuple(bias.shape), tuple(bias.stride()), bias.dtype).cut((2048, 2048))
     assert (shape.size, shape.stride) == ((2048, 64), (0, 1))
+
+
+def layer(steps: int, rows: int = 64, hidden: int = 32) -> tuple[torch.Tensor, ...]:
+    weights = (torch.ones(4 * hidden, 16), torch.ones(4 * hidden, hidden), torch.ones(4 * hidden))
+    state = torch.ones(1, rows, hidden)
+    return torch.ones(steps, rows, 16), *weights, weights[2], state, state
+
+
+OPTIONS = (False, [], 2, 32, 1, True, False, False, True)
+
+
+@pytest.mark.parametrize("rows", [64, 5])
+def test_a_long_sequence_is_told_by_two_short_ones(rows: int) -> None:
+    operands = layer(300, rows)
+    output, hidden, cell, kept = A.mkldnn_rnn_layer(*operands, *OPTIONS)
+    forward = Probe.of(A.mkldnn_rnn_layer.default, (*operands, *OPTIONS), {})
+    assert max(run.args[0].size[0] for run in forward.runs()) < 300
+    assert forward.kept_bytes() == kept.numel()
+    options = (False, 2, 32, 1, True, True, False, [], False, kept)
+    states = (output, hidden, cell, torch.ones_like(output), None, None)
+    backward = Probe.of(A.mkldnn_rnn_layer_backward.default, (*operands, *states, *options), {})
+    sizes = probed_bytes([forward, backward])
+    assert sizes == {forward: run(forward), backward: run(backward)}
+
+
+def test_without_gradients_a_layer_keeps_nothing() -> None:
+    with torch.no_grad():
+        probe = Probe.of(A.mkldnn_rnn_layer.default, (*layer(4), *OPTIONS), {})
+    assert probe.kept_bytes() == 0
+    assert probed_bytes([probe]) == {probe: run(probe)}

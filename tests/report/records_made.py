@@ -10,15 +10,16 @@ MIB = 2**20
 
 
 def layers_of(options: str, stack: str = "model.layers") -> tuple[Layer, ...]:
-    """One layer per letter: k for keep, r for recompute."""
-    names = {"k": "keep", "r": "recompute"}
+    """One layer per letter: k for keep, r for recompute, s for a selection."""
+    names = {"k": "keep", "r": "recompute", "s": "select-2"}
+    held = {"k": 300 * MIB, "r": 16 * MIB, "s": 160 * MIB}
     return tuple(
         Layer(
             path=f"{stack}.{i}",
             option=names[letter],
             keep_bytes=300 * MIB,
-            recompute_bytes=16 * MIB,
-            recompute_s=0.0123,
+            held_bytes=held[letter],
+            extra_s=0.0 if letter == "k" else 0.0123,
         )
         for i, letter in enumerate(options)
     )

@@ -5,7 +5,7 @@ from records_made import GIB, MIB, layers_of, make_plan, make_prediction
 from rich.console import Console, RenderableType
 
 from memplan.gpus import Gpu, all_gpus
-from memplan.plan_record import Budget, Layer, Verdict
+from memplan.plan_record import Budget, Verdict
 from memplan.report.tables import gpu_table, plan_tables, prediction_tables
 
 
@@ -46,7 +46,7 @@ class TestPlan:
     def test_the_step_has_its_batch_time_and_bounds(self) -> None:
         shown = plan_tables(make_plan())
         assert cells_of(shown, "batch") == ["2 x 4 (micro-batch x accumulation) = 8"]
-        assert cells_of(shown, "recomputed") == ["3 of 5 blocks"]
+        assert cells_of(shown, "blocks") == ["3 of 5 recomputed"]
         assert cells_of(shown, "time") == ["1.23 s (estimate), 6.48 samples/s"]
         assert cells_of(shown, "slowdown") == ["12.0 % against keeping everything"]
         assert cells_of(shown, "gap") == ["0.1 % at most to the fastest plan there is"]
@@ -58,16 +58,17 @@ class TestPlan:
     def test_neighbours_that_read_the_same_are_one_row(self) -> None:
         shown = plan_tables(make_plan())
         assert cells_of(shown, "model.layers.0-2") == ["recompute", "3", "300.00 MiB", "16.00 MiB", "12.3 ms"]
-        assert cells_of(shown, "model.layers.3-4") == ["keep", "2", "300.00 MiB", "16.00 MiB", "12.3 ms"]
+        assert cells_of(shown, "model.layers.3-4") == ["keep", "2", "300.00 MiB", "300.00 MiB", "0.00 us"]
 
     def test_runs_end_where_the_option_or_the_stack_changes(self) -> None:
         layers = (*layers_of("rkr", "encoder.block"), *layers_of("rr", "decoder.block"))
         names = [row[0] for row in rows_of(plan_tables(make_plan(layers))) if ".block" in row[0]]
         assert names == ["encoder.block.0", "encoder.block.1", "encoder.block.2", "decoder.block.0-1"]
 
-    def test_a_block_that_cannot_be_recomputed_has_a_dash(self) -> None:
-        layer = Layer(path="blocks.0", option="keep", keep_bytes=MIB, recompute_bytes=0, recompute_s=0.0)
-        assert cells_of(plan_tables(make_plan((layer,))), "blocks.0")[:4] == ["keep", "1", "1.00 MiB", "-"]
+    def test_blocks_that_drop_a_part_are_counted_and_named(self) -> None:
+        shown = plan_tables(make_plan(layers_of("rssk"), selections={"select-2": ("norm/mul",)}))
+        assert cells_of(shown, "blocks") == ["1 of 4 recomputed, 2 of 4 in part"]
+        assert cells_of(shown, "model.layers.1-2") == ["select-2", "2", "300.00 MiB", "160.00 MiB", "12.3 ms"]
 
     def test_a_model_without_blocks_has_no_table_of_them(self) -> None:
         assert "Blocks" not in text_of(plan_tables(make_plan(())))

@@ -180,7 +180,7 @@ def plan(
         typer.echo(made.model_dump_json(indent=1))
     if save is not None:
         with _errors_as_exit_codes():
-            _save(made, save)
+            made.save(save)
     if made.verdict is Verdict.DOES_NOT_FIT:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -227,13 +227,6 @@ def _one_model(model: str | None, config: Path | None) -> str:
     if config is not None and not config.exists():
         raise UsageError(f"--config {config}: there is no such file or folder")
     return str(config)
-
-
-def _save(plan: "Plan", path: Path) -> None:
-    try:
-        plan.save(path)
-    except OSError as error:
-        raise UsageError(f"cannot write the plan to {path}: {error.strerror}") from error
 
 
 @contextmanager

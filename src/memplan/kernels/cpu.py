@@ -12,13 +12,10 @@ from functools import reduce
 from itertools import pairwise
 from math import prod
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_map_only
 
 from memplan.kernels.probes import wants_probe
 
@@ -27,14 +24,7 @@ Rule = Callable[[Sequence[object], Sequence[Tensor]], int]  # (flat arguments, o
 # Flash attention splits queries by length and keys by 512 (cpu/FlashAttentionKernel.cpp).
 _KV_SPLIT: Final = 512
 
-_STATISTICS_BY: Final = MappingProxyType(  # operator -> which of its arguments is the weight
-    {"aten::native_layer_norm": 2, "aten::native_batch_norm": 1, "aten::native_group_norm": 1}
-)
-
-# Gradients that the kernels write densely, where torch's shape rules follow the strides of an operand.
-_DENSE: Final = frozenset(
-    {"aten::native_layer_norm_backward", "aten::_softmax_backward_data", "aten::_log_softmax_backward_data"}
-)
+_NONE, _MEAN = 0, 1  # Reduction.h
 
 
 def workspace_bytes(func: torch._ops.OpOverload, args: Sequence[object], outputs: Sequence[Tensor]) -> int:
@@ -43,39 +33,6 @@ def workspace_bytes(func: torch._ops.OpOverload, args: Sequence[object], outputs
     if rule is not None:
         return rule(args, outputs)
     return _promotion(args, outputs, in_place=func._schema.is_mutable) if torch.Tag.pointwise in func.tags else 0
-
-
-def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """An operator's results on fake tensors, within their mode, where torch's shape rules are not those of the CPU."""
-    name = func._schema.name
-    if name in _STATISTICS_BY:
-        return _with_statistics(func(*args, **kwargs), args[_STATISTICS_BY[name]])
-    if name == "aten::native_group_norm_backward":
-        first, *rest = func(*args, **kwargs)
-        return (None if first is None else first.to(args[1].dtype), *rest)
-    if name in _DENSE:
-        return tree_map_only(Tensor, Tensor.contiguous, func(*args, **kwargs))
-    if name == "aten::_grouped_mm":  # refused in other types than bfloat16, which the kernel takes
-        narrow = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
-        return func(*narrow, **kwargs).to(args[0].dtype)
-    if name == "aten::_ctc_loss" and not isinstance(args[3], FakeTensor):  # as long as the longest target
-        with no_dispatch():
-            longest = int(torch.as_tensor(args[3]).max())
-        (steps, rows, _), states = args[0].shape, 2 * longest + 1
-        return args[0].new_empty(rows), args[0].new_empty(rows, steps, states)
-    if name == "aten::_ctc_loss_backward":  # torch has no rule: it would run the kernel on zeros
-        return torch.empty_like(args[1])
-    return func(*args, **kwargs)
-
-
-def _with_statistics(out: tuple[Tensor, ...], weight: Tensor | None) -> tuple[Tensor, ...]:
-    """Normalisation of a low-precision input by other weights: the statistics have the weights' type.
-
-    torch's shape rules give them that of the input, as some of CUDA's kernels do (cpu/mixed_data_type.h).
-    """
-    if weight is None or weight.dtype == out[0].dtype:
-        return out
-    return (out[0], *(statistic.to(weight.dtype) for statistic in out[1:]))
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -189,9 +146,48 @@ def _ctc_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
     return _tensors(args)[-1].nbytes
 
 
-def _mean_of(terms: int) -> Rule:
-    """A loss that is made elementwise and then averaged (Loss.cpp): so many tensors like the input."""
-    return lambda args, outputs: terms * _tensors(args)[0].nbytes if outputs[0].dim() == 0 else 0
+def _loss(terms: int) -> Rule:
+    """A loss that is reduced (Loss.cpp, BinaryOps.cpp): so many tensors like the input, one less if it is not.
+
+    The mean of low precision goes through float32.
+    """
+
+    def rule(args: Sequence[object], _: Sequence[Tensor]) -> int:
+        source, reduction = _tensors(args)[0], _reduction_of(args)
+        averaged = source.numel() * 4 if reduction == _MEAN and _is_low(source) else 0
+        return (terms if reduction != _NONE else max(0, terms - 1)) * source.nbytes + averaged
+
+    return rule
+
+
+def _reduction_of(args: Sequence[object]) -> int:
+    """`Reduction.h`: 0 none, 1 mean, 2 sum; it comes last, and may be left out."""
+    last = args[-1]
+    return last if type(last) is int else _MEAN
+
+
+def _soft_margin_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """soft_margin_loss_backward_out (Loss.cpp): exp(-target * input), and that plus one."""
+    return 2 * _tensors(args)[1].nbytes
+
+
+def _embedding_bag(_: Sequence[object], outputs: Sequence[Tensor]) -> int:
+    """_embedding_bag_cpu_impl_out (EmbeddingBag.cpp): the cumulative sum that gives each index its bag, or sizes."""
+    bag_of, sizes, most = outputs[1:]
+    if bag_of.numel() == 0:
+        return 0
+    return sizes.nbytes if most.dim() > 1 else max(0, (bag_of.numel() + 1) * 8 - sizes.nbytes - most.nbytes)
+
+
+def _embedding_bag_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
+    """_embedding_bag_backward (EmbeddingBag.cpp): indices sorted, their order, their bags; for sums, these bags first.
+
+    The maximum adds up gradients by the indices of all that won, of which each bag has one per column.
+    """
+    grad, indices, _offsets, bag_of, sizes, most = _tensors(args)[:6]
+    if most.dim() > 1:
+        return most.nbytes + grad.nbytes + sizes.nbytes
+    return 3 * indices.numel() * 8 + ((indices.numel() + 1) * 8 if bag_of.numel() == 0 else 0)
 
 
 def _log_sum_exp(args: Sequence[object], outputs: Sequence[Tensor]) -> int:
@@ -319,10 +315,15 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "aten::scatter_add": _accumulated,
         "aten::scatter_add_": _accumulated,
         "aten::_ctc_loss_backward": _ctc_backward,
-        "aten::mse_loss": _mean_of(1),
-        "aten::smooth_l1_loss": _mean_of(1),
-        "aten::huber_loss": _mean_of(1),
-        "aten::binary_cross_entropy_with_logits": _mean_of(2),
+        "aten::mse_loss": _loss(1),
+        "aten::smooth_l1_loss": _loss(1),
+        "aten::huber_loss": _loss(1),
+        "aten::binary_cross_entropy": _loss(0),
+        "aten::binary_cross_entropy_with_logits": _loss(2),
+        "aten::soft_margin_loss": _loss(0),
+        "aten::soft_margin_loss_backward": _soft_margin_backward,
+        "aten::_embedding_bag": _embedding_bag,
+        "aten::_embedding_bag_backward": _embedding_bag_backward,
         "aten::logsumexp": _log_sum_exp,
         "aten::roll": _roll,
         "aten::gelu_backward": _gelu_backward,

@@ -8,7 +8,8 @@ built for CUDA 13, whose cuDNN is 9.15.1 or newer).
 Not covered:
 - float32 statistics of a half-precision layer norm (4 bytes a row more than counted), and softmax from float16 into
   float32 in one kernel (a float32 copy of its input less);
-- cuDNN's RNNs, and the reserve that its batch norm keeps for backward;
+- cuDNN's RNNs (an LSTM is taken to keep what oneDNN keeps on the CPU), and the reserve that its batch norm keeps for
+  backward;
 - deterministic algorithms, nested tensors, and an order of attention kernels set by the user (`set_priority`);
 - autocast's weight cache for einsum, bilinear and RNN cells; `binary_cross_entropy`, which CUDA's autocast refuses.
 """

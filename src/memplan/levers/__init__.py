@@ -1,37 +1,57 @@
-"""The levers: what memplan can do to a block. One file each."""
+"""The levers: what memplan can do to a module of a model. One file each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from memplan.errors import PlanMismatch
-from memplan.levers import recompute
+from memplan.levers import loss_head, offload, recompute, select
+from memplan.levers.host_pool import HostPool
+from memplan.levers.undo import Undo
 from memplan.problem import KEEP, RECOMPUTE
 
 OPTIONS = (KEEP, RECOMPUTE)
 
+_NOTHING: Mapping[str, Sequence[str]] = {}
+
 
 @contextmanager
-def decided(model: nn.Module, decisions: Mapping[str, str]) -> Iterator[None]:
-    """The model with each block run by its option, for as long as the `with` block lasts."""
-    undo = install(model, decisions)
+def decided(
+    model: nn.Module,
+    decisions: Mapping[str, str],
+    selections: Mapping[str, Sequence[str]] = _NOTHING,
+    pool: HostPool | None = None,
+) -> Iterator[None]:
+    """The model with each module run by its option, for as long as the `with` block lasts."""
+    undo = install(model, decisions, selections, pool)
     try:
         yield
     finally:
         undo()
 
 
-def install(model: nn.Module, decisions: Mapping[str, str]) -> recompute.Undo:
-    """Run each block by its option. If one cannot be installed, none is. What is returned undoes all, last first.
+def install(
+    model: nn.Module,
+    decisions: Mapping[str, str],
+    selections: Mapping[str, Sequence[str]] = _NOTHING,
+    pool: HostPool | None = None,
+) -> Undo:
+    """Run each module by its option. If one cannot be installed, none is. What is returned undoes all, last first.
+
+    Args:
+        decisions: module path -> "keep", "recompute", a key of `selections`; for the loss head "chunked-<rows>".
+        selections: option -> the values that it drops, by their names in the block's graph.
+        pool: host memory for what is offloaded.
 
     Raises:
-        PlanMismatch: an option that no lever has.
+        PlanMismatch: an option that no lever has, or to offload without a pool.
     """
+    known = (*OPTIONS, *selections, *(offload.OPTIONS if pool is not None else ()))
     for path, option in decisions.items():
-        if option not in OPTIONS:
-            raise PlanMismatch(f"{path} is to {option!r}, but the options are {', '.join(OPTIONS)}: plan again.")
-    undos: list[recompute.Undo] = []
+        if option not in known and not loss_head.is_option(option):
+            raise PlanMismatch(f"{path} is to {option!r}, but the options are {', '.join(known)}: plan again.")
+    undos: list[Undo] = []
 
     def undo() -> None:
         while undos:
@@ -39,8 +59,26 @@ def install(model: nn.Module, decisions: Mapping[str, str]) -> recompute.Undo:
 
     try:
         for path, option in decisions.items():
-            undos.append(recompute.install(model.get_submodule(path), option))
+            undos.extend(_installed(model.get_submodule(path), path, option, selections, pool))
+        if pool is not None and not set(decisions.values()).isdisjoint(offload.OPTIONS):
+            last = [path for path, option in decisions.items() if loss_head.rows_of(option) is None][-1]
+            undos.append(offload.install_end(model.get_submodule(last), pool))
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _installed(
+    module: nn.Module, path: str, option: str, selections: Mapping[str, Sequence[str]], pool: HostPool | None
+) -> Iterator[Undo]:
+    """Each part of a lever as it is pulled, and what undoes it."""
+    if loss_head.rows_of(option) is not None:
+        yield loss_head.install(module, option)
+    elif pool is not None and offload.is_option(option):
+        yield offload.install(module, path, option, pool)
+    elif option in selections:
+        yield recompute.install(module, KEEP)
+        yield select.install(module, path, selections[option])
+    else:
+        yield recompute.install(module, option)

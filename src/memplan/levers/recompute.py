@@ -10,8 +10,8 @@ values themselves instead of their copies in the cache, and results may differ b
 for all other models, loss and gradients are the same to the bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from memplan._compat import is_cache, is_checkpointing_layer, keeps_cache
-
-Undo = Callable[[], None]
+from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
 
 _FLAG, _FUNC = "gradient_checkpointing", "_gradient_checkpointing_func"
 
@@ -33,20 +32,19 @@ def install(block: nn.Module, option: str) -> Undo:
     "keep" also switches off what was on before, by transformers or by memplan: the plan decides.
     """
     if is_checkpointing_layer(block):
-        return _set(block, {_FLAG: option == "recompute", _FUNC: partial(_call, _norms(block), not keeps_cache(block))})
-    plain = block.forward.__wrapped__ if isinstance(block.forward, _Checkpointed) else block.forward
+        run = partial(_call, _norms(block), not keeps_cache(block))
+        return set_attributes(block, {**_without_lever(block), _FLAG: option == "recompute", _FUNC: run})
     if option == "recompute":
-        return _set(block, {"forward": _Checkpointed(block, plain)})
-    return _set(block, {"forward": plain} if plain is not block.forward else {})
+        return set_attributes(block, {"forward": _Checkpointed(block, "recompute")})
+    return set_attributes(block, _without_lever(block))
 
 
-class _Checkpointed:
-    """What stands in for a block's `forward`. An object and no closure, so that a copied block has its own."""
+def _without_lever(block: nn.Module) -> dict[str, object]:
+    return {"forward": plain_forward(block)} if isinstance(block.forward, StandIn) else {}
 
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        self.block = block
-        self.__wrapped__ = forward  # the name by which `inspect.signature` sees through
-        self.__qualname__ = f"recompute {getattr(forward, '__qualname__', id(forward))}"  # tells which blocks are alike
+
+class _Checkpointed(StandIn):
+    """A forward that is run again in its backward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
@@ -63,7 +61,7 @@ def _call(norms: Sequence[_NormBase], drop_cache: bool, run: Callable[..., Any],
 
 def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around the first forward, and around the second."""
-    return nullcontext(), _uncounted(norms)
+    return nullcontext(), _Uncounted(norms)
 
 
 def _norms(block: nn.Module) -> tuple[_NormBase, ...]:
@@ -71,27 +69,20 @@ def _norms(block: nn.Module) -> tuple[_NormBase, ...]:
     return tuple(module for module in block.modules() if isinstance(module, _NormBase) and module.track_running_stats)
 
 
-@contextmanager
-def _uncounted(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Count a batch once: at momentum 0 the running statistics stay, and autograd saves the same tensors as before."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, momentum, count in before:
+class _Uncounted:
+    """Count a batch once: at momentum 0 the running statistics stay, and autograd saves the same tensors as before.
+
+    Entered again for each backward through a graph that is retained.
+    """
+
+    def __init__(self, norms: Sequence[_NormBase]) -> None:
+        self.norms = norms
+
+    def __enter__(self) -> None:
+        self.before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.before:
             norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def _set(block: nn.Module, values: dict[str, object]) -> Undo:
-    """Set instance attributes. The class's own (or an older instance attribute) comes back on undo."""
-    before = {name: block.__dict__[name] for name in values if name in block.__dict__}
-    block.__dict__.update(values)
-
-    def undo() -> None:
-        for name in values:
-            block.__dict__.pop(name, None)
-        block.__dict__.update(before)
-
-    return undo

@@ -26,14 +26,14 @@ def settings_text(plan: Plan, plan_file: str = "plan.json", *, native: bool = Tr
     """Python that does what the plan says.
 
     Where all blocks or none are recomputed, TrainingArguments say it all. Else the layers are flagged one by one. Where
-    they are in too many places or are not numbered, or where they have no flags of transformers (`native` false), the
-    plan that was saved as `plan_file` is applied.
+    they are in too many places or are not numbered, where they have no flags of transformers (`native` false), or where
+    more is decided than what to recompute, the plan that was saved as `plan_file` is applied.
     """
-    if not plan.recomputed:
+    if not plan.changed:
         return _arguments(plan, checkpointing=False)
     if native and len(plan.recomputed) == len(plan.decisions):
         return _arguments(plan, checkpointing=True)
-    stacks = _stacks(plan) if native else None
+    stacks = _stacks(plan) if native and plan.changed == plan.recomputed else None
     lines = _flags(stacks) if stacks is not None and len(stacks) <= MOST_STACKS else _apply(plan_file)
     return f"{_arguments(plan, checkpointing=False)}\n{lines}"
 

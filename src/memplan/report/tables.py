@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.gpus import Gpu
-from memplan.plan_record import Layer, Plan, Verdict
+from memplan.plan_record import Layer, Plan, Verdict, count_text
 from memplan.prediction import Prediction
 from memplan.report.paths import Share, module_shares, path_range, pattern_of
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
@@ -95,7 +95,7 @@ def _step(plan: Plan) -> RenderableType:
             (f"{plan.micro_batch} x {plan.accumulation}", "bold"),
             f" (micro-batch x accumulation) = {plan.effective_batch}",
         ),
-        "recomputed": f"{len(plan.recomputed)} of {len(plan.decisions)} blocks",
+        "blocks": count_text(plan),
         "time": f"{format_seconds(plan.step_s)} ({plan.times}), {format_rate(plan.samples_per_s, 'samples')}",
         "slowdown": f"{format_percent(plan.slowdown)} against keeping everything",
         "gap": f"{format_percent(plan.gap)} at most to the fastest plan there is",
@@ -107,16 +107,16 @@ def _step(plan: Plan) -> RenderableType:
 
 def _layers(layers: Sequence[Layer]) -> RenderableType:
     """One row per run of neighbours that read the same."""
-    table = _table("Blocks, each for one micro-batch", "Block", "Plan", "n", "Kept", "Recomputed", "Extra time", text=2)
+    table = _table("Blocks, each for one micro-batch", "Block", "Plan", "n", "Saves", "Holds", "Extra time", text=2)
 
     def cells(layer: Layer) -> tuple[str, ...]:
-        sizes = format_bytes(layer.keep_bytes), format_bytes(layer.recompute_bytes) if layer.recompute_bytes else "-"
-        return pattern_of(layer.path), layer.option, *sizes, format_seconds(layer.recompute_s)
+        sizes = format_bytes(layer.keep_bytes), format_bytes(layer.held_bytes)
+        return pattern_of(layer.path), layer.option, *sizes, format_seconds(layer.extra_s)
 
-    for (_, option, kept, recomputed, extra), run in groupby(layers, cells):
+    for (_, option, saves, holds, extra), run in groupby(layers, cells):
         paths = [layer.path for layer in run]
-        style = "bold" if option == "recompute" else None
-        table.add_row(path_range(paths), option, str(len(paths)), kept, recomputed, extra, style=style)
+        style = None if option == "keep" else "bold"
+        table.add_row(path_range(paths), option, str(len(paths)), saves, holds, extra, style=style)
     return table
 
 

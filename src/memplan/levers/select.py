@@ -1,0 +1,238 @@
+"""The lever `select`: a block holds a part of what autograd saves, and makes the rest again when it is asked for.
+
+What a norm or an activation function gives out is as large as what went in, and costs next to nothing to make again;
+attention in the middle costs some; the matrix products cost most. A selection says which saved values of a block are
+dropped (`BlockGraph`); in the backward, the few operators that lead to them run again, from what is held anyway.
+
+No dispatch mode runs in training, and no second forward: the first forward of a block is captured (`capture.py`), and
+proved there, bit by bit, on the tensors that it has just computed. Later forwards only pass the hooks of saved
+tensors. They are compared with the captured one: the call's tensors and plain
+arguments, the modules, their plain attributes and hooks, autocast, and the sequence of what autograd saves and by which
+operators it was made. A new kind of call is captured anew; where a block does not do what it did, everything is held,
+as if there were no plan, and a warning says so.
+
+What nobody can see is a number that changes between steps though it is no attribute of a module: in an object that a
+module refers to, in a closure, or read from a tensor through NumPy or `tolist`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_iter
+
+from memplan.errors import PlanNotFollowed
+from memplan.levers.capture import Capture, Captured
+from memplan.levers.replay import Part, Saved, leave, parts_of, random_state, unlike
+from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
+
+_PLAIN = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
+_PLAIN_TYPES = frozenset(_PLAIN)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_MOST_KINDS = 64  # of calls of one block that are remembered
+
+
+def install(block: nn.Module, path: str, dropped: Sequence[str]) -> Undo:
+    """Run a block so that it drops these values, by their names in its `BlockGraph`."""
+    return set_attributes(block, {"forward": Selected(block, path, tuple(dropped))})
+
+
+class Selected(StandIn):
+    """A forward that leaves less behind."""
+
+    def __init__(self, block: nn.Module, path: str, dropped: tuple[str, ...]) -> None:
+        super().__init__(block, f"select {dropped}")
+        self.path = path
+        self.dropped = dropped
+        self.found = dropped  # those of them that the last kind of call had
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: dict[object, tuple[Captured, tuple[Part, ...]]] = {}
+        self._proved: set[tuple[object, ...]] = set()
+        self._look()
+
+    def _look(self) -> None:
+        """At the block's modules."""
+        self._attributes = [vars(module) for module in self.block.modules()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") or name[:2] == "__"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._known, self._proved = {}, set()  # the block may not be whole yet
+        self._attributes = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.block.training and torch.is_grad_enabled()):
+            return self.__wrapped__(*args, **kwargs)
+        if not self._attributes:
+            self._forget()
+        leaves, spec = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = str(spec), self._kind(leaves, inputs)
+        known = self._known.get(kind)
+        if known is None:
+            self._look()  # there may be other modules now
+            kind = str(spec), self._kind(leaves, inputs)
+            return self._captured(kind, inputs, args, kwargs)
+        captured, parts = known
+        expected = captured.saved
+        saved: list[Saved] = []
+        alike = True
+
+        def pack(tensor: Tensor) -> Saved:
+            nonlocal alike
+            n = len(saved)
+            alike = alike and n < len(expected) and expected[n].is_like(tensor)
+            saved.append(Saved(tensor))
+            return saved[-1]
+
+        state = random_state(captured.device) if any(part.draws for part in parts) else None
+        with saved_tensors_hooks(pack, Saved.give):
+            out = self.__wrapped__(*args, **kwargs)
+        if alike and len(saved) == len(expected):
+            leave(parts, saved, self.block, inputs, state)
+        else:
+            del self._known[kind]
+            self._warn("saves other tensors than in its last forward, on a call that looks the same")
+        return out
+
+    def _captured(self, kind: object, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward for the first time on this kind of call."""
+        state = random_state(inputs[0].device if inputs else torch.device("cpu"))
+        captured, saved, out = capturing(self.block, self.__wrapped__, inputs, args, kwargs)
+        parts = self._parts(captured, saved, inputs, state)
+        leave(parts, saved, self.block, inputs, state)
+        while len(self._known) >= _MOST_KINDS:
+            self._known.pop(next(iter(self._known)))
+        self._known[kind] = captured, parts
+        return out
+
+    def _parts(
+        self, captured: Captured, saved: Sequence[Saved], inputs: Sequence[Tensor], state: Tensor
+    ) -> tuple[Part, ...]:
+        """For those of the plan's values that this forward has, and that turn out the same when they are made again."""
+        graph = captured.graph
+        droppable = set(graph.droppable)
+        by_name = {value.name: v for v, value in enumerate(graph.values) if v in droppable}
+        missing = [name for name in self.dropped if name not in by_name]
+        dropped = frozenset(by_name[name] for name in self.dropped if name in by_name)
+        self.found = tuple(name for name in self.dropped if name in by_name)
+        parts = parts_of(captured, dropped)
+        if any(isinstance(tensor, FakeTensor) for tensor in inputs):  # what is there is about to be planned with
+            return parts
+        if missing:
+            self._warn(f"has no {', '.join(missing[:3])} to be dropped ({len(missing)} of {len(self.dropped)})")
+        structure = tuple(node.name for node in graph.nodes)
+        if structure in self._proved:
+            return parts
+        self._proved.add(structure)
+        other = unlike(parts, saved, self.block, inputs, state)
+        if other:
+            names = ", ".join(graph.values[v].name for v in sorted(other)[:3])
+            self._warn(f"computes {names} differently when it is run again")
+        return tuple(part for part in parts if part.gives.isdisjoint(other))
+
+    def _kind(self, leaves: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[object, ...]:
+        """What a captured forward depends on, beside the values in tensors."""
+        storages = [tensor.untyped_storage()._cdata for tensor in inputs]
+        shown: list[object] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                shown.append((leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.requires_grad))
+            else:
+                shown.append(leaf if isinstance(leaf, _PLAIN) else type(leaf))
+        device = inputs[0].device if inputs else torch.device("cpu")
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        shared = tuple(storages.index(storage) for storage in storages)
+        return *shown, shared, device, cast, *self._state()
+
+    def _state(self) -> tuple[object, ...]:
+        """Of the modules: what they consist of, their plain attributes, their hooks, and what is trained."""
+        owns = self._attributes
+        return (
+            tuple(module for own in owns for module in own["_modules"].values()),
+            tuple(value for own in owns for value in own.values() if type(value) in _PLAIN_TYPES),
+            tuple(key for own in owns for hooks in _HOOKS for key in own[hooks]),
+            tuple(p.requires_grad for own in owns for p in own["_parameters"].values() if p is not None),
+        )
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(
+            f"{self.path} {what}. What autograd saves there is held instead, so the step takes more memory than "
+            "planned. Plan again for the model as it is trained.",
+            PlanNotFollowed,
+            stacklevel=4,
+        )
+
+
+def capturing(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    clock: Callable[[], None] | None = None,
+) -> tuple[Captured, list[Saved], Any]:
+    """Run a block's forward and capture it. Returns what was captured, what autograd saved, and the output.
+
+    Args:
+        inputs: the tensors among the arguments.
+        clock: waits for the device, if operators are to be timed.
+    """
+    saved: list[Saved] = []
+    capture = Capture(block, inputs, clock)
+
+    def pack(tensor: Tensor) -> Saved:
+        capture.saves(tensor)
+        saved.append(Saved(tensor))
+        return saved[-1]
+
+    with saved_tensors_hooks(pack, Saved.give), capture:
+        out = forward(*args, **kwargs)
+    return capture.captured(), saved, out
+
+
+def found_in(model: nn.Module, decisions: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Option -> which of its values the blocks that run by it have, after a forward."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path, option in decisions.items():
+        forward = model.get_submodule(path).forward
+        if isinstance(forward, Selected):
+            found[option] = tuple(dict.fromkeys((*found.get(option, ()), *forward.found)))
+    return found
+
+
+@contextmanager
+def watched(model: nn.Module, paths: Sequence[str], found: dict[str, Captured]) -> Iterator[None]:
+    """Capture the first forward of some modules while the `with` block lasts, into `found` by their paths."""
+    undos = [set_attributes(model.get_submodule(path), {"forward": _watching(model, path, found)}) for path in paths]
+    try:
+        yield
+    finally:
+        for undo in undos:
+            undo()
+
+
+def _watching(model: nn.Module, path: str, found: dict[str, Captured]) -> Callable[..., Any]:
+    block = model.get_submodule(path)
+    plain = plain_forward(block)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if path in found or not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        inputs = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        found[path], _, out = capturing(block, plain, inputs, args, kwargs)
+        return out
+
+    return forward

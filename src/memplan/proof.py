@@ -1,0 +1,56 @@
+"""A lever proves itself on the model at hand: one small step with it and one without, compared."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from memplan.abstract import preserved, to_training
+from memplan.recorder import Recipe, loss_of
+from memplan.samples import Sample
+
+# What may differ where sums are added up in another order, as a share of the norm. A lever that changes the mathematics
+# (labels off by one, a row left out) is off by far more; what is left in between has no name.
+_TOLERANCE = 1e-3
+_TOLERANCE_HALF = 3e-2
+
+
+def difference(
+    model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
+) -> str | None:
+    """Run a forward and backward without and with a lever, from the same random state. What differs, or None.
+
+    The model, its gradients, buffers and the random state are as before afterwards.
+
+    Args:
+        sample: on the model's device; one sample is enough.
+        installed: the context in which the lever works.
+    """
+    plain = _gradients(model, recipe, sample, nullcontext)
+    other = _gradients(model, recipe, sample, installed)
+    tolerance = _TOLERANCE if recipe.autocast is None and _is_single(model) else _TOLERANCE_HALF
+    if plain.keys() != other.keys():
+        return f"{len(plain.keys() ^ other.keys())} gradients are in one of the two only"
+    for name, value in plain.items():
+        off = float((other[name].double() - value.double()).norm())
+        if not off <= tolerance * float(value.double().norm()) + 1e-12:
+            return f"{name} differs by {off:.3g} from {float(value.double().norm()):.3g}"
+    return None
+
+
+def _gradients(
+    model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
+) -> dict[str, Tensor]:
+    with preserved(model), installed():
+        to_training(model)
+        kind = next(model.parameters()).device.type
+        with nullcontext() if recipe.autocast is None else torch.autocast(kind, recipe.autocast):
+            loss = loss_of(model, sample, recipe.loss)
+        loss.backward()
+        grads = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {"the loss": loss.detach(), **grads}
+
+
+def _is_single(model: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())

@@ -1,0 +1,333 @@
+"""`Study`: what could be done with a model, and what each of it costs, from a handful of traces.
+
+First the menu: the graph of each distinct block, captured in the plain trace or timed on the device, gives the
+selections worth having. Then the levels: traces in which every block shows each of its options in turn, at the one or
+two micro-batches that the profile is made of.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointError
+
+from memplan import levers
+from memplan.blocks import alike, find_blocks
+from memplan.device import Device
+from memplan.errors import CannotTrace, ModelFailed
+from memplan.gpus import Gpu
+from memplan.graph import BlockGraph
+from memplan.levers import loss_head, offload, stepping
+from memplan.levers.capture import Captured
+from memplan.levers.host_pool import HostPool
+from memplan.levers.lanes import queued_on_paper
+from memplan.levers.lazy_logits import Uses
+from memplan.levers.select import found_in, watched
+from memplan.menu import Menu
+from memplan.optimizer_step import IN_BACKWARD, SINGLE
+from memplan.planner import Outcome
+from memplan.problem import KEEP, RECOMPUTE, lever_of
+from memplan.profile import Level, Profile
+from memplan.proof import difference
+from memplan.recorder import Recipe, Recorder
+from memplan.roofline import Rates, StepTimes, estimated, node_seconds
+from memplan.samples import Sample
+from memplan.strategy import LEVERS, Lever
+from memplan.summary import decisions_of
+from memplan.timing import captured, cpu_rates, measured
+from memplan.trace import Trace
+
+LARGEST_MICRO_BATCH = 4096
+_LONGEST_S = 120.0  # a step that would take longer, by the roofline, is not timed block by block before it is planned
+_ANY_BYTES = 2**60  # the limit on host memory is the planner's business, not the traces'
+_VARIANTS = {SINGLE: "optimizer-single", IN_BACKWARD: "in-backward"}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, traced."""
+
+    decisions: Mapping[str, str]  # module path -> option, the loss head's last
+    dropped: Mapping[str, tuple[str, ...]]  # selection -> what it drops at this micro-batch
+    stepping: str  # when and how the optimizer steps
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model under study.
+
+    Attributes:
+        points: micro-batches at which the model is traced.
+        accumulation: micro-steps per step in these traces, 1 or 2; the second stands for all that follow.
+        levers: what a plan may use; nothing else is traced.
+        host_bytes: what may lie on the host at once.
+    """
+
+    model: nn.Module
+    sample: Sample
+    recipe: Recipe
+    recorder: Recorder
+    gpu: Gpu
+    device: Device | None
+    points: Sequence[int]
+    accumulation: int
+    levers: Sequence[Lever] = LEVERS
+    host_bytes: int = 0  # with 0, offloading is not on the menu
+
+    # -- traces --------------------------------------------------------------------------------------------------
+
+    def trace(self, micro_batch: int, decisions: Mapping[str, str], recorder: Recorder | None = None) -> Trace:
+        """The step with the model as decided."""
+        return self._level(micro_batch, decisions, recorder).trace
+
+    def _level(self, micro_batch: int, decisions: Mapping[str, str], recorder: Recorder | None = None) -> Level:
+        dropped, every = self.menu.of_decisions(decisions), {**self._as_it_is(self.blocks), **decisions}
+        pool = HostPool(_ANY_BYTES)
+        trace = self._recorded(micro_batch, lambda: levers.decided(self.model, every, dropped, pool), recorder=recorder)
+        copied = {path: pool.copied[group[0]] for group in self._groups for path in group if group[0] in pool.copied}
+        return Level(decisions, trace, copied)
+
+    @cached_property
+    def _groups(self) -> list[tuple[str, ...]]:
+        return alike(self.model, self.blocks)
+
+    def _recorded(
+        self,
+        micro_batch: int,
+        installed: Callable[[], AbstractContextManager[object]],
+        accumulation: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> Trace:
+        sample = self.sample.resized(micro_batch)
+        return (recorder or self.recorder).record(sample, installed, accumulation or self.accumulation)
+
+    @property
+    def plain(self) -> Trace:
+        """At the first point, everything kept."""
+        return self._first[0]
+
+    @cached_property
+    def _first(self) -> tuple[Trace, dict[str, Captured]]:
+        """The plain trace, and what was captured in it of the first of each group of alike blocks."""
+        found: dict[str, Captured] = {}
+        blocks = find_blocks(self.model)
+
+        @contextmanager
+        def installed() -> Iterator[None]:
+            heads = [group[0] for group in alike(self.model, blocks)]
+            with levers.decided(self.model, self._as_it_is(blocks)), watched(self.model, heads, found):
+                yield
+
+        return self._recorded(self.points[0], installed), found
+
+    def _as_it_is(self, blocks: Sequence[str]) -> dict[str, str]:
+        """Every block and the loss head without a lever; the model may run by a plan already."""
+        path = loss_head.find_head(self.model)
+        return dict.fromkeys(blocks if path is None else (*blocks, path), KEEP)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """What is decided on, in forward order: modules that run once in a forward."""
+        runs = [block.path for block in self.plain.steps[0].blocks]
+        return tuple(path for path in runs if runs.count(path) == 1)
+
+    @cached_property
+    def _recomputed(self) -> Trace | str:
+        """At the first point, every block recomputed; or why that cannot be, with no word if it was not asked for."""
+        every = {**self._as_it_is(()), **dict.fromkeys(self.blocks, RECOMPUTE)}
+        if "recompute" not in self.levers:
+            return ""
+        try:
+            return self._recorded(self.points[0], lambda: levers.decided(self.model, every))
+        except (ModelFailed, CannotTrace, CheckpointError) as error:
+            return str(error).splitlines()[0]
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """The levers that are not offered, each with the reason."""
+        lines = []
+        if self.blocks and isinstance(self._recomputed, str) and self._recomputed:
+            lines.append(f"blocks cannot be recomputed: {self._recomputed}")
+        if isinstance(self._chunked, str):
+            lines.append(f"the loss cannot be computed in chunks: {self._chunked}")
+        return tuple(lines)
+
+    def traced(self, outcome: Outcome) -> Planned:
+        """The model as planned, which has the last word."""
+        decisions = self.decisions(outcome)
+        dropped: dict[str, tuple[str, ...]] = {}
+        pool = HostPool(_ANY_BYTES, lanes=queued_on_paper)  # with the copies in flight
+
+        @contextmanager
+        def installed() -> Iterator[None]:
+            every = {**self._as_it_is(self.blocks), **decisions}
+            with levers.decided(self.model, every, self.menu.of_decisions(decisions), pool):
+                yield
+                dropped.update(found_in(self.model, decisions))
+
+        recorder = next((r for name, r in self.steppings.items() if name in outcome.variant.split("+")), self.recorder)
+        trace = self._recorded(outcome.micro_batch, installed, outcome.accumulation, recorder)
+        return Planned(decisions, dropped, recorder.recipe.stepping, trace)
+
+    def decisions(self, outcome: Outcome) -> dict[str, str]:
+        """Module path -> option, the loss head's last."""
+        head = {path: option for path, option in self.head.items() if option in outcome.variant.split("+")}
+        return {**decisions_of(outcome), **head}
+
+    # -- the menu ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def menu(self) -> Menu:
+        if not self.blocks:
+            return Menu({}, {})
+        others = offload.OPTIONS if self.host_bytes > 0 else ()
+        graphs = self._graphs() if "select" in self.levers else {}
+        return Menu.of(self._groups, graphs, isinstance(self._recomputed, Trace), others)
+
+    def _graphs(self) -> dict[str, tuple[BlockGraph, Sequence[float]]]:
+        """With seconds from the device itself where the model is there, else from the card's figures."""
+        if self._can_time:
+            assert self.device is not None
+            try:
+                sample = self.sample.resized(self.points[0])
+                return dict(captured(self.model, self.recipe, sample, self.device, self.blocks))
+            except torch.OutOfMemoryError:  # the very reason for a plan
+                pass
+        graphs = {path: found.graph for path, found in self._first[1].items()}
+        return {path: (graph, node_seconds(graph, self.rates)) for path, graph in graphs.items()}
+
+    # -- the loss head -------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> dict[str, str]:
+        """The loss head's path -> the option to compute the loss in chunks; empty where that cannot be."""
+        found = self._chunked
+        return {} if found is None or isinstance(found, str) else found[0]
+
+    @cached_property
+    def _chunked(self) -> tuple[dict[str, str], Trace] | str | None:
+        """The head's option and the trace at the first point with it; or why not; None if there is no head."""
+        path = loss_head.find_head(self.model)
+        if path is None or "loss-head" not in self.levers:
+            return None
+        head = self.model.get_submodule(path)
+        vocabulary = int(head.out_features)  # type: ignore[arg-type]  # of a Linear
+        option = {path: loss_head.options(vocabulary, self.gpu.kind)[1]}
+        used = Uses()
+
+        @contextmanager
+        def installed() -> Iterator[None]:
+            nonlocal used
+            with levers.decided(self.model, {**self._as_it_is(self.blocks), **option}):
+                yield
+                used = loss_head.uses(head)
+
+        try:
+            trace = self._recorded(self.points[0], installed)
+        except (ModelFailed, CannotTrace) as error:
+            return str(error).splitlines()[0]
+        if not used.losses:
+            return None  # another loss, or another kernel that does without the logits already
+        if used.reads:
+            return "the loss reads the logits as a whole"
+        return self._disproof(option) or (option, trace)
+
+    def _disproof(self, option: Mapping[str, str]) -> str | None:
+        """What differs in a real step on two samples, where the model can run one."""
+        if not self._can_time:
+            return None
+        assert self.device is not None
+        sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
+        try:
+            return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
+        except torch.OutOfMemoryError:
+            return None
+
+    # -- the optimizer -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def steppings(self) -> dict[str, Recorder]:
+        """Variant -> what records it: other ways to step an optimizer that is there, so that it can be made to."""
+        if isinstance(self.recipe.optimizer, str):
+            return {}
+        found = {}
+        for other in stepping.alternatives(self.recipe, self.accumulation, self.recorder.backend.foreach)[1:]:
+            name = _VARIANTS[other.name]
+            if lever_of(name) in self.levers:
+                found[name] = Recorder(self.model, other.recipe, self.recorder.backend)
+        return found
+
+    # -- the profile ---------------------------------------------------------------------------------------------
+
+    def profile(self, can_split: bool) -> Profile:
+        levels = {point: self.levels(point) for point in self.points}
+        return Profile.of(
+            levels,
+            self.blocks,
+            self._times(levels),
+            can_split=can_split,
+            largest_micro_batch=LARGEST_MICRO_BATCH if len(self.points) > 1 else self.points[0],
+        )
+
+    def levels(self, micro_batch: int) -> dict[str, list[Level]]:
+        """Variant -> levels, as `Profile` wants them."""
+        found = []
+        for decisions in self.menu.levels or [{}]:
+            at_first = micro_batch == self.points[0]
+            if at_first and set(decisions.values()) <= {KEEP}:
+                trace = self.plain
+            elif at_first and set(decisions.values()) == {RECOMPUTE} and isinstance(self._recomputed, Trace):
+                trace = self._recomputed
+            else:
+                found.append(self._level(micro_batch, decisions))
+                continue
+            found.append(Level(decisions, trace))
+        chunked, kept = self._head_level(micro_batch), dict.fromkeys(self.blocks, KEEP)
+        variants = {KEEP: found, **chunked}
+        for name, recorder in self.steppings.items():
+            in_backward = recorder.recipe.stepping == IN_BACKWARD  # else only the optimizer's own peak is another
+            every = (self.menu.levels or [{}]) if in_backward else [kept]
+            variants[name] = [self._level(micro_batch, d, recorder) for d in every]
+            for head in chunked:
+                both = self.trace(micro_batch, {**kept, **self.head}, recorder)
+                variants[f"{head}+{name}"] = [Level(kept, both)]
+        return variants
+
+    def _head_level(self, micro_batch: int) -> dict[str, list[Level]]:
+        """With the loss in chunks, all blocks kept."""
+        if not self.head:
+            return {}
+        (option,) = self.head.values()
+        kept = dict.fromkeys(self.blocks, KEEP)
+        if micro_batch == self.points[0] and isinstance(self._chunked, tuple):
+            return {option: [Level(kept, self._chunked[1])]}
+        return {option: [Level(kept, self.trace(micro_batch, {**kept, **self.head}))]}
+
+    def _times(self, levels: Mapping[int, Mapping[str, Sequence[Level]]]) -> StepTimes:
+        estimate = estimated(levels, self.rates)
+        if not self.blocks or not self._can_time:
+            return estimate
+        assert self.device is not None
+        samples = [self.sample.resized(b) for b in levels]
+        try:
+            return measured(self.model, self.recipe, samples, self.device, self.menu, estimate)
+        except torch.OutOfMemoryError:  # the very reason for a plan
+            return estimate
+
+    @cached_property
+    def rates(self) -> Rates:
+        return cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
+
+    @cached_property
+    def _can_time(self) -> bool:
+        """Whether the weights are on the device that is planned for, and a step there does not take for ever."""
+        places = {p.device.type for p in self.model.parameters()}
+        if self.device is None or places != {self.device.torch_device.type}:
+            return False
+        step = estimated({self.points[0]: {KEEP: [Level({}, self.plain)]}}, self.rates)
+        seconds = step.rest_s(self.points[0], KEEP) + sum(sum(points.values()) for points in step.blocks.values())
+        return seconds <= _LONGEST_S

@@ -1,0 +1,259 @@
+"""A block that does something else than when it was captured: captured anew or held, and never silently wrong."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers
+from selecting import Block, capture, gradients, holding, install, made, rows, same, usual
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from memplan import levers
+from memplan.blocks import find_blocks
+from memplan.errors import PlanNotFollowed
+from memplan.levers import select
+
+from_then_on = pytest.mark.filterwarnings("ignore::memplan.errors.PlanNotFollowed")
+
+
+def scaled(block: Block, x: Tensor, factor: float = 2.0) -> Tensor:
+    return block.last(torch.relu(block.first(x) * factor) * block.first(x))
+
+
+def given_a_function(block: Block, x: Tensor, act: Callable[[Tensor], Tensor] = functional.silu) -> Tensor:
+    return block.last(act(block.first(x)))
+
+
+def set_dropout(block: Block) -> None:
+    block.dropout.p = 0.5
+
+
+def freeze(block: Block) -> None:
+    block.norm.weight.requires_grad_(False)
+    block.first.requires_grad_(False)
+
+
+def other_function(block: Block) -> None:
+    block.act = nn.SiLU()
+
+
+def other_parameter(block: Block) -> None:
+    block.norm.weight = nn.Parameter(torch.full((8,), 3.0))
+
+
+def moved_parameter(block: Block) -> None:
+    """Into a flat buffer, as sharding does it."""
+    flat = torch.randn(80)
+    flat[16:24] = block.norm.weight.data
+    block.norm.weight.data = flat[16:24]
+
+
+def hooked(block: Block) -> None:
+    block.norm.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def norm_in_evaluation(block: Block) -> None:
+    block.dropout.eval()
+
+
+@from_then_on
+@pytest.mark.parametrize(
+    "change",
+    [set_dropout, freeze, other_function, other_parameter, moved_parameter, hooked, norm_in_evaluation],
+)
+def test_a_change_between_steps_is_followed(change: Callable[[Block], None]) -> None:
+    block, x = made(), rows()
+    undo = install(block, x)
+    for _ in range(2):
+        gradients(block, x)
+    change(block)
+    found = [gradients(block, x) for _ in range(2)]
+    assert holding(block)
+    undo()
+    wanted = gradients(block, x)
+    assert all(same(again, wanted) for again in found)
+
+
+@from_then_on
+@pytest.mark.parametrize(
+    ("function", "first", "second"),
+    [
+        (scaled, {"factor": 2.0}, {"factor": 3.0}),
+        (given_a_function, {"act": functional.silu}, {"act": functional.mish}),
+        (given_a_function, {"act": torch.tanh}, {"act": torch.sigmoid}),
+    ],
+)
+def test_other_arguments_are_another_kind_of_call(
+    function: Callable[..., Tensor], first: dict[str, object], second: dict[str, object]
+) -> None:
+    block, x = made(function), rows()
+    wanted = [gradients(block, x, **kwargs) for kwargs in (first, second)]
+    install(block, x, **first)
+    for _ in range(2):
+        assert same(gradients(block, x, **first), wanted[0])
+        assert same(gradients(block, x, **second), wanted[1])
+
+
+def by_sign(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(block.first(x))
+    return block.last(functional.silu(h) if h.sum() > x.sum() else functional.gelu(h))
+
+
+def by_sign_and_factor(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(block.first(x))
+    return block.last(torch.relu(h * (2 if x.sum().item() > 0 else 3)))
+
+
+@from_then_on
+@pytest.mark.parametrize("function", [by_sign, by_sign_and_factor])
+def test_a_branch_on_data_is_not_run_again(function: Callable[..., Tensor]) -> None:
+    """What comes before it still is."""
+    block = made(function)
+    inputs = [rows(n) for n in range(6)]
+    assert len({bool(x.sum() > 0) for x in inputs}) == 2
+    wanted = [gradients(block, x) for x in inputs]
+    install(block, inputs[0])
+    for x, plain in zip(inputs, wanted, strict=True):
+        assert same(gradients(block, x), plain)
+    gradients(block, inputs[0])
+    assert holding(block)
+
+
+def test_another_operator_at_the_same_shapes_is_noticed() -> None:
+    """By something that the lever does not look at."""
+    acts = [torch.relu]
+    block, x = made(lambda block, x: block.last(acts[-1](block.first(x)))), rows()
+    install(block, x)
+    gradients(block, x)
+    acts.append(torch.tanh)
+    with pytest.warns(PlanNotFollowed, match="saves other tensors than in its last forward"):
+        found = gradients(block, x)
+    with pytest.warns(PlanNotFollowed, match="has no relu to be dropped"):
+        again = gradients(block, x)
+    del block.__dict__["forward"]
+    wanted = gradients(block, x)
+    assert same(found, wanted)
+    assert same(again, wanted)
+
+
+def test_experts_that_are_chosen_anew_stay_right() -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, use_cache=False,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).train()
+    batches = [torch.randint(96, (2, 9)) for _ in range(3)]
+
+    def step(ids: Tensor) -> list[Tensor | None]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    wanted = [step(ids) for ids in batches]
+    found: dict[str, select.Captured] = {}
+    with select.watched(model, find_blocks(model), found):
+        model(input_ids=batches[0])
+    dropped = {p: tuple(c.graph.values[v].name for v in c.graph.droppable) for p, c in found.items()}
+    assert all(dropped.values())
+    with levers.decided(model, {path: path for path in dropped}, dropped):
+        assert all(same(step(ids), plain) for ids, plain in zip(batches, wanted, strict=True))
+
+
+# --- others who use the same hooks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer", [nullcontext, save_on_cpu, lambda: saved_tensors_hooks(torch.clone, torch.clone)])
+def test_hooks_of_somebody_outside(outer: Callable[..., object]) -> None:
+    block, x = made(), rows()
+    plain = gradients(block, x)
+    install(block, x)
+    for _ in range(2):
+        with outer():
+            assert same(gradients(block, x), plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_a_checkpoint_of_somebody_outside(reentrant: bool) -> None:
+    block, x = made(), rows()
+    outer = Block(lambda outer, x: checkpoint(block, x, use_reentrant=reentrant).sin())
+    plain = [*gradients(outer, x), *(parameter.grad for parameter in block.parameters())]
+    install(block, x)
+    for _ in range(2):
+        block.zero_grad()
+        assert same([*gradients(outer, x), *(parameter.grad for parameter in block.parameters())], plain)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+class Trouble(Exception):
+    pass
+
+
+def test_an_exception_in_the_forward_passes_through() -> None:
+    is_broken = [False]
+
+    def function(block: Block, x: Tensor) -> Tensor:
+        out = usual(block, x)
+        if is_broken[0]:
+            raise Trouble
+        return out
+
+    block, x = made(function), rows()
+    plain = gradients(block, x)
+    install(block, x)
+    for _ in range(2):  # when it is captured, and later
+        is_broken[0] = True
+        with pytest.raises(Trouble):
+            block(x)
+        is_broken[0] = False
+        assert same(gradients(block, x), plain)
+
+
+def test_an_exception_in_a_rerun_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = made(), rows()
+    plain = gradients(block, x)
+    undo = install(block, x)
+    gradients(block, x)
+
+    def broken(*_: object) -> None:
+        raise Trouble
+
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patched:
+        patched.setattr("memplan.levers.capture.Call.run", broken)
+        with pytest.raises(Trouble):
+            gradients(block, x)
+    torch.set_rng_state(state)
+    assert same(gradients(block, x), plain)
+    undo()
+    assert same(gradients(block, x), plain)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_writing_to_the_input_after_the_forward_is_an_error(is_known: bool) -> None:
+    block, x = made(), rows()
+    install(block, x)
+    if is_known:
+        gradients(block, x)
+    out = block(x)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="written to in place since the forward: it is at version"):
+        out.sum().backward()
+
+
+def test_what_autograd_saved_and_the_block_wrote_to_is_an_error_as_before() -> None:
+    def function(block: Block, x: Tensor) -> Tensor:
+        return block.last(torch.exp(block.first(x)).add_(1))
+
+    block, x = made(function), rows()
+    assert not any("exp" in value.name for value in capture(block, x).graph.values if not value.saved)
+    select.install(block, "b", ())
+    with pytest.raises(RuntimeError, match="written to in place"):
+        block(x).sum().backward()
