@@ -200,7 +200,7 @@ def test_accumulation_has_sizes_of_its_own() -> None:
 
 
 def test_one_micro_batch_tells_nothing_of_others() -> None:
-    profile = replace(chain(2, sizes(1, 1, 1, 1), 4, sizes(1, 1, 1, 1)), first={2: sizes(1, 1, 1, 1)})
+    profile = replace(chain(2, sizes(1, 1, 1, 1), 4, sizes(1, 1, 1, 1)), first={"keep": {2: sizes(1, 1, 1, 1)}})
     with pytest.raises(ValueError, match="profiled at micro-batch 2 only, asked for 3"):
         profile.problem(3, 1, 1)
 

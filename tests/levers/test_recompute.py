@@ -364,7 +364,7 @@ def test_another_dropout_in_the_second_forward_is_noticed(name: str, monkeypatch
 
 @pytest.mark.parametrize("name", ["resnet", "plain"])
 def test_a_batch_norm_that_counts_twice_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recompute, "_uncounted", lambda norms: nullcontext())
+    monkeypatch.setattr(recompute, "_Uncounted", lambda norms: nullcontext())
     with planned(name) as (model, batch):
         assert any("running_mean" in difference for difference in differences(run(model, batch), unplanned(name)))
 
