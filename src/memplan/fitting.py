@@ -1,7 +1,7 @@
 """`apply(model, plan) -> Fit`: the plan in the user's own model, measured there, and taken out again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from weakref import WeakKeyDictionary
@@ -219,7 +219,7 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
 
     def step() -> None:
         for _ in range(recipe.accumulation):
-            with nullcontext() if recipe.autocast is None else torch.autocast(kind, recipe.autocast):
+            with recipe.casting(kind):
                 loss = loss_of(model, micro, recipe.loss)
             (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
             del loss

@@ -194,8 +194,6 @@ def count_text(plan: Plan) -> str:
     """How many blocks do what, as "4 of 12 recomputed, 8 in part"."""
     options = [layer.option for layer in plan.layers]
     whole, parts = options.count("recompute"), sum(option in plan.selections for option in options)
-    texts = [
-        f"{whole} of {len(options)} recomputed" if whole or not parts else "",
-        f"{parts} of {len(options)} in part",
-    ]
-    return ", ".join(text for text in texts[: 2 if parts else 1] if text)
+    texts = [f"{whole} of {len(options)} recomputed"] if whole or not parts else []
+    texts += [f"{parts} of {len(options)} in part"] if parts else []
+    return ", ".join(texts)

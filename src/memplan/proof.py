@@ -45,7 +45,7 @@ def _gradients(
     with preserved(model), installed():
         to_training(model)
         kind = next(model.parameters()).device.type
-        with nullcontext() if recipe.autocast is None else torch.autocast(kind, recipe.autocast):
+        with recipe.casting(kind):
             loss = loss_of(model, sample, recipe.loss)
         loss.backward()
         grads = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}

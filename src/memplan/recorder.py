@@ -59,6 +59,10 @@ class Recipe:
     accumulation: int = 1
     stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
 
+    def casting(self, kind: str) -> AbstractContextManager[object]:
+        """Around a forward on this kind of device."""
+        return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
+
 
 class Recorder:
     """Records steps of one model. What they share (a step of the optimizer behind them) is recorded once.
@@ -221,7 +225,7 @@ class Recorder:
     def _loss(self, tape: Tape, batch: Sample) -> Tensor:
         kind = next(self.model.parameters()).device.type
         try:
-            with nullcontext() if self.recipe.autocast is None else torch.autocast(kind, self.recipe.autocast):
+            with self.recipe.casting(kind):
                 loss = loss_of(self.model, batch, self.recipe.loss)
         except _NEEDS_VALUES as error:
             raise CannotTrace(_values_message(self.model, error)) from error

@@ -109,7 +109,7 @@ class Session:
                 strategy,
                 effective_batch=effective_batch,
                 micro_batch=micro_batch,
-                link_bytes_s=self._link_bytes_s,
+                link_bytes_s=self._link_bytes_s if study.host_bytes else None,  # on a live card it takes measuring
                 host_bytes=study.host_bytes,
             )
 

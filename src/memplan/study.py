@@ -277,15 +277,8 @@ class Study:
         """Variant -> levels, as `Profile` wants them."""
         found = []
         for decisions in self.menu.levels or [{}]:
-            at_first = micro_batch == self.points[0]
-            if at_first and set(decisions.values()) <= {KEEP}:
-                trace = self.plain
-            elif at_first and set(decisions.values()) == {RECOMPUTE} and isinstance(self._recomputed, Trace):
-                trace = self._recomputed
-            else:
-                found.append(self._level(micro_batch, decisions))
-                continue
-            found.append(Level(decisions, trace))
+            known = self._known(decisions) if micro_batch == self.points[0] else None
+            found.append(self._level(micro_batch, decisions) if known is None else Level(decisions, known))
         chunked, kept = self._head_level(micro_batch), dict.fromkeys(self.blocks, KEEP)
         variants = {KEEP: found, **chunked}
         for name, recorder in self.steppings.items():
@@ -296,6 +289,13 @@ class Study:
                 both = self.trace(micro_batch, {**kept, **self.head}, recorder)
                 variants[f"{head}+{name}"] = [Level(kept, both)]
         return variants
+
+    def _known(self, decisions: Mapping[str, str]) -> Trace | None:
+        """The trace at the first point, if it was taken already."""
+        options = set(decisions.values())
+        if options <= {KEEP}:
+            return self.plain
+        return self._recomputed if options == {RECOMPUTE} and isinstance(self._recomputed, Trace) else None
 
     def _head_level(self, micro_batch: int) -> dict[str, list[Level]]:
         """With the loss in chunks, all blocks kept."""

@@ -266,9 +266,8 @@ class Tape(TorchDispatchMode):
         fresh = [t for t in outputs if self._follow(t, module, written)]
         flops = moved = 0
         worked = bool(fresh) or written is not None or func._schema.is_mutable
-        if (
-            worked and not func.is_view and not _ON_HOST.get()
-        ):  # not so `_unsafe_view`, and a `contiguous` of what is contiguous
+        # No work: `_unsafe_view`, and a `contiguous` of what is contiguous.
+        if worked and not func.is_view and not _ON_HOST.get():
             inputs = [t for t in flat if isinstance(t, Tensor)]
             flops = flops_of(func, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,7 +10,7 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from memplan import levers
 from memplan._compat import is_cache
@@ -189,11 +189,10 @@ class _Clock:
     def _graph(self, path: str, call: _Call) -> tuple[BlockGraph, list[float]]:
         """The first run warms up."""
         block = self.model.get_submodule(path)
-        inputs = [leaf for leaf in tree_iter((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
         laps = []
         for _ in range(_REPEATS + 1):
             with self._casting():
-                run = capturing(block, block.forward, inputs, call.args, call.kwargs, self.device.synchronize)
+                run = capturing(block, block.forward, call.args, call.kwargs, self.device.synchronize)
             laps.append(run[0].node_s)
         return run[0].graph, [min(node) for node in zip(*laps[1:], strict=True)]
 
@@ -257,10 +256,8 @@ class _Clock:
         self.device.synchronize()
         return time.perf_counter() - begin
 
-    def _casting(self) -> AbstractContextManager[Any]:
-        if self.recipe.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.torch_device.type, self.recipe.autocast)
+    def _casting(self) -> AbstractContextManager[object]:
+        return self.recipe.casting(self.device.torch_device.type)
 
 
 @contextmanager

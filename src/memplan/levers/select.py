@@ -6,10 +6,10 @@ dropped (`BlockGraph`); in the backward, the few operators that lead to them run
 
 No dispatch mode runs in training, and no second forward: the first forward of a block is captured (`capture.py`), and
 proved there, bit by bit, on the tensors that it has just computed. Later forwards only pass the hooks of saved
-tensors. They are compared with the captured one: the call's tensors and plain
-arguments, the modules, their plain attributes and hooks, autocast, and the sequence of what autograd saves and by which
-operators it was made. A new kind of call is captured anew; where a block does not do what it did, everything is held,
-as if there were no plan, and a warning says so.
+tensors. They are compared with the captured one: the call's tensors and plain arguments, the modules, their plain
+attributes and hooks, autocast, and the sequence of what autograd saves and by which operators it was made. A new kind
+of call is captured anew; where a block does not do what it did, everything is held, as if there were no plan, and a
+warning says so.
 
 What nobody can see is a number that changes between steps though it is no attribute of a module: in an object that a
 module refers to, in a closure, or read from a tensor through NumPy or `tolist`.
@@ -109,7 +109,7 @@ class Selected(StandIn):
     def _captured(self, kind: object, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward for the first time on this kind of call."""
         state = random_state(inputs[0].device if inputs else torch.device("cpu"))
-        captured, saved, out = capturing(self.block, self.__wrapped__, inputs, args, kwargs)
+        captured, saved, out = capturing(self.block, self.__wrapped__, args, kwargs)
         parts = self._parts(captured, saved, inputs, state)
         leave(parts, saved, self.block, inputs, state)
         while len(self._known) >= _MOST_KINDS:
@@ -178,7 +178,6 @@ class Selected(StandIn):
 def capturing(
     block: nn.Module,
     forward: Callable[..., Any],
-    inputs: Sequence[Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     clock: Callable[[], None] | None = None,
@@ -186,11 +185,10 @@ def capturing(
     """Run a block's forward and capture it. Returns what was captured, what autograd saved, and the output.
 
     Args:
-        inputs: the tensors among the arguments.
         clock: waits for the device, if operators are to be timed.
     """
     saved: list[Saved] = []
-    capture = Capture(block, inputs, clock)
+    capture = Capture(block, [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)], clock)
 
     def pack(tensor: Tensor) -> Saved:
         capture.saves(tensor)
@@ -231,8 +229,7 @@ def _watching(model: nn.Module, path: str, found: dict[str, Captured]) -> Callab
     def forward(*args: Any, **kwargs: Any) -> Any:
         if path in found or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        inputs = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-        found[path], _, out = capturing(block, plain, inputs, args, kwargs)
+        found[path], _, out = capturing(block, plain, args, kwargs)
         return out
 
     return forward
