@@ -108,9 +108,14 @@ class Selected(StandIn):
 
     def _captured(self, kind: object, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward for the first time on this kind of call."""
-        state = random_state(inputs[0].device if inputs else torch.device("cpu"))
+        device = inputs[0].device if inputs else torch.device("cpu")
+        is_traced = any(isinstance(tensor, FakeTensor) for tensor in inputs)
+        # A trace is of a steady step, which takes the state only if a part draws: past the tape, until that is known.
+        state = torch.default_generator.get_state() if is_traced else random_state(device)
         captured, saved, out = capturing(self.block, self.__wrapped__, args, kwargs)
         parts = self._parts(captured, saved, inputs, state)
+        if is_traced and any(part.draws for part in parts):
+            state = random_state(device)
         leave(parts, saved, self.block, inputs, state)
         while len(self._known) >= _MOST_KINDS:
             self._known.pop(next(iter(self._known)))
