@@ -105,8 +105,10 @@ def plan(workload: str, budgets: dict[str, tuple[int, bool]], plans: str) -> Ite
         path = plan_file(plans, workload, setting)
         path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)
-        names = ("budget_bytes", "smallest_bytes", "peak_bytes", "slowdown", "samples_per_s", "verdict", "times")
+        names = ("smallest_bytes", "peak_bytes", "slowdown", "samples_per_s", "verdict", "times")
         entry = {name: getattr(found, name) for name in (*names, "micro_batch", "accumulation")}
+        entry["budget_bytes"] = found.budget.total_bytes
+        entry["smallest_bytes"] += found.budget.margin_bytes  # of a budget so much is kept free
         # An option's name means something within its plan only, so that plans are compared by what is dropped.
         entry["decisions"] = {path: found.selections.get(o, o) for path, o in found.decisions.items()}
         yield {"setting": setting, "plan": entry | {"options": _options(found), "planning_s": round(seconds, 1)}}
@@ -128,7 +130,7 @@ def _planned(model: nn.Module, batch: workloads.Batch, budget_bytes: int, sizes:
         found = memplan.plan(model, f"cpu:{budget_bytes}B", sample=batch, optimizer="adamw", **sizes)  # type: ignore[arg-type]
         if found.verdict != "does not fit":
             return found
-        budget_bytes = max(found.smallest_bytes, budget_bytes + 1)
+        budget_bytes = max(found.smallest_bytes + found.budget.margin_bytes, budget_bytes + 1)
     raise DoesNotFit(found.reason, found.smallest_bytes)
 
 

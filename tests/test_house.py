@@ -57,6 +57,7 @@ FLOORS = {
     "proof": 11,
     "study": 12,
     "timing": 11,
+    "skipping": 11,
     "advice": 7,
     "summary": 7,
     "cli": 15,

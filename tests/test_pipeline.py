@@ -288,13 +288,14 @@ def test_what_does_not_fit_says_what_would(name: str) -> None:
     assert plan.reason
     assert plan.budget_bytes < plan.peak_bytes <= plan.smallest_bytes
     assert len(plan.ways_out) == 3
-    assert planned(name, plan.smallest_bytes, micro_batch=plan.micro_batch).verdict is Verdict.FITS
+    enough = plan.smallest_bytes + plan.budget.margin_bytes
+    assert planned(name, enough, micro_batch=plan.micro_batch).verdict is Verdict.FITS
 
 
 def test_with_a_free_batch_the_smallest_budget_fits_too() -> None:
     plan = planned("llama", ample("llama").breakdown["params"] * 4, effective_batch=4)
     assert plan.verdict is Verdict.DOES_NOT_FIT
-    assert planned("llama", plan.smallest_bytes, effective_batch=4).verdict is Verdict.FITS
+    assert planned("llama", plan.smallest_bytes + KIB, effective_batch=4).verdict is Verdict.FITS
 
 
 def test_below_what_is_always_there_nothing_can_be_planned() -> None:

@@ -13,10 +13,13 @@ from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.device import CpuDevice
 from memplan.errors import ModelFailed
+from memplan.gpus import find_gpu
+from memplan.kernels import backend_for
 from memplan.menu import Menu
-from memplan.recorder import Recipe
-from memplan.roofline import StepTimes
+from memplan.recorder import Recipe, Recorder
+from memplan.roofline import StepTimes, estimated
 from memplan.samples import Sample
+from memplan.study import Study
 from memplan.timing import cpu_rates, measured
 
 
@@ -33,7 +36,12 @@ def time_it(
     recipe = Recipe(autocast=autocast)
     samples = [Sample.of(batch).resized(size) for size in sizes]
     menu = Menu(dict.fromkeys(find_blocks(model), levers.OPTIONS), {})
-    return measured(model, recipe, samples, CpuDevice(), menu, guess(model, sizes))
+    return measured(model, recipe, samples, CpuDevice(), menu, {}, guess(model, sizes))
+
+
+def study_at(model: nn.Module, batch: object, size: int) -> Study:
+    recorder = Recorder(model, Recipe(), backend_for(find_gpu("cpu")))
+    return Study(model, Sample.of(batch), Recipe(), recorder, find_gpu("cpu"), CpuDevice(), (size,), 1)
 
 
 MODELS: dict[str, Callable[[], tiny.Made]] = {
@@ -74,6 +82,24 @@ def test_the_rest_is_scaled_as_the_blocks_are() -> None:
     scale = sum(times.block_s(path, "keep", 2) for path in find_blocks(model)) / (3.0 * 4)
     assert times.rest_s(2, "keep") == pytest.approx(scale)
     assert times.optimizer_s == pytest.approx(scale)
+
+
+def test_with_a_head_the_rest_is_run_in_both_ways_and_other_micro_batches_follow_it() -> None:
+    model, batch = tiny.llama()
+    sizes = (2, 4)
+    studies = [study_at(model, batch, size) for size in sizes]
+    found = {size: study.levels(size) for size, study in zip(sizes, studies, strict=True)}
+    study = studies[0]
+    estimate = estimated(found, cpu_rates())
+    (option,) = study.head.values()
+    samples = [Sample.of(batch).resized(size) for size in sizes]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    times = measured(model, Recipe(), samples, CpuDevice(), study.menu, study.head, estimate)
+    for variant in ("keep", option):
+        factor = times.rest_s(2, variant) / estimate.rest_s(2, variant)
+        assert times.rest_s(4, variant) == pytest.approx(factor * estimate.rest_s(4, variant))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert "forward" not in model.get_submodule(next(iter(study.head))).__dict__
 
 
 def test_more_work_is_never_faster_at_any_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:

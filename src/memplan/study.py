@@ -35,6 +35,7 @@ from memplan.proof import difference
 from memplan.recorder import Recipe, Recorder
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
 from memplan.samples import Sample
+from memplan.skipping import skipped
 from memplan.strategy import LEVERS, Lever
 from memplan.summary import decisions_of
 from memplan.timing import captured, cpu_rates, measured
@@ -237,13 +238,17 @@ class Study:
         return self._disproof(option) or (option, trace)
 
     def _disproof(self, option: Mapping[str, str]) -> str | None:
-        """What differs in a real step on two samples, where the model can run one."""
+        """What differs in a real step on two samples, where the model can run one.
+
+        Of the blocks only the last one does its work: it is they who get the gradient, whatever made it.
+        """
         if not self._can_time:
             return None
         assert self.device is not None
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
         try:
-            return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
+            with skipped(self.model, [[p for p in group if p != self.blocks[-1]] for group in self._groups]):
+                return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
         except torch.OutOfMemoryError:
             return None
 
@@ -314,7 +319,7 @@ class Study:
         assert self.device is not None
         samples = [self.sample.resized(b) for b in levels]
         try:
-            return measured(self.model, self.recipe, samples, self.device, self.menu, estimate)
+            return measured(self.model, self.recipe, samples, self.device, self.menu, self.head, estimate)
         except torch.OutOfMemoryError:  # the very reason for a plan
             return estimate
 

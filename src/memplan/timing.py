@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -26,11 +27,12 @@ from memplan.recorder import Recipe, loss_of
 from memplan.repeat import long_runs, shortened
 from memplan.roofline import Rates, StepTimes
 from memplan.samples import Sample
+from memplan.skipping import skipped
 
 _REPEATS = 3
 _LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
 _MOST_SCALED = 3.0  # single operators run hotter or colder than among others; by more than this, noise is measured
-_ENOUGH_S = 2.0  # a block that takes this long is not run again
+_ENOUGH_S = 2.0  # what takes this long is run twice only, and needs no warming up
 
 
 def captured(
@@ -47,40 +49,61 @@ def captured(
 
 
 def measured(
-    model: nn.Module, recipe: Recipe, samples: Sequence[Sample], device: Device, menu: Menu, estimate: StepTimes
+    model: nn.Module,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    device: Device,
+    menu: Menu,
+    head: Mapping[str, str],
+    estimate: StepTimes,
 ) -> StepTimes:
     """The estimate, with each block's times replaced by measured ones and the rest scaled to agree with them.
 
     Every distinct block is run by itself, on the inputs that it gets in a real forward; one of a run of alike blocks
     stands for all. Of the selections only the one that runs most again is run; the others are priced by the seconds of
-    the operators that they run again, scaled to agree with it. Model, gradients, buffers and random state are as before
-    afterwards.
+    the operators that they run again, scaled to agree with it. What lies outside the blocks is run, as it is and with
+    its option, where the loss head has one. Model, gradients, buffers and random state are as before afterwards.
 
     Args:
         samples: one per micro-batch at which the estimate was made.
+        head: path of the loss head -> its option; empty if it has none.
 
     Raises:
         ModelFailed: the model raised where the abstract run did not; the cause is chained.
     """
     seconds: dict[tuple[str, str], dict[int, float]] = {}
     scales: dict[int, float] = {}
+    around: Mapping[str, float] = {}
     with preserved(model):
         to_training(model)
         for sample in samples:
             clock = _Clock(model, recipe, sample.to(device.torch_device), device)
             size = sample.batch_size
+            if head and not around:
+                around = clock.around(menu, head)
             found = _believable(clock.times(menu))
             for key, value in found.items():
                 seconds.setdefault(key, {})[size] = value
             keep = [key for key in found if key[1] == KEEP]
             guessed_s = sum(estimate.blocks[key][size] for key in keep)
             scales[size] = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
-    rest = {
-        variant: {size: value * scales[size] for size, value in points.items()}
-        for variant, points in estimate.rest.items()
-    }
+    rest = _scaled(estimate.rest, scales, around)
     blocks = {**_guessed(seconds, menu, estimate), **_steadied(seconds, estimate), **_selected(seconds, menu)}
     return StepTimes(blocks, rest, estimate.optimizer_s * scales[samples[-1].batch_size], how="measured")
+
+
+def _scaled(
+    rest: Mapping[str, Mapping[int, float]], scales: Mapping[int, float], around: Mapping[str, float]
+) -> dict[str, dict[int, float]]:
+    """Each variant's seconds outside the blocks: by its loss head where that was run, else as the blocks' own."""
+    at = next(iter(scales))  # the micro-batch at which it was run
+    factors = {head: seconds / rest[head][at] for head, seconds in around.items() if rest[head][at] > 0}
+    scaled = {}
+    for variant, points in rest.items():
+        head = variant.partition("+")[0]
+        factor = factors.get(head if head in factors else KEEP)
+        scaled[variant] = {size: value * (factor or scales[size]) for size, value in points.items()}
+    return scaled
 
 
 def _steadied(
@@ -182,6 +205,15 @@ class _Clock:
                 found.update({(path, option): seconds[option] for path in group for option in options})
         return found
 
+    def around(self, menu: Menu, head: Mapping[str, str]) -> dict[str, float]:
+        """Variant of the loss head -> seconds of a forward and backward without the blocks' work."""
+        (option,) = head.values()
+        blocks = tuple(menu.options)
+        kept = levers.decided(self.model, {**dict.fromkeys(blocks, KEEP), **dict.fromkeys(head, KEEP)})
+        with self._own_errors(), kept, skipped(self.model, alike(self.model, blocks)):
+            self._step_lap({})  # with the blocks' own first run
+            return self._interleaved({KEEP: partial(self._step_lap, {}), option: partial(self._step_lap, head)})
+
     def graphs(self, blocks: Sequence[str]) -> dict[str, tuple[BlockGraph, list[float]]]:
         with self._own_errors():
             return {group[0]: self._graph(group[0], call) for group, call in self._calls(blocks, False).items()}
@@ -230,21 +262,29 @@ class _Clock:
         return calls
 
     def _block(self, path: str, call: _Call, options: Sequence[str], menu: Menu) -> dict[str, float]:
-        """Interleaved, so that a busy moment of the machine hits all options alike; the first round warms up."""
-        laps: dict[str, list[float]] = {option: [] for option in options}
+        block = self.model.get_submodule(path)
+
+        def lap(option: str) -> float:
+            with levers.decided(self.model, {path: option}, menu.of_decisions({path: option})):
+                if option in menu.selections:
+                    self._lap(block, call)  # the first forward is captured
+                return self._lap(block, call)
+
+        return self._interleaved({option: partial(lap, option) for option in options})
+
+    def _interleaved(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+        """Median seconds of each, in turn, so that a busy moment of the machine hits all alike; the first warms up."""
+        laps: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(_REPEATS + 1):
-            for option in options:
-                with levers.decided(self.model, {path: option}, menu.of_decisions({path: option})):
-                    if option in menu.selections:
-                        self._lap(self.model.get_submodule(path), call)  # the first forward is captured
-                    lap = self._lap(self.model.get_submodule(path), call)
-                if turn or lap > _ENOUGH_S:
-                    laps[option].append(lap)
-            if all(found and found[0] > _ENOUGH_S for found in laps.values()):
+            for name, run in runs.items():
+                seconds = run()
+                if turn or seconds > _ENOUGH_S:
+                    laps[name].append(seconds)
+            if all(found[1:] and found[0] > _ENOUGH_S for found in laps.values()):
                 break
         for parameter in self.model.parameters():
             parameter.grad = None
-        return {option: median(found) for option, found in laps.items()}
+        return {name: median(found) for name, found in laps.items()}
 
     def _lap(self, block: nn.Module, call: _Call) -> float:
         self.device.synchronize()
@@ -255,6 +295,16 @@ class _Clock:
             torch.autograd.backward(output, torch.ones_like(output))
         self.device.synchronize()
         return time.perf_counter() - begin
+
+    def _step_lap(self, decisions: Mapping[str, str]) -> float:
+        with levers.decided(self.model, decisions):
+            self.device.synchronize()
+            begin = time.perf_counter()
+            with self._casting():
+                loss = loss_of(self.model, self.batch, self.recipe.loss)
+            loss.backward()
+            self.device.synchronize()
+            return time.perf_counter() - begin
 
     def _casting(self) -> AbstractContextManager[object]:
         return self.recipe.casting(self.device.torch_device.type)
