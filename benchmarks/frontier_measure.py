@@ -24,8 +24,14 @@ from steps import make_step
 from torch import nn
 
 import memplan
+from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit
 from memplan.meter import reachable_storages
+from memplan.plan_record import Verdict
+from memplan.recorder import Recipe
+from memplan.samples import Sample
+from memplan.session import Session
+from memplan.strategy import load_strategy
 
 NONE = "none"  # no checkpointing: the unit of all times
 TINY = "tiny"  # a workload for trying the benchmark itself
@@ -92,12 +98,11 @@ def peak(workload: str, setting: str, plans: str) -> Iterator[Answer]:
 def plan(workload: str, budgets: dict[str, tuple[int, bool]], plans: str) -> Iterator[Answer]:
     """A plan for each budget in bytes, with the micro-batch fixed or (True) the batch left to be split."""
     model, batch = build(workload)
-    rows = next(iter(batch.values())).shape[0]
+    session = Session(model, Sample.of(batch), Recipe(optimizer="adamw"), *resolve_gpu("cpu"))
     for setting, (budget_bytes, split) in budgets.items():
         begin = time.perf_counter()
-        sizes = {"effective_batch": rows} if split else {"micro_batch": rows}
         try:
-            found = _planned(model, batch, budget_bytes, sizes)
+            found = _planned(session, budget_bytes, split)
         except memplan.MemplanError as error:
             yield _failed(setting, error)
             continue
@@ -124,11 +129,13 @@ def _options(plan: memplan.Plan) -> dict[str, int]:
     return dict(Counter(held.get(option, option) for option in plan.decisions.values()))
 
 
-def _planned(model: nn.Module, batch: workloads.Batch, budget_bytes: int, sizes: dict[str, int]) -> memplan.Plan:
+def _planned(session: Session, budget_bytes: int, split: bool) -> memplan.Plan:
     """The smallest budget that a plan promises may miss the plan's own trace by a little: then that is the smallest."""
+    rows, strategy = session.sample.batch_size, load_strategy("balanced")
+    sizes = {"effective_batch": rows, "micro_batch": None if split else rows}
     for _ in range(SMALLEST_TRIES):
-        found = memplan.plan(model, f"cpu:{budget_bytes}B", sample=batch, optimizer="adamw", **sizes)  # type: ignore[arg-type]
-        if found.verdict != "does not fit":
+        found = session.within(budget_bytes).plan(strategy, **sizes)
+        if found.verdict is Verdict.FITS:
             return found
         budget_bytes = max(found.smallest_bytes + found.budget.margin_bytes, budget_bytes + 1)
     raise DoesNotFit(found.reason, found.smallest_bytes)

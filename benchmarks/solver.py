@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memplan.planner import Outcome, search
 from memplan.problem import Block, Gap, Option, Problem
 from memplan.simulator import simulate
 from memplan.solvers import SOLVERS, Solution, smallest_budget
+from memplan.strategy import Strategy
 
 MIB = 2**20
 DOC = Path(__file__).parents[1] / "docs" / "solver.md"
@@ -82,10 +84,62 @@ def chain(points: Points, blocks: int, options: int, *, identical: bool) -> Prob
     return Problem(1, every, (Gap(64 * MIB, 64 * MIB),) * blocks + (Gap(2048 * MIB, 2048 * MIB),), 0, 1e-2, 1e-2)
 
 
+def with_copies(problem: Problem, link_bytes_s: float = 25e9) -> Problem:
+    """Each block may also copy to the host: its boundary while it recomputes, or most of what it saves."""
+
+    def more(block: Block) -> Block:
+        most, least = (pick(block.options, key=lambda option: option.hold_bytes) for pick in (max, min))
+        quickest = min(option.step_s for option in block.options)
+        known = [replace(option, recompute_s=option.step_s - quickest) for option in block.options]
+        stay, rest = least.hold_bytes // 8, least.hold_bytes // 4
+        boundary = replace(least, name="offload-boundary", hold_bytes=stay, link_bytes=least.hold_bytes - stay)
+        saved = replace(most, name="offload-saved", hold_bytes=rest, step_s=quickest, link_bytes=most.hold_bytes - rest)
+        boundary = replace(boundary, recompute_s=boundary.step_s - quickest)
+        return replace(block, options=(*known, boundary, saved))
+
+    blocks = tuple(map(more, problem.blocks))
+    return replace(problem, blocks=blocks, link_bytes_s=link_bytes_s, host_bytes=2**40)
+
+
 def with_share(problem: Problem, share: float) -> Problem:
     quickest = tuple(min(range(len(b.options)), key=lambda k: b.options[k].step_s) for b in problem.blocks)
     low, high = smallest_budget(problem), simulate(problem, quickest).peak_bytes
     return replace(problem, budget_bytes=low + int((high - low) * share))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A profile in which everything grows with the micro-batch; implements `planner.Profile`."""
+
+    whole: Problem  # at 32 samples
+    can_split: bool = True
+    largest_micro_batch: int = 4096
+    variants: tuple[str, ...] = ("keep",)
+
+    def problem(self, micro_batch: int, accumulation: int, budget_bytes: int, variant: str = "keep") -> Problem:  # noqa: ARG002
+        """Seconds have a fixed part of a fifth, bytes have none."""
+        share = micro_batch / 32
+        slower = 0.2 + 0.8 * share
+
+        def scaled(option: Option) -> Option:
+            return replace(
+                option,
+                hold_bytes=int(option.hold_bytes * share),
+                forward_bytes=int(option.forward_bytes * share),
+                backward_bytes=int(option.backward_bytes * share),
+                step_s=option.step_s * slower,
+                link_bytes=int(option.link_bytes * share),
+                recompute_s=option.recompute_s * slower,
+            )
+
+        return replace(
+            self.whole,
+            budget_bytes=budget_bytes,
+            blocks=tuple(replace(b, options=tuple(map(scaled, b.options))) for b in self.whole.blocks),
+            gaps=tuple(Gap(int(g.forward_bytes * share), int(g.backward_bytes * share)) for g in self.whole.gaps),
+            rest_s=self.whole.rest_s * slower,
+            accumulation=accumulation,
+        )
 
 
 # --- the measurements -----------------------------------------------------------------------------------------------
@@ -110,8 +164,9 @@ def against_exact(problem: Problem, solution: Solution) -> tuple[float, float]:
     return solution.step_s / exact.step_s - 1, took_ms
 
 
-def measured(shape: str, points: Points, blocks: int, options: int, *, identical: bool) -> Row:
-    problems = [with_share(chain(points, blocks, options, identical=identical), share) for share in SHARES]
+def measured(shape: str, points: Points, blocks: int, options: int, *, identical: bool, copies: bool = False) -> Row:
+    plain = chain(points, blocks, options, identical=identical)
+    problems = [with_share(with_copies(plain) if copies else plain, share) for share in SHARES]
     results = [timed_ms(problem) for problem in problems]
     gaps = []
     for problem, (_, solution) in zip(problems, results, strict=True):
@@ -120,12 +175,12 @@ def measured(shape: str, points: Points, blocks: int, options: int, *, identical
         assert simulate(problem, solution.choice).fits
         gaps.append(solution.gap)
     exact = "not asked"
-    if blocks * options <= EXACT_UP_TO and points is not proportional:
+    if blocks * options <= EXACT_UP_TO and points is not proportional and not copies:
         pairs = [against_exact(p, solution) for p, (_, solution) in zip(problems, results, strict=True)]
         slower = max(pair[0] for pair in pairs)
         exact = f"{'same' if abs(slower) < 1e-9 else f'{slower:+.1e}'}, {statistics.median(p[1] for p in pairs):.0f} ms"
     times = [result[0] for result in results]
-    name = f"{shape}, {'identical' if identical else 'different'}"
+    name = f"{shape}, {'identical' if identical else 'different'}{', with copies' if copies else ''}"
     return Row(name, blocks, options, statistics.median(times), max(times), max(gaps), exact)
 
 
@@ -137,6 +192,20 @@ def table(rows: list[Row]) -> str:
         f"{'0' if row.worst_gap == 0 else f'{row.worst_gap * 100:.1g} %'} | {row.exact} |\n"
         for row in rows
     )
+
+
+def searched(shape: str, points: Points, *, identical: bool, copies: bool) -> str:
+    """A row of the second table: the whole outer search, over the 12 splits of a batch of 60."""
+    plain = chain(points, 128, 24, identical=identical)
+    whole = with_copies(plain) if copies else plain
+    link = {"link_bytes_s": whole.link_bytes_s, "host_bytes": whole.host_bytes}
+    start = time.process_time()
+    found = search(Scaled(whole), with_share(plain, 0.1).budget_bytes, Strategy("any"), effective_batch=60, **link)
+    took = time.process_time() - start
+    assert isinstance(found, Outcome)
+    gap = "0" if found.gap == 0 else f"{found.gap * 100:.1g} %"
+    name = f"{shape}, {'identical' if identical else 'different'}{', with copies' if copies else ''}"
+    return f"| {name} | {took:.2f} s | {gap} | {found.micro_batch} x {found.accumulation} |\n"
 
 
 def main() -> None:
@@ -155,7 +224,18 @@ def main() -> None:
         for identical in (True, False)
         for blocks, options in sizes
     ]
+    rows += [
+        measured(shape, points, blocks, options, identical=identical, copies=True)
+        for shape, points, sizes in cases[:3]
+        for identical in (True, False)
+        for blocks, options in sizes[::2]
+    ]
     text = table(rows)
+    text += "\n| search over 12 micro-batches, 128 blocks, 24 options | CPU time | gap | taken |\n|---|--:|--:|--:|\n"
+    for shape, points, _ in cases[1:]:
+        for identical in (True, False):
+            for copies in (False, True):
+                text += searched(shape, points, identical=identical, copies=copies)
     print(text)
     if write:
         before, rest = DOC.read_text(encoding="utf-8").split(START)

@@ -179,7 +179,7 @@ class Plan(_Record):
             f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {room}; "
             f"{format_bytes(self.unplanned_bytes)} without a plan",
             f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
-            f"{self.slowdown:.1%} slower than keeping everything, within {self.gap:.2%} of the proven bound",
+            f"{pace_text(self.slowdown)} than keeping everything, within {self.gap:.2%} of the proven bound",
         ]
         if self.host_bytes > 0:
             lines.append(f"  host      {format_bytes(self.host_bytes)} of pinned memory")
@@ -188,6 +188,11 @@ class Plan(_Record):
         lines += [f"  way out   {way}" for way in self.ways_out]
         lines += [f"  assumed   {text}" for text in self.assumptions]
         return "\n".join(lines)
+
+
+def pace_text(slowdown: float) -> str:
+    """A share of time lost as "2.0% slower", or gained as "2.0% faster"."""
+    return f"{abs(slowdown):.1%} {'slower' if slowdown >= 0 else 'faster'}"
 
 
 def count_text(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import psutil
@@ -59,13 +59,23 @@ _NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another
 
 @dataclass(frozen=True)
 class Session:
-    """A model with everything that is asked about it."""
+    """A model with everything that is asked about it.
+
+    A plan for another budget on the same device (`within`) starts from what this session has traced and measured.
+    """
 
     model: nn.Module
     sample: Sample
     recipe: Recipe
     gpu: Gpu
     device: Device | None
+    _studies: dict[object, Study] = field(default_factory=dict, repr=False, compare=False)
+
+    def within(self, total_bytes: int) -> "Session":
+        """The same questions about a device with so much memory."""
+        prefix = {"cpu": "cpu:", "size": ""}.get(self.gpu.kind)
+        name = self.gpu.name if prefix is None else f"{prefix}{total_bytes}B"
+        return replace(self, gpu=replace(self.gpu, name=name, total_bytes=total_bytes))
 
     @cached_property
     def recorder(self) -> Recorder:
@@ -104,7 +114,7 @@ class Session:
         budget = self._budget(strategy)
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
         self._refuse_below_static(study.plain, budget)
-        profile = study.profile(self._can_split)
+        profile = study.profile
 
         def ask(usable: int) -> Outcome | NoPlan:
             return search(
@@ -132,7 +142,8 @@ class Session:
 
     def _study(self, points: Sequence[int], accumulation: int, strategy: Strategy) -> Study:
         asked = (self.model, self.sample, self.recipe, self.recorder, self.gpu, self.device)
-        return Study(*asked, points, accumulation, strategy.levers, self._host_bytes(strategy))
+        settings = (tuple(points), accumulation, strategy.levers, self._host_bytes(strategy))
+        return self._studies.setdefault(settings, Study(*asked, *settings))
 
     @cached_property
     def _link_bytes_s(self) -> float | None:

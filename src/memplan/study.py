@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers
-from memplan.blocks import alike, find_blocks
+from memplan.blocks import alike, find_blocks, is_batch_coupled
 from memplan.device import Device
 from memplan.errors import CannotTrace, ModelFailed
 from memplan.gpus import Gpu
@@ -268,13 +268,14 @@ class Study:
 
     # -- the profile ---------------------------------------------------------------------------------------------
 
-    def profile(self, can_split: bool) -> Profile:
+    @cached_property
+    def profile(self) -> Profile:
         levels = {point: self.levels(point) for point in self.points}
         return Profile.of(
             levels,
             self.blocks,
             self._times(levels),
-            can_split=can_split,
+            can_split=not is_batch_coupled(self.model),
             largest_micro_batch=LARGEST_MICRO_BATCH if len(self.points) > 1 else self.points[0],
         )
 

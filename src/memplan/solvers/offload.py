@@ -11,12 +11,14 @@ whose right side adds up over the blocks: the chain of `memplan.solvers.labels` 
 one at another that does not are two lines over the price; where they cross is the next price to ask at, and when
 nothing new lies below the crossing, that is the best bound. The plan itself is the best mixture of those two choices
 by `Problem.step_s`, which walks the queues: with many identical blocks either choice alone treats all of them alike.
+At the end it is polished block by block, since the bound knows how busy the link is, but not when.
 
 The staging area is as large as the largest copy chosen, so the question is asked once per size of it (GROUPS at most),
 largest copy by largest copy; a group that cannot beat the plan in hand ends at its first question.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,6 +33,7 @@ from memplan.solvers.solution import Solution, gap_peaks, peak_bytes
 
 GROUPS = 4  # sizes of the staging area that are told apart
 QUESTIONS = 12  # prices asked for in one group and direction; lines cross for good after 3 to 6
+NEAR = 3  # blocks so far apart exchange their options at the end, for copies to be made a little earlier or later
 ENOUGH = 2e-4  # share of the blocks' time by which a plan may miss the bound without further questions
 
 
@@ -68,6 +71,7 @@ def improved(problem: Problem, plain: Solution) -> Solution:
         bound_s = min(bound_s, search.group(least, most))
     if search.best is None:
         return Solution.infeasible()
+    search.polish(bound_s)
     bound_s = problem.accumulation * (bound_s + problem.rest_s) + problem.optimizer_s
     return Solution.of(problem, search.best, min(bound_s, problem.step_s(search.best)))
 
@@ -308,6 +312,32 @@ class _Search:
                     mixed[i] = one[i]
                 if sum(o.step_s for o in self.problem.chosen(tuple(mixed))) < self.best_s:
                     self.judge(tuple(mixed))
+
+    def polish(self, bound_s: float) -> None:
+        """Better the plan in hand by one block's option, or by an exchange of two, until none is faster."""
+        before_s = inf
+        while self.best_s < before_s * (1 - 1e-9) and not self.is_enough(bound_s):
+            before_s = self.best_s
+            for i, times in enumerate(self.times):
+                for k in times:
+                    self.change({i: k})
+                for j in range(i + 1, min(i + 1 + NEAR, len(self.times))):
+                    assert self.best is not None
+                    self.change({i: self.best[j], j: self.best[i]})
+
+    def change(self, options: Mapping[int, int]) -> None:
+        """Judge the plan in hand with other options for some blocks, unless it cannot be faster."""
+        assert self.best is not None
+        choice = tuple(options.get(i, k) for i, k in enumerate(self.best))
+        if choice == self.best or not all(k in self.times[i] for i, k in options.items()):
+            return
+        if sum(times[k] for times, k in zip(self.times, choice, strict=True)) < self.best_s:
+            self.is_judged(choice)
+
+    @cached_property
+    def times(self) -> list[dict[int, float]]:
+        """Per block, the seconds of each option that may be chosen."""
+        return [dict(zip(link.index.tolist(), link.time.tolist(), strict=True)) for link, _, _ in self.options]
 
     def is_enough(self, bound_s: float) -> bool:
         return self.best_s - bound_s <= ENOUGH * self.best_s
