@@ -26,6 +26,7 @@ FLOORS = {
     "graph": 2,
     "menu": 4,
     "selection": 3,
+    "data": 1,
     "batches": 2,
     "problem": 2,
     "profile": 3,

@@ -386,3 +386,22 @@ class TestSample:
     def test_no_fields_give_no_sample(self) -> None:
         with pytest.raises(BadSample, match="no tensor"):
             Sample.from_fields((), 2)
+
+
+def test_rows_are_made_longer_where_they_hold_tokens() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    shown = Sample.of(
+        {"scale": torch.ones(2), "input_ids": ids, "states": torch.ones(2, 3, 4), "wide": torch.ones(2, 4)}
+    )
+    longer = shown.lengthened(5).content
+    assert longer["input_ids"].tolist() == [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]]
+    assert {name: tuple(t.shape) for name, t in longer.items() if name != "input_ids"} == {
+        "scale": (2,),
+        "states": (2, 5, 4),
+        "wide": (2, 4),
+    }
+
+
+def test_what_has_no_tokens_is_not_made_longer() -> None:
+    with pytest.raises(BadSample, match="no tensor of tokens"):
+        Sample.of(torch.ones(2, 3)).lengthened(5)

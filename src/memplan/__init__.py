@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from memplan.data import Data
     from memplan.errors import MemplanError
     from memplan.fitting import Fit
     from memplan.gpus import Gpu, find_gpu
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Data",
     "Fit",
     "Gpu",
     "Measured",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES: Final = {
+    "Data": "memplan.data",
     "Fit": "memplan.fitting",
     "Gpu": "memplan.gpus",
     "Measured": "memplan.plan_record",

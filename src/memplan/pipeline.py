@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from memplan.data import Data
 from memplan.device import resolve_gpu
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, NoDevice, UsageError
 from memplan.fitting import Fit, apply
@@ -69,6 +70,7 @@ def plan(
     micro_batch: int | None = None,
     strategy: str | Path | Strategy = "balanced",
     seq_len: int | None = None,
+    data: Data | None = None,
 ) -> Plan:
     """What to recompute and which micro-batch to take, so that the step fits the card at the least time.
 
@@ -82,6 +84,7 @@ def plan(
         micro_batch: fixes the micro-batch. With neither, the planner takes the memory that it frees for a larger one.
         strategy: a shipped name ("balanced", "throughput", "largest-batch", ...) or a TOML file.
         seq_len: tokens per sample, where the sample is made from the config.
+        data: the lengths of the whole data set; the plan is then for the worst batch that can come of it.
 
     Raises:
         DoesNotFit: the budget is below what is always there. A plan that misses by less is returned with the verdict
@@ -96,9 +99,12 @@ def plan(
         )
     chosen = load_strategy(strategy)
     card, device = resolve_gpu(gpu)
-    shown = sample_for(model, 2, seq_len) if sample is None else Sample.of(sample)
+    shown = _shown(model, sample, seq_len, data)
     session = Session(model, shown, _recipe(loss, optimizer, autocast), card, device)
-    return session.plan(chosen, effective_batch, micro_batch)
+    found = session.plan(chosen, effective_batch, micro_batch)
+    if data is None:
+        return found
+    return found.model_copy(update={"assumptions": (*found.assumptions, data.describe(found.micro_batch))})
 
 
 def autofit(
@@ -113,6 +119,7 @@ def autofit(
     micro_batch: int | None = None,
     strategy: str | Path | Strategy = "balanced",
     seq_len: int | None = None,
+    data: Data | None = None,
 ) -> Fit:
     """Plan and apply; where the model is on the device already, measure one step of it too (`Fit.measured`).
 
@@ -129,6 +136,7 @@ def autofit(
         micro_batch=micro_batch,
         strategy=strategy,
         seq_len=seq_len,
+        data=data,
     )
     if found.verdict is Verdict.DOES_NOT_FIT:
         raise DoesNotFit(found.describe(), found.smallest_bytes)
@@ -141,6 +149,19 @@ def autofit(
         fit.undo()
         raise
     return fit
+
+
+def _shown(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:
+    """The sample to plan for: the user's own or one made from the config, as long as the worst of the data."""
+    if data is not None and seq_len is not None:
+        raise UsageError(
+            f"seq_len={seq_len} and data were given, whose rows have {data.tokens} tokens: pass one of them"
+        )
+    tokens = data.tokens if data is not None else seq_len
+    if sample is None:
+        return sample_for(model, 2, tokens)
+    shown = Sample.of(sample)
+    return shown if data is None else shown.lengthened(data.tokens)
 
 
 def _recipe(

@@ -84,6 +84,27 @@ class Sample:
 
         return Sample(_map_tensors(resize, self.content), batch_size)
 
+    def lengthened(self, tokens: int) -> "Sample":
+        """The same rows with so many tokens each, repeated in order where there are fewer.
+
+        The tokens of a row are the second dimension of the first integer tensor that has two, and of all tensors whose
+        second dimension is the same.
+
+        Raises:
+            BadSample: no tensor holds tokens.
+        """
+        found = (t.shape[1] for t in self.tensors() if t.dim() == 2 and not t.is_floating_point())
+        length = next(found, None)
+        if not length:
+            raise BadSample("the sample has no tensor of tokens, integers [rows, tokens], that could be made longer")
+
+        def resize(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dim() < 2 or tensor.shape[1] != length:
+                return tensor.detach()
+            return tensor.detach().index_select(1, torch.arange(tokens, device=tensor.device) % length)
+
+        return Sample(_map_tensors(resize, self.content), self.batch_size)
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Sample":
         """The same structure with every tensor replaced by `change(tensor)`, which keeps its rows."""
         return Sample(_map_tensors(change, self.content), self.batch_size)
