@@ -11,6 +11,8 @@
     │   ├── BadLoss                  no scalar, differentiable loss could be found
     │   ├── BadOptimizer             unknown name, or not built from this model's parameters
     │   ├── NoStepInBackward         parameters cannot be stepped one by one, as their gradients come
+    │   ├── BadAllocatorSetting      an allocator setting that is unknown, not modelled, or out of its range
+    │   ├── BadHistory               an allocation history with holes, or none at all
     │   └── BadBatch                 micro-batch and effective batch cannot be reconciled
     ├── ModelError (RuntimeError)    the model itself stands in the way
     │   ├── NothingToTrain           no parameter requires a gradient
@@ -21,7 +23,10 @@
     │   ├── PlanMismatch             the plan's modules or shapes are not this model's
     │   └── AlreadyApplied           this model carries a plan already
     ├── DoesNotFit (RuntimeError)    no plan meets the budget
+    ├── NoRoom (RuntimeError)        no host memory for what is to be offloaded; in `levers.host_memory`
     └── NoDevice (RuntimeError)      the device asked for is not on this machine
+
+`PlanNotFollowed` is a warning: a block could not drop what the plan says, so more memory is needed than promised.
 
 A message says what happened, the numbers, and the way out.
 """
@@ -57,6 +62,14 @@ class BadLoss(UsageError):
 
 class BadOptimizer(UsageError):
     """An unknown optimizer, or one that was not built from this model's parameters."""
+
+
+class BadAllocatorSetting(UsageError):
+    """A setting of the caching allocator that is unknown, not modelled, or out of its range."""
+
+
+class BadHistory(UsageError):
+    """An allocation history that has lost its beginning or has holes, or that is not one."""
 
 
 class BadBatch(UsageError):
