@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from memplan import device as devices
+from memplan.allocator import Settings
 from memplan.device import (
     CUDA_CONTEXT_BYTES,
     CpuDevice,
@@ -29,7 +30,7 @@ from memplan.device import (
     memory_parts,
     resolve_gpu,
 )
-from memplan.errors import BadBudget, NoDevice, UnknownGpu, UsageError
+from memplan.errors import BadAllocatorSetting, BadBudget, NoDevice, UnknownGpu, UsageError
 from memplan.gpus import Gpu, find_gpu
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -417,6 +418,27 @@ class TestCuda:
         assert (known.name, known.flops) == ("rtx-4090", find_gpu("rtx-4090").flops)
         assert (unknown.name, unknown.flops) == ("Some Card Of Tomorrow", {})
         assert unknown.compute_capability == (8, 9)
+
+    def test_the_allocator_is_simulated_as_it_is_set(self) -> None:
+        told = {"max_split_size": 64 * MIB, "expandable_segments": True}
+        self.monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda _: {"allocator_settings": told})
+        assert CudaDevice(0).allocator_settings() == Settings.from_snapshot(told)
+        told["a_setting_of_tomorrow"] = 7
+        with pytest.raises(BadAllocatorSetting, match="a_setting_of_tomorrow"):
+            CudaDevice(0).allocator_settings()
+
+    @pytest.mark.parametrize(
+        ("system", "release", "spills"),
+        [
+            ("Linux", "6.8.0-generic", False),
+            ("Linux", "5.15.90-microsoft-standard-WSL2", True),
+            ("Windows", "11", True),
+        ],
+    )
+    def test_where_the_driver_gives_out_host_memory_instead(self, system: str, release: str, spills: bool) -> None:
+        self.monkeypatch.setattr("platform.system", lambda: system)
+        self.monkeypatch.setattr("platform.release", lambda: release)
+        assert CudaDevice(0).spills is spills
 
     def test_a_card_that_this_machine_does_not_have(self) -> None:
         with pytest.raises(NoDevice, match=r"'cuda:2'.*'cuda:0' to 'cuda:1'.*'cpu:2GiB'"):

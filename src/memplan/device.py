@@ -10,10 +10,12 @@ All sizes are bytes (int), all times seconds (float).
 import gc
 import importlib
 import os
+import platform
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Final, TypeVar, final
@@ -21,7 +23,9 @@ from typing import Final, TypeVar, final
 import psutil
 import torch
 
+from memplan.allocator import Settings
 from memplan.errors import NoDevice, UnknownGpu, UsageError
+from memplan.fake_memory import FakeMemory
 from memplan.gpus import Gpu, find_gpu
 from memplan.meter import allocator_record, reachable_storages, survivors
 
@@ -178,6 +182,18 @@ class CudaDevice(Device):
         others_bytes = max(0, total_bytes - free_bytes - own_bytes)
         return DeviceMemory(total_bytes, free_bytes, others_bytes, context_bytes)
 
+    def allocator_settings(self) -> Settings:
+        """Of the caching allocator in this process. Raises BadAllocatorSetting for what memplan does not simulate."""
+        return Settings.from_snapshot(torch.cuda.memory._snapshot(self.index)["allocator_settings"])
+
+    @property
+    def spills(self) -> bool:
+        """Whether the driver may give out host memory where the card's is used up, so that nothing ever raises.
+
+        NVIDIA's driver does so on Windows and in WSL ("CUDA - Sysmem Fallback Policy"; microsoft/WSL#11050).
+        """
+        return platform.system() == "Windows" or "microsoft" in platform.release().lower()
+
     def peaks_of(self, step: Step) -> Peaks:
         self.synchronize()
         torch.cuda.empty_cache()  # what earlier, larger runs left cached is not this step's
@@ -197,18 +213,26 @@ class CudaDevice(Device):
 
 @final
 class FakeDevice(Device):
-    """A device that runs the step on the CPU and answers from a script. For tests of what stands on a `Device`.
+    """A device that runs steps on the CPU and answers from a script, or from a `FakeMemory` that counts.
 
-    Each `peaks_of` takes the next of `peaks`, each run inside `seconds_of` the next of `seconds`; UsageError when the
-    script has run out.
+    From the script, each `peaks_of` takes the next of `peaks`, each run inside `seconds_of` the next of `seconds`;
+    UsageError when it has run out. With `counting` there is no script: steps run under it, peaks are what it counted,
+    seconds are the clock's, and what it refuses raises torch.OutOfMemoryError.
     """
 
     def __init__(
-        self, memory: DeviceMemory, *, peaks: Iterable[Peaks] = (), seconds: Iterable[float] = (), name: str = "fake"
+        self,
+        memory: DeviceMemory,
+        *,
+        peaks: Iterable[Peaks] = (),
+        seconds: Iterable[float] = (),
+        counting: FakeMemory | None = None,
+        name: str = "fake",
     ) -> None:
         self._memory = memory
         self._peaks = iter(tuple(peaks))
         self._seconds = iter(tuple(seconds))
+        self._counting = counting
         self._name = name
 
     @property
@@ -223,13 +247,19 @@ class FakeDevice(Device):
         return self._memory
 
     def peaks_of(self, step: Step) -> Peaks:
-        step()
-        step()
-        return _next_of(self._peaks, "peaks")
+        with self._counting or nullcontext():
+            step()
+            if self._counting is not None:
+                self._counting.reset_peak()
+            step()
+        if self._counting is None:
+            return _next_of(self._peaks, "peaks")
+        return Peaks(self._counting.peak_bytes, self._counting.peak_bytes)
 
     def seconds_of(self, step: Step, repeats: int) -> list[float]:
-        _stopwatch(step, repeats, self.synchronize)
-        return [_next_of(self._seconds, "seconds") for _ in range(repeats)]
+        with self._counting or nullcontext():
+            seconds = _stopwatch(step, repeats, self.synchronize)
+        return seconds if self._counting is not None else [_next_of(self._seconds, "seconds") for _ in range(repeats)]
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
