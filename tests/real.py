@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from memplan import optimizers
+from memplan import optimizers, packed
 from memplan.device import CpuDevice
 from memplan.meter import allocator_record
 from memplan.recorder import Recipe, loss_of
@@ -38,7 +38,7 @@ def step_of(model: nn.Module, sample: Sample, recipe: Recipe) -> Callable[[], No
 def peak_of(model: nn.Module, sample: Sample, recipe: Recipe = Recipe()) -> int:  # noqa: B008  # frozen
     """Peak bytes of a steady step, counted from zero but without what other tests have left alive."""
     step = step_of(model, sample, recipe)
-    held = [*model.parameters(), *model.buffers(), *sample.tensors()]
+    held = [*model.parameters(), *model.buffers(), *sample.tensors(), *(t for _, t in packed.named_scales(model))]
     if not isinstance(recipe.optimizer, str):
         held += [t for state in recipe.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     gc.collect()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memplan import packed
+
 _CONTAINERS = (dict, list, set)
 
 
@@ -55,13 +57,15 @@ class AbstractModel:
     """Swap a model's tensors for fakes; a shared (tied) parameter stays shared.
 
     Floating tensors become fake CPU tensors, also where they live on `meta` or on a card. Integers and booleans keep
-    real values, in copies, since models read them. `stand_in` maps the id of each original parameter to its fake.
+    real values, in copies, since models read them; packed weights are fake too. `stand_in` maps the id of each original
+    parameter to its fake. The scales beside packed weights, which are nowhere listed, are listed as buffers meanwhile.
     """
 
     def __init__(self, model: nn.Module, fake: FakeTensorMode) -> None:
         self.model = model
         self.fake = fake
         self.stand_in: dict[int, nn.Parameter] = {}
+        self._packed = packed.Imitation(fake)
         self._guard = untouched(model)
 
     def __enter__(self) -> "AbstractModel":
@@ -84,12 +88,15 @@ class AbstractModel:
             if parameter is None:
                 continue
             if id(parameter) not in self.stand_in:
-                fresh = nn.Parameter(self.imitate(parameter), requires_grad=parameter.requires_grad)
+                fresh = self._packed.of(module, name, parameter)
+                if fresh is None:
+                    fresh = nn.Parameter(self.imitate(parameter), requires_grad=parameter.requires_grad)
                 self.stand_in[id(parameter)] = fresh
             module._parameters[name] = self.stand_in[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = self.imitate(buffer)
+        module._buffers.update(packed.scales_of(module))
 
     def imitate(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape, strides and type: fake if floating, a real copy on the CPU if not."""
@@ -117,6 +124,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     cards = {parameter.device for parameter, _ in gradients if parameter.is_cuda}  # with a random state of their own
     with untouched(model), torch.random.fork_rng(list(cards)):
         try:
+            for module in model.modules():
+                module._buffers.update(packed.scales_of(module))  # to be seen
             for parameter, _ in gradients:
                 parameter.grad = None
             yield

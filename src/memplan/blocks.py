@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from memplan import packed
 from memplan._compat import is_checkpointing_layer
 
 
@@ -111,7 +112,8 @@ def _tells(name: str, value: object, position: int | None) -> bool:
 
 
 def _plain(value: object, place: str) -> object:
-    """A comparable stand-in: simple values and their containers as they are, functions by name, others by identity.
+    """A comparable stand-in: simple values and their containers as they are, functions by name, what packed weights are
+    decoded by through what it says, others by identity.
 
     `place` is the block's number as it stands in dotted paths; names of modules may carry it.
     """
@@ -127,12 +129,13 @@ def _plain(value: object, place: str) -> object:
         return (_plain(value.func, place), _plain(value.args, place), _plain(value.keywords, place))
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__
-    return id(value)
+    return packed.told(value) or id(value)
 
 
 def signature(model: nn.Module) -> str:
-    """A hash over the names, shapes, types and requires_grad of all parameters."""
-    rows = (f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}\n" for n, p in model.named_parameters())
+    """A hash over the names, shapes, types and requires_grad of all parameters; of those to be packed, as packed."""
+    forms = ((n, *packed.form_of(p), p.requires_grad) for n, p in model.named_parameters())
+    rows = (f"{name} {shape} {dtype} {is_trained}\n" for name, shape, dtype, is_trained in forms)
     return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
 
 

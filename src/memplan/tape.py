@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from memplan.errors import CannotTrace
 from memplan.inplace import sole_owner_counts, would_write
-from memplan.kernels import Backend, cpu, probes
+from memplan.kernels import Backend, cpu, probes, quantised
 from memplan.kernels.fakes import on_fakes
 from memplan.kernels.flops import flops_of
 
@@ -102,6 +102,8 @@ class Tape(TorchDispatchMode):
         self._last_module = 0
         self.backward = False
         self._hooks: list[Any] = []
+        self._route = quantised.routed(backend.name)
+        self._cast: torch.dtype | None = None  # of the autocast region, which cannot be seen in a dispatch
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -119,6 +121,7 @@ class Tape(TorchDispatchMode):
             hooks.register_module_forward_pre_hook(self._enter_module),
             hooks.register_module_forward_hook(self._exit_module, always_call=True),
         ]
+        self._route.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
@@ -126,6 +129,7 @@ class Tape(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's
+        self._route.__exit__(None, None, None)
         torch.get_rng_state = self._random_state
         for hook in self._hooks:
             hook.remove()
@@ -144,6 +148,7 @@ class Tape(TorchDispatchMode):
     # -- modules -------------------------------------------------------------------------------------------------
 
     def _enter_module(self, module: nn.Module, _args: object) -> None:
+        self._cast = quantised.cast_in_force()
         index = self._index.get(id(module))
         if index is None:
             return
@@ -202,6 +207,10 @@ class Tape(TorchDispatchMode):
         if func is _DEVICE:  # autograd asks every fake where it is; no operator
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
+        steps = quantised.expansion(func, self.fake is not None)
+        if steps is not None:
+            with quantised.watching(self):
+                return steps(quantised.Place(self.backend.name, self._cast), *args, **kwargs)
         flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
         in_place = self.backward and would_write(func, args)
         out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from memplan.errors import PlanMismatch
-from memplan.levers import loss_head, offload, recompute, select
+from memplan.levers import eight_bit, loss_head, offload, recompute, select
 from memplan.levers.host_pool import HostPool
 from memplan.levers.undo import Undo
 from memplan.problem import KEEP, RECOMPUTE
@@ -52,6 +52,7 @@ def install(
         if option not in known and not loss_head.is_option(option):
             raise PlanMismatch(f"{path} is to {option!r}, but the options are {', '.join(known)}: plan again.")
     undos: list[Undo] = []
+    proved: set[object] = set()
 
     def undo() -> None:
         while undos:
@@ -59,7 +60,7 @@ def install(
 
     try:
         for path, option in decisions.items():
-            undos.extend(_installed(model.get_submodule(path), path, option, selections, pool))
+            undos.extend(_installed(model.get_submodule(path), path, option, selections, pool, proved))
         if pool is not None and not set(decisions.values()).isdisjoint(offload.OPTIONS):
             last = [path for path, option in decisions.items() if loss_head.rows_of(option) is None][-1]
             undos.append(offload.install_end(model.get_submodule(last), pool))
@@ -70,15 +71,21 @@ def install(
 
 
 def _installed(
-    module: nn.Module, path: str, option: str, selections: Mapping[str, Sequence[str]], pool: HostPool | None
+    module: nn.Module,
+    path: str,
+    option: str,
+    selections: Mapping[str, Sequence[str]],
+    pool: HostPool | None,
+    proved: set[object],
 ) -> Iterator[Undo]:
     """Each part of a lever as it is pulled, and what undoes it."""
+    yield eight_bit.install(module)
     if loss_head.rows_of(option) is not None:
         yield loss_head.install(module, option)
     elif pool is not None and offload.is_option(option):
         yield offload.install(module, path, option, pool)
     elif option in selections:
         yield recompute.install(module, KEEP)
-        yield select.install(module, path, selections[option])
+        yield select.install(module, path, selections[option], proved)
     else:
         yield recompute.install(module, option)

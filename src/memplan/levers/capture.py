@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
+from memplan import packed
 from memplan.graph import BlockGraph, Node, Value
+from memplan.kernels import quantised
 from memplan.kernels.flops import flops_of
 from memplan.levers.operators import is_function, is_random, tells_data, without_statistics, written_by
 
@@ -161,7 +163,8 @@ class Capture(TorchDispatchMode):
         self._count = 0  # of operators
         self._drawn: list[int] = []  # nodes that drew from the generator
         self._told = False  # Python knows what some tensor holds
-        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        self._cast = quantised.cast_in_force(inputs[0].device.type) if inputs else None
+        for name, tensor in (*block.named_parameters(), *block.named_buffers(), *packed.named_scales(block)):
             self._give(tensor, self._owned, name, name)
         for position, tensor in enumerate(inputs):
             self._give(tensor, self._inputs, position, f"input {position}")
@@ -212,7 +215,7 @@ class Capture(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         begin = perf_counter()
-        out = func(*args, **kwargs)
+        out = quantised.called(func, args, kwargs, self._cast)
         if self._clock is not None:
             self._clock()
         if func.namespace != "prim":
@@ -252,6 +255,7 @@ class Capture(TorchDispatchMode):
             and all(self._values[v].dtype == t.dtype for v, t in zip(known, tensors, strict=True))
             and not any(self._values[v].unsteady for v in known)
             and is_function(func)
+            and quantised.repeats(func, args, self._cast)
         )
         again_args, again_kwargs = tree_map(self._template, passed)
         node = self._node_for(func, {self._value_of(tensor) for tensor in written})

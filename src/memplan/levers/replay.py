@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memplan import packed
 from memplan.levers.capture import RANDOM_STATE, Captured, View
 
 
@@ -204,7 +205,7 @@ def _source(
     if value in captured.inputs:
         return Held(inputs[captured.inputs[value]])
     if value in captured.owned:
-        return Held(_owned(block, captured.owned[value]))
+        return Held(packed.at(block, captured.owned[value]))
     if captured.graph.values[value].name.startswith(RANDOM_STATE):
         assert state is not None
         return Held(state)
@@ -228,12 +229,6 @@ def _is_same(tensor: Tensor, held: Held | None) -> bool:
 def _uncast(kind: str) -> AbstractContextManager[object]:
     """Casts are operators of the captured forward; in the backward they must not be made twice."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _owned(block: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(block.get_submodule(path), attribute)
-    return tensor
 
 
 def random_state(device: torch.device) -> Tensor:

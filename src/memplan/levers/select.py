@@ -39,16 +39,24 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MOST_KINDS = 64  # of calls of one block that are remembered
 
 
-def install(block: nn.Module, path: str, dropped: Sequence[str]) -> Undo:
-    """Run a block so that it drops these values, by their names in its `BlockGraph`."""
-    return set_attributes(block, {"forward": Selected(block, path, tuple(dropped))})
+def install(block: nn.Module, path: str, dropped: Sequence[str], proved: set[object] | None = None) -> Undo:
+    """Run a block so that it drops these values, by their names in its `BlockGraph`.
+
+    Args:
+        proved: shared by the blocks of a model. What one of them has proved, others that run the same operators need
+            not: the first does it while little is held, and the last would do it at the peak of the first step.
+    """
+    return set_attributes(
+        block, {"forward": Selected(block, path, tuple(dropped), set() if proved is None else proved)}
+    )
 
 
 class Selected(StandIn):
     """A forward that leaves less behind."""
 
-    def __init__(self, block: nn.Module, path: str, dropped: tuple[str, ...]) -> None:
+    def __init__(self, block: nn.Module, path: str, dropped: tuple[str, ...], proved: set[object]) -> None:
         super().__init__(block, f"select {dropped}")
+        self._proved = proved
         self.path = path
         self.dropped = dropped
         self.found = dropped  # those of them that the last kind of call had
@@ -56,7 +64,6 @@ class Selected(StandIn):
 
     def _forget(self) -> None:
         self._known: dict[object, tuple[Captured, tuple[Part, ...]]] = {}
-        self._proved: set[tuple[object, ...]] = set()
         self._look()
 
     def _look(self) -> None:
@@ -137,7 +144,7 @@ class Selected(StandIn):
             return parts
         if missing:
             self._warn(f"has no {', '.join(missing[:3])} to be dropped ({len(missing)} of {len(self.dropped)})")
-        structure = tuple(node.name for node in graph.nodes)
+        structure = type(self.block), self.dropped, *(node.name for node in graph.nodes), *self._types(inputs)
         if structure in self._proved:
             return parts
         self._proved.add(structure)
@@ -170,6 +177,11 @@ class Selected(StandIn):
             tuple(key for own in owns for hooks in _HOOKS for key in own[hooks]),
             tuple(p.requires_grad for own in owns for p in own["_parameters"].values() if p is not None),
         )
+
+    def _types(self, inputs: Sequence[Tensor]) -> tuple[object, ...]:
+        """What kernels are chosen by: type, device and sizes of what goes in and of the weights."""
+        tensors = (*inputs, *self.block.parameters())
+        return tuple((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
 
     def _warn(self, what: str) -> None:
         warnings.warn(
