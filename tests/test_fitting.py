@@ -14,18 +14,20 @@ from torch import Tensor, nn
 
 import memplan
 from memplan.blocks import find_blocks
+from memplan.device import DeviceMemory, FakeDevice
 from memplan.errors import (
     AlreadyApplied,
     BadOptimizer,
     BadSample,
     DoesNotFit,
+    MemoryTaken,
     NoDevice,
     PlanMismatch,
     PlanSchema,
     UsageError,
 )
 from memplan.fitting import Fit
-from memplan.plan_record import Plan, Verdict
+from memplan.plan_record import Budget, Plan, Verdict
 
 KIB = 1024
 
@@ -170,6 +172,29 @@ def test_a_plan_with_an_unknown_option() -> None:
         memplan.apply(model, odd)
     assert before.differences() == []
     memplan.apply(model, tight_plan()).undo()  # the refused one left nothing in the way
+
+
+@pytest.mark.parametrize(
+    ("taken", "spare", "applies"), [(0, 0, True), (90, 100, True), (110, 100, False), (1, -50, False)]
+)
+def test_memory_that_others_have_taken_since_is_missed_before_the_first_step(
+    taken: int, spare: int, applies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = wide()
+    others = 1000
+    plan = tight_plan()
+    budget = Budget(
+        gpu="cuda:0", total_bytes=others + plan.peak_bytes + spare, others_bytes=others, context_bytes=0, margin_bytes=0
+    )
+    found = plan.model_copy(update={"budget": budget})
+    now = FakeDevice(DeviceMemory(10**9, 10**9, others + taken, 0))
+    monkeypatch.setattr("memplan.fitting._device_of", lambda *_: now)
+    if applies:
+        memplan.apply(model, found).undo()
+        return
+    with pytest.raises(MemoryTaken, match=f"cuda:0 hold {taken} B more .* Plan again"):
+        memplan.apply(model, found)
+    assert "forward" not in vars(model.blocks[0])
 
 
 def test_a_plan_that_does_not_fit() -> None:

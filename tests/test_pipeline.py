@@ -3,7 +3,6 @@
 Where decisions are compared, the model is on `meta`: no block is timed then, and plans do not depend on the clock.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -16,10 +15,12 @@ from imprint import Imprint
 from torch import Tensor, nn
 
 import memplan
-from memplan.device import CUDA_CONTEXT_BYTES, CpuDevice
-from memplan.errors import BadBatch, DoesNotFit, ModelFailed
+from memplan.device import CpuDevice, resolve_gpu
+from memplan.errors import BadBatch, DoesNotFit, MemoryTaken, ModelFailed
 from memplan.plan_record import Plan, Verdict
-from memplan.session import CUDA_MARGIN
+from memplan.recorder import Recipe
+from memplan.samples import Sample
+from memplan.session import Session
 
 KIB, GIB = 1024, 2**30
 
@@ -156,10 +157,10 @@ def test_more_memory_is_never_slower() -> None:
     model, batch = on_meta(LLAMA())
     strategy = memplan.Strategy("to the last sample", tolerance=0.0)
 
-    def planned_for(usable_bytes: int) -> Plan:  # a card, so that times are the same each time
-        total = (usable_bytes + CUDA_CONTEXT_BYTES) / (1 - CUDA_MARGIN)
-        card = memplan.Gpu("a card", "cuda", math.ceil(total) + 1)
-        return memplan.plan(model, card, sample=batch, micro_batch=4, strategy=strategy)
+    session = Session(model, Sample.of(batch), Recipe(), *resolve_gpu("cpu:1GiB"))  # one set of times
+
+    def planned_for(usable_bytes: int) -> Plan:
+        return session.within(usable_bytes + KIB).plan(strategy, None, 4)
 
     plenty = planned_for(GIB)
     least, most = plenty.smallest_bytes, plenty.peak_bytes * 101 // 100
@@ -169,6 +170,41 @@ def test_more_memory_is_never_slower() -> None:
     seconds = [plan.step_s for plan in (*tighter, plenty)]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[2] == seconds[3]
+
+
+def test_plans_for_other_budgets_are_those_that_would_be_made_for_them_alone() -> None:
+    model, batch = on_meta(LLAMA())
+    session = Session(model, Sample.of(batch), Recipe(), *resolve_gpu("cpu:1GiB"))
+    strategy = memplan.Strategy("blocks", levers=("recompute",), objective="peak")
+    whole = session.plan(strategy, None, 4)
+    for budget in (whole.peak_bytes + KIB, whole.peak_bytes + 64 * KIB):
+        again = memplan.plan(model, f"cpu:{budget}B", sample=batch, micro_batch=4, strategy=strategy)
+        assert session.within(budget).plan(strategy, None, 4).decisions == again.decisions
+        assert session.within(budget).plan(strategy, None, 4).budget == again.budget
+
+
+def test_where_memory_is_taken_meanwhile_it_plans_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = on_meta(LLAMA())
+    applied: list[Plan] = []
+
+    def taken(times: int) -> Callable[[nn.Module, Plan], object]:
+        def apply(model: nn.Module, plan: Plan) -> object:
+            applied.append(plan)
+            if len(applied) <= times:
+                raise MemoryTaken("gone", 1)
+            return real_apply(model, plan)
+
+        return apply
+
+    real_apply = memplan.apply
+    monkeypatch.setattr("memplan.pipeline.apply", taken(2))
+    memplan.autofit(model, "cpu:1GiB", sample=batch, micro_batch=2).undo()
+    assert len(applied) == 3
+    applied.clear()
+    monkeypatch.setattr("memplan.pipeline.apply", taken(9))
+    with pytest.raises(MemoryTaken):
+        memplan.autofit(model, "cpu:1GiB", sample=batch, micro_batch=2)
+    assert len(applied) == 3
 
 
 def test_a_card_is_planned_for_without_it() -> None:

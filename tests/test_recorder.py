@@ -16,7 +16,7 @@ from memplan.device import CpuDevice
 from memplan.errors import BadLoss, CannotTrace, ModelError, ModelFailed, NothingToTrain
 from memplan.fitting import training_step
 from memplan.optimizers import OPTIMIZERS
-from memplan.recorder import Recipe, Recorder
+from memplan.recorder import AFTER_FORWARD, AFTER_STEP, Recipe, Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 
@@ -107,6 +107,33 @@ def test_a_loss_of_ones_own() -> None:
 def test_samples_of_positional_arguments() -> None:
     model, batch = wide()
     agree(model, (batch["x"], batch["labels"]), Recipe())
+
+
+@pytest.mark.parametrize("drops", [AFTER_STEP, AFTER_FORWARD])
+@pytest.mark.parametrize("keeps_output", [False, True])
+def test_a_loop_that_keeps_its_output_or_its_gradients(drops: str, keeps_output: bool) -> None:
+    model, batch = MODELS["gpt2"]()
+    device, optimizer, kept = CpuDevice(), torch.optim.AdamW(model.parameters()), list[object]()
+
+    def step() -> None:
+        output = model(**batch)
+        loss = output.loss
+        kept[:] = [output] if keeps_output else []
+        del output
+        if drops == AFTER_FORWARD:
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if drops == AFTER_STEP:
+            optimizer.zero_grad()
+
+    tensors = (*model.parameters(), *model.buffers(), *batch.values())
+    own = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    others = device.peak_of(lambda: None) - sum(own.values())
+    measured = device.peak_of(step) - others
+    kept.clear()
+    trace = Recorder(model, Recipe(drops=drops, keeps_output=keeps_output)).record(Sample.of(batch))
+    assert abs(trace.peak_bytes - measured) <= KIB, (trace.peak_bytes, measured)
 
 
 def test_a_sample_of_one_tensor() -> None:

@@ -11,6 +11,8 @@ from memplan.trace import CATEGORIES, BlockRun, MicroStep, Span, Trace
 
 _CODE = {name: number for number, name in enumerate(CATEGORIES)}
 
+Static = tuple[str, int]  # category and bytes of a storage that is there all the time
+
 
 @dataclass(frozen=True, slots=True)
 class Border:
@@ -35,7 +37,7 @@ class MicroBorders:
 def assemble(
     tape: Tape,
     borders: Sequence[MicroBorders],
-    static: dict[str, list[int]],
+    static: Sequence[Static],
     grads: Sequence[int],
     blocks: Sequence[str],
     *,
@@ -46,15 +48,15 @@ def assemble(
     """The trace of the micro-steps; the optimizer's span is empty until `with_optimizer` adds it.
 
     Args:
-        static: category -> sizes in bytes of the storages that are there all the time.
+        static: the storages that are there all the time.
         grads: the tape's rows that are parameter gradients.
         blocks: paths of the blocks to be told apart.
     """
     rows, ops, stop = tape.rows(), tape.operators(), tape.now
     steps = tuple(_micro_step(tape, border, blocks) for border in borders)
     categories = _categories(rows, steps, grads, np.asarray(tape.recomputed, dtype=bool))
-    fixed = np.array([size for sizes in static.values() for size in sizes], dtype=np.int64)
-    kinds = [_CODE[name] for name, sizes in static.items() for _ in sizes]
+    fixed = np.array([size for _, size in static], dtype=np.int64)
+    kinds = [_CODE[name] for name, _ in static]
     return Trace(
         how=how,
         micro_batch=micro_batch,
@@ -106,6 +108,27 @@ def with_optimizer(trace: Trace, tape: Tape) -> Trace:
         ticks=stop,
         optimizer=Span(trace.ticks, stop),
         optimizer_ops=Span(count, count + len(ops["op_name"])),
+    )
+
+
+def with_leftovers(trace: Trace, *, grads: bool, others: bool) -> Trace:
+    """The trace with what the step before left to it: its gradients, and what else outlived it (the output).
+
+    Leftovers live until the first forward has returned; each is a row again, born with the step.
+    """
+    outlives = (trace.born > 0) & (trace.died == trace.ticks)
+    is_grad = trace.storage_category == _CODE["grads"]
+    left = np.flatnonzero(outlives & ((is_grad & grads) | (~is_grad & others)))
+    if not len(left):
+        return trace
+    nothing, until = np.zeros(len(left), dtype=np.int64), trace.steps[0].backward.start
+    return replace(
+        trace,
+        storage_bytes=np.concatenate([trace.storage_bytes, trace.storage_bytes[left]]),
+        storage_category=np.concatenate([trace.storage_category, trace.storage_category[left]]),
+        storage_module=np.concatenate([trace.storage_module, trace.storage_module[left]]),
+        born=np.concatenate([trace.born, nothing]),
+        died=np.concatenate([trace.died, nothing + until]),
     )
 
 

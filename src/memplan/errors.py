@@ -23,6 +23,7 @@
     │   ├── PlanMismatch             the plan's modules or shapes are not this model's
     │   └── AlreadyApplied           this model carries a plan already
     ├── DoesNotFit (RuntimeError)    no plan meets the budget
+    │   └── MemoryTaken              it did when it was made; other processes have taken memory since
     ├── NoRoom (RuntimeError)        no host memory for what is to be offloaded; in `levers.host_memory`
     └── NoDevice (RuntimeError)      the device asked for is not on this machine
 
@@ -118,6 +119,10 @@ class DoesNotFit(MemplanError, RuntimeError):
     def __init__(self, message: str, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class MemoryTaken(DoesNotFit):
+    """The plan was made for more memory than is left now: other processes have taken some since."""
 
 
 class NoDevice(MemplanError, RuntimeError):

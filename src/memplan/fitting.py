@@ -13,7 +13,7 @@ from memplan import levers, optimizers
 from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
 from memplan.device import Device, resolve_gpu
-from memplan.errors import AlreadyApplied, DoesNotFit, NoDevice, PlanMismatch, UsageError
+from memplan.errors import AlreadyApplied, DoesNotFit, MemoryTaken, NoDevice, PlanMismatch, UsageError
 from memplan.levers import stepping
 from memplan.levers.host_memory import pooled_bytes
 from memplan.levers.host_pool import HostPool
@@ -21,6 +21,7 @@ from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
 from memplan.recorder import Loss, Recipe, loss_of
 from memplan.samples import Sample, sample_for
+from memplan.units import format_bytes
 
 _applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its modules run by a plan
 
@@ -151,6 +152,7 @@ def apply(model: nn.Module, plan: Plan) -> Fit:
 
     Raises:
         DoesNotFit: the plan itself says that it does not fit.
+        MemoryTaken: it did, but other processes have taken memory of the card since.
         AlreadyApplied: the model runs by a plan already.
         PlanMismatch: the plan was made for other modules or shapes.
         UsageError: it is no plan, or the model is compiled already.
@@ -167,6 +169,7 @@ def apply(model: nn.Module, plan: Plan) -> Fit:
             "the Fit that memplan.apply returned, then apply again."
         )
     _check_match(model, plan)
+    _check_room(model, plan)
     live = plan._live if isinstance(plan._live, Live) else None
     pool = HostPool(pooled_bytes(plan.host_bytes)) if plan.host_bytes else None
     undo = levers.install(model, plan.decisions, plan.selections, pool)
@@ -204,6 +207,24 @@ def _check_match(model: nn.Module, plan: Plan) -> None:
         raise PlanMismatch(
             f"the plan is for a {plan.model} whose parameters have other names, shapes, types or requires_grad than "
             f"this {type(model).__name__}'s, so its sizes are not this model's. Plan for this model."
+        )
+
+
+def _check_room(model: nn.Module, plan: Plan) -> None:
+    """That the memory which the plan was made for is still there, where its card is."""
+    if not plan.budget.gpu.startswith("cuda"):
+        return
+    try:
+        device = _device_of(plan, model)
+    except NoDevice:
+        return
+    taken = device.memory().others_bytes - plan.budget.others_bytes
+    spare = plan.budget.usable_bytes - plan.needs_bytes
+    if taken > max(spare, 0):
+        raise MemoryTaken(
+            f"other processes on {plan.budget.gpu} hold {format_bytes(taken)} more than when this plan was made, and "
+            f"it has {format_bytes(max(spare, 0))} to spare. Plan again: memplan then plans for what is left.",
+            plan.smallest_bytes,
         )
 
 

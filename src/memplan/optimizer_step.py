@@ -40,6 +40,7 @@ class OptimizerPart:
 
     tape: Tape  # of its step behind the micro-steps
     state: list[int]  # bytes of each storage on the device
+    before: int  # so many of them, the first, are there before the first step; that step makes the others
     paged_bytes: int  # of state that is on the host between steps
 
 
@@ -81,19 +82,20 @@ class PrimedOptimizer:
 
     def part(self, stepped: Sequence[Parameter], *, done: bool = False) -> OptimizerPart:
         """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before."""
-        state = self._state_of({id(parameter) for parameter in stepped})
+        before, made = self._state_of({id(parameter) for parameter in stepped})
         with self._tape():
             self._give_gradients([] if done else stepped)
         tape = self._tape()
-        for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *state):
+        for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *before, *made):
             tape.pass_over(tensor)
         with tape:
             self.optimizer.step()
         tape.forget()
         self._drop_gradients()
-        paged = [tensor for tensor in state if optimizers.is_paged(tensor)]
-        here = [tensor for tensor in state if not optimizers.is_paged(tensor)]
-        return OptimizerPart(tape, sizes_of(here), sum(sizes_of(paged)))
+        paged = [tensor for tensor in (*before, *made) if optimizers.is_paged(tensor)]
+        early = [tensor for tensor in before if not optimizers.is_paged(tensor)]
+        here = [*early, *(tensor for tensor in made if not optimizers.is_paged(tensor))]
+        return OptimizerPart(tape, sizes_of(here), len(sizes_of(early)), sum(sizes_of(paged)))
 
     @contextmanager
     def in_backward(self, tape: Tape) -> Iterator[Dropped]:
@@ -130,10 +132,13 @@ class PrimedOptimizer:
         for parameter in self._trainable:
             parameter.grad = None
 
-    def _state_of(self, stepped: set[int]) -> list[Tensor]:
-        """What is there in a steady run: not what only the first step here has made."""
-        made = {id(parameter) for parameter in self._trainable} - stepped - self._inherited
-        return tensors_in([value for key, value in self.optimizer.state.items() if id(key) not in made])
+    def _state_of(self, stepped: set[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """What is there in a steady run: before the first step, and made by it for what is stepped there."""
+        skipped = {id(parameter) for parameter in self._trainable} - stepped
+        state = [(id(key), value) for key, value in self.optimizer.state.items()]
+        before = [value for key, value in state if key in self._inherited]
+        made = [value for key, value in state if key not in self._inherited and key not in skipped]
+        return tensors_in(before), tensors_in(made)
 
 
 @contextmanager

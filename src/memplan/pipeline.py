@@ -1,7 +1,9 @@
 """`predict`, `plan`, `autofit`: the whole library on one screen. `apply` is in `fitting`."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from memplan.data import Data
 from memplan.device import resolve_gpu
-from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, NoDevice, UsageError
+from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
 from memplan.plan_record import Plan, Verdict
@@ -21,6 +23,7 @@ from memplan.strategy import Strategy, load_strategy
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
+_TRIES = 3  # at a plan for a card whose memory other processes take meanwhile
 _SHORT_CHECK_S = 30.0  # steps that take longer are not run just to be measured; Fit.measure does it when asked
 
 
@@ -71,6 +74,7 @@ def plan(
     strategy: str | Path | Strategy = "balanced",
     seq_len: int | None = None,
     data: Data | None = None,
+    risk: float | None = None,
 ) -> Plan:
     """What to recompute and which micro-batch to take, so that the step fits the card at the least time.
 
@@ -85,6 +89,8 @@ def plan(
         strategy: a shipped name ("balanced", "throughput", "largest-batch", ...) or a TOML file.
         seq_len: tokens per sample, where the sample is made from the config.
         data: the lengths of the whole data set; the plan is then for the worst batch that can come of it.
+        risk: on a card, the probability with which a plan that "fits" may still run out of memory; by default that of
+            the strategy, 0.01.
 
     Raises:
         DoesNotFit: the budget is below what is always there. A plan that misses by less is returned with the verdict
@@ -92,19 +98,8 @@ def plan(
         BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy, UnknownGpu, NoDevice,
         NothingToTrain, ModelFailed, CannotTrace: as named.
     """
-    model = _module(model)
-    if not isinstance(strategy, str | Path | Strategy):
-        raise BadStrategy(
-            f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
-        )
-    chosen = load_strategy(strategy)
-    card, device = resolve_gpu(gpu)
-    shown = _shown(model, sample, seq_len, data)
-    session = Session(model, shown, _recipe(loss, optimizer, autocast), card, device)
-    found = session.plan(chosen, effective_batch, micro_batch)
-    if data is None:
-        return found
-    return found.model_copy(update={"assumptions": (*found.assumptions, data.describe(found.micro_batch))})
+    recipe = _recipe(loss, optimizer, autocast)
+    return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)()
 
 
 def autofit(
@@ -120,27 +115,25 @@ def autofit(
     strategy: str | Path | Strategy = "balanced",
     seq_len: int | None = None,
     data: Data | None = None,
+    risk: float | None = None,
 ) -> Fit:
     """Plan and apply; where the model is on the device already, measure one step of it too (`Fit.measured`).
 
-    Takes the arguments of `plan`. Raises what `plan` and `apply` raise; DoesNotFit if no plan meets the budget.
+    Takes the arguments of `plan`. Raises what `plan` and `apply` raise; DoesNotFit if no plan meets the budget. If
+    other processes take memory of the card meanwhile, it plans again for what is left.
     """
-    found = plan(
-        model,
-        gpu,
-        sample=sample,
-        loss=loss,
-        optimizer=optimizer,
-        autocast=autocast,
-        effective_batch=effective_batch,
-        micro_batch=micro_batch,
-        strategy=strategy,
-        seq_len=seq_len,
-        data=data,
-    )
-    if found.verdict is Verdict.DOES_NOT_FIT:
-        raise DoesNotFit(found.describe(), found.smallest_bytes)
-    fit = apply(model, found)
+    recipe = _recipe(loss, optimizer, autocast)
+    planned = _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
+    for tries_left in reversed(range(_TRIES)):
+        found = planned()
+        if found.verdict is Verdict.DOES_NOT_FIT:
+            raise DoesNotFit(found.describe(), found.smallest_bytes)
+        try:
+            fit = apply(model, found)
+            break
+        except MemoryTaken:
+            if not tries_left:
+                raise
     try:
         if found.step_s <= _SHORT_CHECK_S:
             with suppress(NoDevice):  # planned for a card that is not here
@@ -149,6 +142,37 @@ def autofit(
         fit.undo()
         raise
     return fit
+
+
+def _planner(
+    model: nn.Module,
+    gpu: str | Gpu,
+    sample: object,
+    recipe: Recipe,
+    effective_batch: int | None,
+    micro_batch: int | None,
+    strategy: str | Path | Strategy,
+    seq_len: int | None,
+    data: Data | None,
+    risk: float | None,
+) -> Callable[[], Plan]:
+    """What makes the plan, and makes it again for the memory that is free then, from what was traced already."""
+    model = _module(model)
+    if not isinstance(strategy, str | Path | Strategy):
+        raise BadStrategy(
+            f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
+        )
+    chosen = load_strategy(strategy)
+    chosen = chosen if risk is None else replace(chosen, risk=risk)
+    session = Session(model, _shown(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
+
+    def planned() -> Plan:
+        found = session.plan(chosen, effective_batch, micro_batch)
+        if data is None:
+            return found
+        return found.model_copy(update={"assumptions": (*found.assumptions, data.describe(found.micro_batch))})
+
+    return planned
 
 
 def _shown(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:

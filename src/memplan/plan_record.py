@@ -31,7 +31,7 @@ class Budget(_Record):
     total_bytes: int
     others_bytes: int = Field(description="held by other processes")
     context_bytes: int = Field(description="taken by the CUDA context before any tensor")
-    margin_bytes: int = Field(description="kept free: allocator rounding and fragmentation, the strategy's share")
+    margin_bytes: int = Field(description="kept free: for the error of predictions (`risk`), the strategy's share")
 
     @property
     def usable_bytes(self) -> int:
@@ -97,7 +97,9 @@ class Plan(_Record):
     layers: tuple[Layer, ...]
     stepping: str = Field("plain", description='how the optimizer steps: "plain", "single" or "in-backward"')
     host_bytes: int = Field(0, description="held in host memory at once")
-    peak_bytes: int
+    peak_bytes: int = Field(description="the most bytes at any moment of the step, as in Prediction")
+    reserved_bytes: int | None = Field(None, description="CUDA: the most that its allocator reserves")
+    fits_bytes: int | None = Field(None, description="CUDA: the least cap on that without a retry")
     peak_phase: str
     breakdown: dict[str, int] = Field(description="bytes at the peak by category, as in Prediction")
     unplanned_bytes: int = Field(description="the peak at the same micro-batch with nothing recomputed")
@@ -126,6 +128,11 @@ class Plan(_Record):
     @property
     def budget_bytes(self) -> int:
         return self.budget.usable_bytes
+
+    @property
+    def needs_bytes(self) -> int:
+        """What has to be within the budget: on a card what its allocator has to reserve, on a CPU the peak."""
+        return self.peak_bytes if self.fits_bytes is None else self.fits_bytes
 
     def save(self, path: "str | Path") -> None:
         """Write the plan as JSON. Raises PlanSchema if the file cannot be written."""
@@ -167,7 +174,7 @@ class Plan(_Record):
     def describe(self) -> str:
         """The plan in a few lines of plain text."""
         b = self.budget
-        spare = self.budget_bytes - self.peak_bytes
+        spare = self.budget_bytes - self.needs_bytes
         room = f"{format_budget(spare)} spare" if spare >= 0 else f"{format_bytes(-spare)} too much"
         lines = [
             f"{self.verdict}: {self.reason}",
@@ -181,6 +188,10 @@ class Plan(_Record):
             f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
             f"{pace_text(self.slowdown)} than keeping everything, within {self.gap:.2%} of the proven bound",
         ]
+        if self.fits_bytes is not None:
+            lines.append(
+                f"  card      {format_bytes(self.fits_bytes)} reserved by the allocator, fragmentation included"
+            )
         if self.host_bytes > 0:
             lines.append(f"  host      {format_bytes(self.host_bytes)} of pinned memory")
         if self.shadow_price > 0:

@@ -8,7 +8,7 @@ from memplan.units import format_bytes
 
 
 class Timeline(BaseModel):
-    """Bytes over one step. Thinned to a few hundred moments; the peak is always among them."""
+    """Bytes of tensors over one step. Thinned to a few hundred moments; their peak is always among them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,16 +21,38 @@ class Timeline(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What one steady-state step needs: optimizer state exists, gradients were dropped at the end of the last step."""
+    """What one steady-state step needs: optimizer state exists, gradients were dropped at the end of the last step.
+
+    For a card also what a run of such steps takes from it, by a simulation of torch's caching allocator.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    peak_bytes: int = Field(description="largest number of bytes in tensors at any moment of the step")
+    peak_bytes: int = Field(
+        description="largest number of bytes at any moment: on the CPU in tensors; on CUDA in the allocator's blocks "
+        "(torch.cuda.max_memory_allocated), where a remainder too small to be split off counts with its block"
+    )
+    reserved_bytes: int | None = Field(
+        default=None,
+        description="CUDA: the most that the allocator takes from the card while memory is not short "
+        "(torch.cuda.max_memory_reserved); the CUDA context and the libraries' own memory come on top; None on the CPU",
+    )
+    completes_bytes: int | None = Field(
+        default=None,
+        description="CUDA: the smallest cap on what the allocator reserves under which the run does not fail, however "
+        "often it has to give back its cache; None on the CPU",
+    )
+    fits_bytes: int | None = Field(
+        default=None,
+        description="CUDA: the smallest cap under which it runs without having to give back its cache even once; "
+        "None on the CPU",
+    )
     phase: str = Field(description="where the peak is: forward, loss, backward or optimizer")
     module: str = Field(description="the module that was running at the peak; empty for the model itself")
     breakdown: dict[str, int] = Field(
-        description="bytes at the peak by category, activations by module as `activations/<path>`; sums to the peak"
+        description="bytes at the peak by category, activations by module as `activations/<path>`; sums to the "
+        "peak; on CUDA with `allocator`: what its blocks are larger than the tensors in them"
     )
     saved: dict[str, int] = Field(
         description="bytes that each module keeps from its forward for its backward, at the end of the forward"
@@ -54,10 +76,20 @@ class Prediction(BaseModel):
         whole = {k: v for k, v in self.breakdown.items() if not k.startswith("activations/")}
         return {**whole, "activations": sum(self.activations.values())}
 
+    def needs(self) -> str:
+        """What the run takes from a card, in one line; empty on the CPU."""
+        if self.reserved_bytes is None or self.completes_bytes is None or self.fits_bytes is None:
+            return ""
+        return (
+            f"on the card: fits in {format_bytes(self.fits_bytes)}, reserves {format_bytes(self.reserved_bytes)}, "
+            f"completes in {format_bytes(self.completes_bytes)}"
+        )
+
     def describe(self) -> str:
         """A few lines of plain text: the peak, where it is, and what it is made of."""
         parts = sorted(self.summary().items(), key=lambda part: -part[1])
         where = f"{self.phase} of {self.module}" if self.module else self.phase
         lines = [f"peak {format_bytes(self.peak_bytes)} in {where}"]
         lines += [f"  {name:<12} {format_bytes(size):>12}" for name, size in parts if size]
+        lines += [self.needs()] if self.needs() else []
         return "\n".join([*lines, *(f"  assumed: {text}" for text in self.assumptions)])

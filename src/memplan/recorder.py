@@ -6,9 +6,10 @@ foreach optimizer holds) decides it here. A model that reads values which an abs
 its weights are. Either way the model, its gradients, buffers, hooks and the random state are left as they were.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,9 +22,17 @@ from torch._subclasses.fake_tensor import (
 )
 
 from memplan.abstract import AbstractModel, preserved, to_training
-from memplan.assembly import Border, MicroBorders, assemble, with_optimizer
+from memplan.assembly import Border, MicroBorders, Static, assemble, with_leftovers, with_optimizer
 from memplan.blocks import find_blocks
-from memplan.errors import BadLoss, CannotTrace, MemplanError, ModelFailed, NoStepInBackward, NothingToTrain
+from memplan.errors import (
+    BadLoss,
+    CannotTrace,
+    MemplanError,
+    ModelFailed,
+    NoStepInBackward,
+    NothingToTrain,
+    UsageError,
+)
 from memplan.kernels import Backend
 from memplan.kernels.cpu import CpuBackend
 from memplan.kernels.probes import probed_bytes
@@ -34,7 +43,6 @@ from memplan.optimizer_step import (
     OptimizerPart,
     PrimedOptimizer,
     check_stepping,
-    sizes_of,
 )
 from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
 from memplan.samples import Sample
@@ -43,6 +51,11 @@ from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_bytes
 
 Loss = Callable[[nn.Module, object], Tensor]
+
+# When the loop drops the gradients of a step: behind it (or before the next forward, which is the same), or only when
+# the next forward has returned, where `zero_grad` stands between forward and backward.
+AFTER_STEP: Final = "after-step"
+AFTER_FORWARD: Final = "after-forward"
 
 _CPU = CpuBackend()
 
@@ -58,6 +71,8 @@ class Recipe:
     autocast: torch.dtype | None = None
     accumulation: int = 1
     stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
+    drops: str = AFTER_STEP  # the gradients; or AFTER_FORWARD
+    keeps_output: bool = False  # until the next forward has returned, as a loop with `output = model(**batch)` does
 
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""
@@ -69,7 +84,7 @@ class Recorder:
 
     Raises:
         NothingToTrain: no parameter requires a gradient.
-        UsageError: the recipe's `stepping` is no word for it.
+        UsageError: the recipe's `stepping` or `drops` is no word for it.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, backend: Backend = _CPU) -> None:
@@ -82,6 +97,8 @@ class Recorder:
         self.accumulation = recipe.accumulation
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         check_stepping(recipe.stepping)
+        if recipe.drops not in (AFTER_STEP, AFTER_FORWARD):
+            raise UsageError(f"gradients are dropped {AFTER_STEP} or {AFTER_FORWARD}, got {recipe.drops!r}")
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
 
     def record(
@@ -126,7 +143,8 @@ class Recorder:
                 stepped = _places(self.model, graded)
             with AbstractModel(self.model, self.fake) as abstract:
                 part = self._part(abstract, stepped, None)
-        return with_optimizer(self._with_state(trace, part), part.tape)
+        trace = with_optimizer(self._with_state(trace, part), part.tape)
+        return with_leftovers(trace, grads=self.recipe.drops == AFTER_FORWARD, others=self.recipe.keeps_output)
 
     def _traced(self, batch: Sample, primed: PrimedOptimizer | None) -> tuple[Trace, tuple[int, ...]]:
         """Abstractly: by a few blocks of each long run where that is the same, else whole.
@@ -140,21 +158,19 @@ class Recorder:
         trace, graded = found or self._micro_steps(batch, blocks, static, self.fake, primed)
         return trace, _places(self.model, graded)
 
-    def _static(self, batch: Sample) -> dict[str, list[int]]:
-        """Sizes of what is there all the time, by category; but for the optimizer's state."""
-        sizes = {
-            "params": sizes_of(self.model.parameters()),
-            "buffers": sizes_of(self.model.buffers()),
-            "inputs": sizes_of(batch.tensors()),
-            "libraries": [self.backend.fixed_bytes()],
-        }
-        return {name: [self.backend.rounded(size) for size in found] for name, found in sizes.items()}
+    def _static(self, batch: Sample) -> list[Static]:
+        """What is there all the time but for the optimizer's state, in the order in which a program asks for it."""
+        sizes: dict[int, Static] = {}  # by storage: tied weights are one
+        for name, tensor in (*_as_moved(self.model), *(("inputs", tensor) for tensor in batch.tensors())):
+            storage = tensor.untyped_storage()
+            sizes.setdefault(storage._cdata, (name, self.backend.rounded(storage.nbytes())))
+        return [*sizes.values(), *(("libraries", size) for size in self.backend.fixed_bytes())]
 
     def _shortened(
         self,
         batch: Sample,
         blocks: Sequence[str],
-        static: dict[str, list[int]],
+        static: list[Static],
         runs: list[Run],
         primed: PrimedOptimizer | None,
     ) -> tuple[Trace, set[int]] | None:
@@ -173,7 +189,7 @@ class Recorder:
         self,
         batch: Sample,
         blocks: Sequence[str],
-        static: dict[str, list[int]],
+        static: list[Static],
         fake: FakeTensorMode | None,
         primed: PrimedOptimizer | None = None,
     ) -> tuple[Trace, set[int]]:
@@ -185,10 +201,11 @@ class Recorder:
         for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
             tape.pass_over(tensor)
         borders, grads = [], []
+        held: list[object] = []  # the output of the last forward, if the loop keeps it
         stepping = primed.in_backward(tape) if primed else nullcontext(Dropped())
         with tape, self.backend.kernels(), stepping as dropped:
             for _ in range(min(self.accumulation, 2)):
-                borders.append(self._micro_step(tape, batch))
+                borders.append(self._micro_step(tape, batch, held))
                 rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
                 grads += [row for row in rows if row is not None]
         tape.forget()
@@ -208,9 +225,9 @@ class Recorder:
         )
         return trace, graded
 
-    def _micro_step(self, tape: Tape, batch: Sample) -> MicroBorders:
+    def _micro_step(self, tape: Tape, batch: Sample, held: list[object]) -> MicroBorders:
         start = Border.of(tape)
-        loss = self._loss(tape, batch)
+        loss = self._loss(tape, batch, held)
         middle = Border.of(tape)
         tape.backward = True
         try:
@@ -222,11 +239,13 @@ class Recorder:
         del loss
         return MicroBorders(start, middle, Border.of(tape))
 
-    def _loss(self, tape: Tape, batch: Sample) -> Tensor:
+    def _loss(self, tape: Tape, batch: Sample, held: list[object]) -> Tensor:
         kind = next(self.model.parameters()).device.type
         try:
             with self.recipe.casting(kind):
-                loss = loss_of(self.model, batch, self.recipe.loss)
+                output, loss = _forward(self.model, batch, self.recipe.loss)
+                held[:] = [output] if self.recipe.keeps_output else []
+                del output
         except _NEEDS_VALUES as error:
             raise CannotTrace(_values_message(self.model, error)) from error
         except BadLoss:
@@ -265,7 +284,16 @@ class Recorder:
             born=np.concatenate([nowhere, trace.born]),
             died=np.concatenate([np.full(count, trace.ticks, dtype=np.int64), trace.died]),
             assumptions=said,
+            early_state=part.before,
         )
+
+
+def _as_moved(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(category, tensor) of all weights and buffers, in the order in which `module.to(device)` moves them."""
+    for child in module.children():
+        yield from _as_moved(child)
+    yield from (("params", parameter) for parameter in module._parameters.values() if parameter is not None)
+    yield from (("buffers", buffer) for buffer in module._buffers.values() if buffer is not None)
 
 
 def _places(model: nn.Module, graded: set[int]) -> tuple[int, ...]:
@@ -289,9 +317,16 @@ def loss_of(model: nn.Module, batch: Sample, loss: Loss | None) -> Tensor:
     That is its `.loss` or key "loss", the output itself where it is a tensor, and of a tuple the one differentiable
     scalar in it, else its first. Nothing else of the output is kept alive. Raises BadLoss, which says what to pass.
     """
+    return _forward(model, batch, loss)[1]
+
+
+def _forward(model: nn.Module, batch: Sample, loss: Loss | None) -> tuple[object, Tensor]:
+    """The output and the loss in it. Of a `loss` of the user's own only the loss is seen."""
     if loss is not None:
-        return _checked(loss(model, batch.content), "loss(model, batch)")
-    return _checked(_loss_in(batch.call(model)), f"the output of {type(model).__name__}")
+        found = _checked(loss(model, batch.content), "loss(model, batch)")
+        return found, found
+    output = batch.call(model)
+    return output, _checked(_loss_in(output), f"the output of {type(model).__name__}")
 
 
 def _loss_in(output: object) -> object:

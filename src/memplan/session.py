@@ -1,6 +1,5 @@
 """One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,16 +8,17 @@ import psutil
 import torch
 from torch import nn
 
-from memplan import optimizers
+from memplan import optimizers, packed
 from memplan.advice import ways_out
+from memplan.allocator import Settings
 from memplan.batches import splits
 from memplan.blocks import is_batch_coupled, signature
-from memplan.device import Device, memory_parts
+from memplan.device import CudaDevice, Device, memory_parts
 from memplan.errors import DoesNotFit
 from memplan.fitting import Live
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
-from memplan.levers.host_memory import usable_bytes
+from memplan.levers.host_memory import usable_bytes as usable_host_bytes
 from memplan.levers.offload import measured_link
 from memplan.levers.stepping import ASSUMPTION
 from memplan.optimizer_step import IN_BACKWARD
@@ -27,7 +27,8 @@ from memplan.planner import NoPlan, Outcome, search
 from memplan.prediction import Prediction
 from memplan.problem import KEEP
 from memplan.profile import Profile
-from memplan.recorder import Recipe, Recorder
+from memplan.recorder import AFTER_STEP, Recipe, Recorder
+from memplan.risk import usable_bytes
 from memplan.roofline import StepTimes, is_nominal
 from memplan.samples import Sample
 from memplan.simulator import simulate
@@ -35,17 +36,14 @@ from memplan.strategy import Strategy
 from memplan.study import Planned, Study
 from memplan.summary import layers_of, module_at, reason_for, saved_of, timeline_of
 from memplan.trace import Trace
+from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
-
-# Share of a card that is kept free for what the sum of tensors does not show: the caching allocator's rounding and
-# fragmentation. The best published predictor's median error is 3.7 % (xMem); memplan has not measured its own yet.
-CUDA_MARGIN = 0.05
 
 # Share of the datasheet's rate that pinned copies reach: 53.1 of 64 GB/s in torchtitan's pool. Not measured by memplan.
 LINK_EFFICIENCY = 0.8
 
-# Python numbers inside operators are wrapped in tensors of 4 to 12 bytes, which no trace shows: at most 692 bytes in 156
-# measured steps (docs/accuracy.md).
+# Python numbers inside operators are wrapped in tensors of 4 to 12 bytes, which no trace shows: at most 692 bytes in
+# 156 measured steps (docs/accuracy.md).
 WRAPPED_NUMBERS_BYTES = 2**10
 
 # Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
@@ -87,11 +85,18 @@ class Session:
         """What the model needs as it stands."""
         trace = self.recorder.record(self.sample)
         tick = trace.peak_tick
+        breakdown = trace.breakdown(tick)
+        usage = None if self.gpu.kind == "cpu" else usage_of(trace, self._allocator)
+        if usage is not None:
+            breakdown["allocator"] = usage.peak_allocated_bytes - trace.peak_bytes
         return Prediction(
-            peak_bytes=trace.peak_bytes,
+            peak_bytes=trace.peak_bytes if usage is None else usage.peak_allocated_bytes,
+            reserved_bytes=None if usage is None else usage.peak_reserved_bytes,
+            completes_bytes=None if usage is None else usage.completes_bytes,
+            fits_bytes=None if usage is None else usage.fits_bytes,
             phase=trace.phase_of(tick),
             module=module_at(trace, tick),
-            breakdown=trace.breakdown(tick),
+            breakdown=breakdown,
             saved=saved_of(trace),
             timeline=timeline_of(trace),
             how=trace.how,
@@ -107,7 +112,7 @@ class Session:
     def plan(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
         """The best plan, checked by a trace of the model as planned.
 
-        "uncertain" is a plan that takes more than the budget, but no more than the margin that is kept free of it.
+        "uncertain" is a plan that takes more than the budget, but not so much that it surely fails (see `risk`).
         """
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = _points(pairs) if effective_batch or micro_batch else _POINTS
@@ -133,7 +138,7 @@ class Session:
 
         for usable, verdict in (
             (budget.usable_bytes, Verdict.FITS),
-            (budget.usable_bytes + self._margin_bytes, Verdict.UNCERTAIN),
+            (self._room(strategy)[1], Verdict.UNCERTAIN),
         ):
             found = _checked(study, ask, learn, usable)
             if found is not None:
@@ -142,7 +147,7 @@ class Session:
 
     def _study(self, points: Sequence[int], accumulation: int, strategy: Strategy) -> Study:
         asked = (self.model, self.sample, self.recipe, self.recorder, self.gpu, self.device)
-        settings = (tuple(points), accumulation, strategy.levers, self._host_bytes(strategy))
+        settings = (tuple(points), accumulation, strategy.levers, self._host_bytes(strategy), self._allocator)
         return self._studies.setdefault(settings, Study(*asked, *settings))
 
     @cached_property
@@ -159,7 +164,7 @@ class Session:
         if "offload" not in strategy.levers or self._link_bytes_s is None:
             return 0
         total = None if self.device is None else psutil.virtual_memory().total
-        return usable_bytes(strategy.host_bytes(total))
+        return usable_host_bytes(strategy.host_bytes(total))
 
     @cached_property
     def _can_split(self) -> bool:
@@ -169,23 +174,34 @@ class Session:
 
     def _budget(self, strategy: Strategy) -> Budget:
         total, others, context = memory_parts(self.gpu, self.device)
-        share = math.ceil((total - others - context - self._margin_bytes) * (1 - strategy.budget_share))
         live = self.device is not None and self.gpu.kind == "cuda"
         return Budget(
             gpu=str(self.device.torch_device) if self.device is not None and live else self.gpu.name,
             total_bytes=total,
             others_bytes=others,
             context_bytes=context,
-            margin_bytes=self._margin_bytes + share,
+            margin_bytes=total - others - context - self._room(strategy)[0],
         )
 
+    def _room(self, strategy: Strategy) -> tuple[int, int]:
+        """What a plan may be predicted to need, to fit and not to be ruled out: the room less what is kept free of it.
+
+        That is on a card for the error of predictions, on a CPU without a given budget for everything but tensors.
+        """
+        total, others, context = memory_parts(self.gpu, self.device)
+        room = total - others - context
+        if self.gpu.kind != "cpu":
+            fits, possible = usable_bytes(room, strategy.risk)
+        elif self.gpu.total_bytes is not None:
+            fits, possible = room - WRAPPED_NUMBERS_BYTES, room
+        else:
+            fits, possible = room - int(total * CPU_MARGIN), room
+        return int(fits * strategy.budget_share), int(possible * strategy.budget_share)
+
     @cached_property
-    def _margin_bytes(self) -> int:
-        """Kept free: on a card for the allocator, on a CPU without a given budget for everything but tensors."""
-        if self.gpu.kind == "cpu" and self.gpu.total_bytes is not None:
-            return WRAPPED_NUMBERS_BYTES
-        total, _, _ = memory_parts(self.gpu, self.device)
-        return int(total * (CPU_MARGIN if self.gpu.kind == "cpu" else CUDA_MARGIN))
+    def _allocator(self) -> Settings:
+        """Of the card, as it is set in this process; torch's own where it is not here."""
+        return self.device.allocator_settings() if isinstance(self.device, CudaDevice) else Settings()
 
     def _refuse_below_static(self, trace: Trace, budget: Budget) -> None:
         static = trace.breakdown(0)
@@ -239,13 +255,18 @@ class Session:
         kept = set(decisions.values()) <= {KEEP}
         unplanned = 0 if kept else simulate(whole, (0,) * len(whole.blocks)).peak_bytes
         breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
+        usage, peak_bytes = planned.usage, trace.peak_bytes
+        if usage is not None:
+            peak_bytes = usage.peak_allocated_bytes
+            breakdown["allocator"] = peak_bytes - trace.peak_bytes
         fits = verdict is not Verdict.DOES_NOT_FIT
-        smallest = outcome.smallest_bytes if fits else max(outcome.smallest_bytes, trace.peak_bytes)
+        smallest = outcome.smallest_bytes + planned.needs_bytes - trace.peak_bytes  # on a card as fragmented as here
+        smallest = smallest if fits else max(smallest, planned.needs_bytes)
         times = profile.times
         assert isinstance(times, StepTimes)
         plan = Plan(
             verdict=verdict,
-            reason=reason or reason_for(decisions, trace, budget),
+            reason=reason or reason_for(decisions, planned.needs_bytes, budget),
             budget=budget,
             strategy=strategy.name,
             micro_batch=outcome.micro_batch,
@@ -256,10 +277,12 @@ class Session:
             stepping=planned.stepping,
             host_bytes=outcome.timeline.host_bytes,
             layers=layers_of(whole, decisions),
-            peak_bytes=trace.peak_bytes,
+            peak_bytes=peak_bytes,
+            reserved_bytes=None if usage is None else usage.peak_reserved_bytes,
+            fits_bytes=None if usage is None else usage.fits_bytes,
             peak_phase=phase,
             breakdown=breakdown,
-            unplanned_bytes=max(unplanned, trace.peak_bytes),
+            unplanned_bytes=max(unplanned, peak_bytes),
             step_s=outcome.timeline.step_s,
             samples_per_s=outcome.samples_per_s,
             slowdown=outcome.slowdown,
@@ -281,33 +304,41 @@ class Session:
         return plan
 
     def _assumptions(self, trace: Trace, refusals: tuple[str, ...] = ()) -> tuple[str, ...]:
-        lines = [
-            "steady state: optimizer state exists and gradients are dropped (set_to_none) after each step",
-            "only the loss is kept of the model's output; logits held through the backward come on top",
-        ]
+        when = "after each step" if self.recipe.drops == AFTER_STEP else "between forward and backward"
+        lines = [f"steady state: optimizer state exists and gradients are dropped (set_to_none) {when}"]
+        if self.recipe.keeps_output:
+            lines.append("the model's output is kept until the next forward has returned")
+        else:
+            lines.append("only the loss is kept of the model's output; logits held through the backward come on top")
+        lines += trace.assumptions
         if not self.model.training:
             lines.append("the model is in eval mode; the step is taken in training mode, as Trainer does")
         if self.gpu.kind != "cpu":
             lines.append("a CUDA step is predicted without the card; not yet verified on one")
             if is_nominal(self.gpu):
                 lines.append("the card's speed is unknown: times are for 100 TFLOP/s and 1 TB/s, only ratios count")
+        if isinstance(self.device, CudaDevice) and self.device.spills:
+            lines.append(
+                "here the driver may use host memory where the card's runs out, and no error is raised: a step that is "
+                "many times slower than planned has run out (NVIDIA settings, CUDA - Sysmem Fallback Policy)"
+            )
         if trace.how == "recorded":
             lines.append("the step reads values, so it was run for real rather than traced")
-        lines += refusals
+        lines += (*packed.statements(self.model), *refusals)
         if not self._can_split:
             lines.append("batch norm couples the samples of a batch, so the batch is never split")
         return tuple(lines)
 
 
 def _checked(
-    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], usable_bytes: int
+    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], budget_bytes: int
 ) -> tuple[Outcome, Planned] | None:
     """The best plan whose own trace is within a budget.
 
-    What a trace shows beyond the profile is taken off the budget; where that is much, the profile learns from
-    traces at that micro-batch, for another moment of the step has become the peak.
+    What a trace shows beyond the profile, and a card's allocator beyond the trace, is taken off the budget; where the
+    former is much, the profile learns from traces at that micro-batch, for another moment has become the peak.
     """
-    asked, taken, seen = usable_bytes, None, set()
+    asked, taken, seen = budget_bytes, None, set()
     for _ in range(_CORRECTIONS):
         outcome = ask(asked)
         if isinstance(outcome, NoPlan):
@@ -317,17 +348,16 @@ def _checked(
             break
         seen.add(key)
         planned = study.traced(outcome)
-        peak_bytes = planned.trace.peak_bytes
         better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
-        if better and peak_bytes <= usable_bytes:
+        if better and planned.needs_bytes <= budget_bytes:
             taken = outcome, planned
-        surprise = peak_bytes - outcome.timeline.peak_bytes
-        if abs(surprise) <= _NEGLIGIBLE * usable_bytes and taken is not None:
+        surprise = planned.trace.peak_bytes - outcome.timeline.peak_bytes
+        if abs(surprise) <= _NEGLIGIBLE * budget_bytes and taken is not None:
             break
-        if abs(surprise) > _FAR * usable_bytes:
+        if abs(surprise) > _FAR * budget_bytes:
             learn(outcome.micro_batch)
             surprise = 0
-        asked = usable_bytes - surprise
+        asked = budget_bytes - surprise - (planned.needs_bytes - planned.trace.peak_bytes)
     return taken
 
 

@@ -40,6 +40,7 @@ class Strategy:
     levers_first: tuple[Lever, ...] = ()  # tried without the others; those join where these alone give no plan
     every_block: Literal["keep", "recompute"] | None = None  # what every block does; None: as the solver finds best
     host_memory: str | float = 0.25  # limit for offloading: a size ("32GiB"), or a share of the host's memory
+    risk: float = 0.01  # the probability with which a plan that fits may still run out of memory
     budget_share: float = 1.0  # of the usable memory, what a plan may use
     tolerance: float = 0.01  # plans within this share of the best are equal; the larger micro-batch is taken
     max_slowdown: float | None = None  # share of time lost against keeping everything that is accepted; None: any
@@ -56,6 +57,7 @@ class Strategy:
         if self.every_block is not None:
             _check_one_of("every_block", self.every_block, ("keep", "recompute"))
         _check_host_memory(self.host_memory)
+        _check_number("risk", self.risk, "above 0 and at most 0.5", lambda risk: 0 < risk <= 0.5)
         _check_number("budget_share", self.budget_share, "above 0 and at most 1", lambda share: 0 < share <= 1)
         _check_number("tolerance", self.tolerance, "at least 0 and below 1", lambda share: 0 <= share < 1)
         if self.max_slowdown is not None:

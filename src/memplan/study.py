@@ -7,7 +7,7 @@ two micro-batches that the profile is made of.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers
+from memplan.allocator import Settings, Usage
 from memplan.blocks import alike, find_blocks, is_batch_coupled
 from memplan.device import Device
 from memplan.errors import CannotTrace, ModelFailed
@@ -40,6 +41,7 @@ from memplan.strategy import LEVERS, Lever
 from memplan.summary import decisions_of
 from memplan.timing import captured, cpu_rates, measured
 from memplan.trace import Trace
+from memplan.training_run import usage_of
 
 LARGEST_MICRO_BATCH = 4096
 _LONGEST_S = 120.0  # a step that would take longer, by the roofline, is not timed block by block before it is planned
@@ -55,6 +57,12 @@ class Planned:
     dropped: Mapping[str, tuple[str, ...]]  # selection -> what it drops at this micro-batch
     stepping: str  # when and how the optimizer steps
     trace: Trace
+    usage: Usage | None  # what a run of it takes of a card's allocator; None on a CPU, which has none
+
+    @property
+    def needs_bytes(self) -> int:
+        """The memory without which it does not run, or only by giving back and asking again."""
+        return self.trace.peak_bytes if self.usage is None else self.usage.fits_bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Study:
         accumulation: micro-steps per step in these traces, 1 or 2; the second stands for all that follow.
         levers: what a plan may use; nothing else is traced.
         host_bytes: what may lie on the host at once.
+        allocator: settings of the card's allocator.
     """
 
     model: nn.Module
@@ -78,6 +87,7 @@ class Study:
     accumulation: int
     levers: Sequence[Lever] = LEVERS
     host_bytes: int = 0  # with 0, offloading is not on the menu
+    allocator: Settings = field(default_factory=Settings)
 
     # -- traces --------------------------------------------------------------------------------------------------
 
@@ -172,7 +182,8 @@ class Study:
 
         recorder = next((r for name, r in self.steppings.items() if name in outcome.variant.split("+")), self.recorder)
         trace = self._recorded(outcome.micro_batch, installed, outcome.accumulation, recorder)
-        return Planned(decisions, dropped, recorder.recipe.stepping, trace)
+        usage = None if self.gpu.kind == "cpu" else usage_of(trace, self.allocator)
+        return Planned(decisions, dropped, recorder.recipe.stepping, trace, usage)
 
     def decisions(self, outcome: Outcome) -> dict[str, str]:
         """Module path -> option, the loss head's last."""

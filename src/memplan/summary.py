@@ -35,7 +35,7 @@ def layers_of(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ..
     return tuple(rows)
 
 
-def reason_for(decisions: Mapping[str, str], trace: Trace, budget: Budget) -> str:
+def reason_for(decisions: Mapping[str, str], needs_bytes: int, budget: Budget) -> str:
     pulled: Counter[str | None] = Counter(lever_of(option) for option in decisions.values())
     blocks = len(decisions) - pulled["loss-head"]
     texts = {
@@ -47,7 +47,7 @@ def reason_for(decisions: Mapping[str, str], trace: Trace, budget: Budget) -> st
     counts = [text.format(pulled[lever], blocks) for lever, text in texts.items() if pulled[lever]]
     nothing = "nothing is recomputed" if blocks else "no repeated blocks, so only the batch is planned"
     what = ", ".join(counts) or nothing
-    spare = budget.usable_bytes - trace.peak_bytes
+    spare = budget.usable_bytes - needs_bytes
     if spare >= 0:
         return f"{what}, {format_budget(spare)} to spare"
     return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"

@@ -63,7 +63,10 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """One steady-state training step (gradients were dropped, optimizer state exists).
+    """One steady-state training step (optimizer state exists).
+
+    What outlives the step without having been there before it (gradients, an output that the loop keeps) is gone before
+    the next one, unless the loop holds it longer: then the step begins with it, as rows that are born at 0 and die.
 
     With accumulation, two micro-steps are kept: the first, and one with gradients resident, which all later ones equal.
     """
@@ -92,6 +95,7 @@ class Trace:
     optimizer: Span
     optimizer_ops: Span
     assumptions: tuple[str, ...] = ()
+    early_state: int = 0  # so many of the optimizer's rows, the first, are there before the first step ever is made
 
     @cached_property
     def live(self) -> NDArray[np.int64]:

@@ -80,6 +80,11 @@ class TestPlan:
         assert cells_of(shown, "activations") == ["3.00 GiB", "14.3 %"]
         assert cells_of(shown, "sum") == ["21.00 GiB"]
 
+    def test_on_a_card_what_the_allocator_reserves_is_held_against_the_budget(self) -> None:
+        shown = plan_tables(make_plan(peak_bytes=20 * GIB, fits_bytes=21 * GIB))
+        assert cells_of(shown, "predicted peak") == ["20.00 GiB in backward"]
+        assert cells_of(shown, "reserved") == ["21.00 GiB by the allocator, 1.00 GiB spare"]
+
     def test_what_does_not_fit_says_by_how_much_and_what_to_do(self) -> None:
         plan = make_plan(
             verdict=Verdict.DOES_NOT_FIT,

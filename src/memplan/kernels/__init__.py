@@ -38,8 +38,8 @@ class Backend(Protocol):
     def rounded(self, size: int) -> int:
         """Bytes that the device's allocator hands out for a request."""
 
-    def fixed_bytes(self) -> int:
-        """Bytes that stay allocated through a step beside its tensors: libraries' workspaces."""
+    def fixed_bytes(self) -> tuple[int, ...]:
+        """What stays allocated beside a step's tensors: libraries' workspaces, the forward's, then the backward's."""
 
 
 def backend_for(gpu: Gpu) -> Backend:

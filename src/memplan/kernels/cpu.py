@@ -362,6 +362,6 @@ class CpuBackend:
         """Bytes that the allocator hands out for a request: those asked for."""
         return size
 
-    def fixed_bytes(self) -> int:
+    def fixed_bytes(self) -> tuple[int, ...]:
         """What stays allocated beside the step's tensors: nothing."""
-        return 0
+        return ()

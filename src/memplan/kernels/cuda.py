@@ -213,9 +213,9 @@ class CudaBackend:
         """Bytes that the caching allocator hands out for a request."""
         return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
-    def fixed_bytes(self) -> int:
+    def fixed_bytes(self) -> tuple[int, ...]:
         """cuBLAS workspaces: taken with the first product forward and backward, and kept.
 
         32 MiB from Hopper on is torch 2.12's figure; 2.11 still gives Blackwell the smaller one.
         """
-        return _CUBLAS_HANDLES * (_CUBLAS_BYTES_SM90 if self.compute_capability >= (9, 0) else _CUBLAS_BYTES)
+        return _CUBLAS_HANDLES * (_CUBLAS_BYTES_SM90 if self.compute_capability >= (9, 0) else _CUBLAS_BYTES,)

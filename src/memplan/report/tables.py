@@ -30,6 +30,7 @@ def prediction_tables(prediction: Prediction, top: int = 8) -> RenderableType:
         Text(f"peak {format_bytes(prediction.peak_bytes)} in {prediction.phase}{where}", style="bold"),
         f"micro-batch {prediction.micro_batch} x {prediction.accumulation} accumulated, {prediction.optimizer}, "
         f"{precision}, {prediction.how} run",
+        *([prediction.needs()] if prediction.needs() else []),
         "",
         _categories(prediction.breakdown),
         _modules(prediction.saved, prediction.activations, top),
@@ -71,18 +72,26 @@ def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
 
 
 def _budget(plan: Plan) -> RenderableType:
-    budget, spare_bytes = plan.budget, plan.budget_bytes - plan.peak_bytes
+    budget, spare_bytes = plan.budget, plan.budget_bytes - plan.needs_bytes
     if spare_bytes >= 0:
         spare = Text(f"{format_budget(spare_bytes)} spare")
     else:
         spare = Text(f"{format_bytes(-spare_bytes)} too much", style="red")
+    beside_peak: tuple[str | Text, ...] = (", ", spare)
+    on_card: dict[str, str | Text] = {}
+    if plan.fits_bytes is not None:
+        beside_peak = ()
+        on_card["reserved"] = Text.assemble((format_bytes(plan.fits_bytes), "bold"), " by the allocator, ", spare)
     facts: dict[str, str | Text] = {
         "total": format_budget(budget.total_bytes),
         "- other processes": format_bytes(budget.others_bytes),
         "- CUDA context": format_bytes(budget.context_bytes),
         "- margin": format_bytes(budget.margin_bytes),
         "= budget": Text(format_budget(plan.budget_bytes), style="bold"),
-        "predicted peak": Text.assemble((format_bytes(plan.peak_bytes), "bold"), f" in {plan.peak_phase}, ", spare),
+        "predicted peak": Text.assemble(
+            (format_bytes(plan.peak_bytes), "bold"), f" in {plan.peak_phase}", *beside_peak
+        ),
+        **on_card,
         "without a plan": f"{format_bytes(plan.unplanned_bytes)} at the same micro-batch",
         "least that fits": f"{format_bytes(plan.smallest_bytes)} with the strategy {plan.strategy!r}",
     }
