@@ -28,12 +28,11 @@ def test_no_batch_that_a_random_sampler_draws_is_larger(found: list[int], micro_
 
 
 @given(lengths, st.integers(1, 4))
-def test_in_order_it_is_the_fullest_batch_with_the_longest_sample(found: list[int], micro_batch: int) -> None:
+def test_in_order_it_is_the_batch_of_the_most_padded_tokens(found: list[int], micro_batch: int) -> None:
     worst = Data(found, shuffled=False).worst(micro_batch)
     batches = [tuple(found[i : i + micro_batch]) for i in range(0, len(found), micro_batch)]
     assert tuple(found[i] for i in worst.samples) in batches
-    assert worst.tokens == max(found)
-    assert worst.rows == max(len(batch) for batch in batches if max(batch) == worst.tokens)
+    assert worst.rows * worst.tokens == max(map(area, batches))
 
 
 @given(lengths, st.integers(1, 50), st.integers(1, 16))

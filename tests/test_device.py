@@ -185,7 +185,9 @@ class TestCpuPeak:
         assert len(calls) == 2
 
     def test_prints_nothing(self) -> None:
-        code = "from memplan.device import *; CpuDevice().peak_of(int); print('KINETO_LOG_LEVEL' in os.environ)"
+        code = (
+            "import os; from memplan.device import *; CpuDevice().peak_of(int); print('KINETO_LOG_LEVEL' in os.environ)"
+        )
         environment = {key: value for key, value in os.environ.items() if key != "KINETO_LOG_LEVEL"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         assert (done.stdout.strip(), done.stderr.strip()) == ("False", "")
@@ -431,14 +433,40 @@ class TestCuda:
         ("system", "release", "spills"),
         [
             ("Linux", "6.8.0-generic", False),
-            ("Linux", "5.15.90-microsoft-standard-WSL2", True),
+            ("Linux", "5.15-microsoft-standard-WSL2", True),
             ("Windows", "11", True),
         ],
     )
     def test_where_the_driver_gives_out_host_memory_instead(self, system: str, release: str, spills: bool) -> None:
+        self.driver({})
         self.monkeypatch.setattr("platform.system", lambda: system)
         self.monkeypatch.setattr("platform.release", lambda: release)
-        assert CudaDevice(0).spills is spills
+        assert [sentence for sentence in CudaDevice(0).warnings() if "host memory" in sentence] == (
+            CudaDevice(0).warnings() if spills else []
+        )
+        assert bool(CudaDevice(0).warnings()) is spills
+
+    @pytest.mark.parametrize("why", ["slice", "refused", "missing"])
+    def test_a_device_that_the_driver_library_does_not_tell_of(self, why: str) -> None:
+        self.driver({}, library=why != "refused")
+        if why == "slice":
+            self.monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="slice"))
+        if why == "missing":
+            self.monkeypatch.setitem(sys.modules, "pynvml", None)
+        (sentence,) = CudaDevice(0).warnings()
+        assert "MIG slice" in sentence
+        assert "450.00 MiB" in sentence
+
+    def test_cards_are_told_apart_by_their_uuid_and_not_by_their_index(self) -> None:
+        self.driver({1: 5 * GIB})
+        uuids = ["another", "0123"]  # CUDA_VISIBLE_DEVICES=1,0
+        self.monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
+        assert CudaDevice(1).memory().others_bytes == 5 * GIB
+        assert CudaDevice(0).memory().free_bytes == 10 * GIB  # CUDA's own word
+
+    def test_a_cap_on_the_process_is_read(self) -> None:
+        self.monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 0.5)
+        assert CudaDevice(0).cap_bytes == 23 * GIB // 2
 
     def test_a_card_that_this_machine_does_not_have(self) -> None:
         with pytest.raises(NoDevice, match=r"'cuda:2'.*'cuda:0' to 'cuda:1'.*'cpu:2GiB'"):

@@ -97,6 +97,17 @@ def test_the_catalogue_is_large_and_every_name_in_it_leads_to_its_own_card() -> 
     assert all(find_gpu(name) is card for card in cards for name in (card.name, *card.driver_names))
 
 
+def test_the_cards_that_people_train_on_are_there() -> None:
+    consumer = "rtx-3060 rtx-3090 rtx-4060 rtx-4060-ti rtx-4070-ti rtx-4080 rtx-4090 rtx-5080 rtx-5090"
+    workstation = "rtx-a4000 rtx-a5000 rtx-a6000 rtx-6000-ada rtx-pro-6000"
+    centre = "t4 l4 a10 a10g l40s a100-pcie-40gb a100-sxm-40gb a100-pcie-80gb a100-sxm-80gb"
+    large = "h100-pcie h100-sxm h100-nvl h200 b200 mi300x"
+    for name in f"{consumer} {workstation} {centre} {large}".split():
+        card = find_gpu(name)
+        assert card.driver_names
+        assert bool(card.flops) == (name != "mi300x")  # of that its memory alone is known
+
+
 @CARDS
 def test_a_card_is_complete_and_sane(card: Gpu) -> None:
     assert card.kind == "cuda"

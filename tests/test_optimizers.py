@@ -3,12 +3,14 @@ from typing import Any
 
 import accelerate
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+import memplan
 from memplan.errors import BadOptimizer
 from memplan.optimizers import OPTIMIZERS, Adam8bit, build, name_of
 
@@ -268,3 +270,14 @@ class TestLive:
             build(live, [], copies_of(params))
         with pytest.raises(BadOptimizer, match="4 of the 4"):
             build(live, [])
+
+
+@pytest.mark.parametrize("flags", [{"capturable": True}, {"lr": torch.tensor(1e-3)}, {"differentiable": True}])
+@pytest.mark.parametrize("gpu", ["cpu", "rtx-4090"])
+def test_flags_that_torch_allows_on_some_devices_only_do_not_stand_in_the_way(flags: dict[str, Any], gpu: str) -> None:
+    model, batch = tiny.plain()
+    usual = torch.optim.AdamW(model.parameters())
+    odd = torch.optim.AdamW(model.parameters(), **flags)
+    found = memplan.predict(model, batch, optimizer=odd, gpu=gpu)
+    assert found.peak_bytes == memplan.predict(model, batch, optimizer=usual, gpu=gpu).peak_bytes
+    assert all(odd.param_groups[0][name] is value for name, value in flags.items())

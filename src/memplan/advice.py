@@ -58,6 +58,15 @@ def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_spl
     if phase != "optimizer":
         yield data // 2, f"Half the sequence length or image area saves about {format_bytes(data // 2)}."
     if states + grads > _TRAINED_SHARE * breakdown["params"]:
+        saved = grads + (breakdown["temporaries"] if phase == "optimizer" else 0)
+        how = "a live one, a strategy with 'step-in-backward', no accumulation, no clipping of the global norm"
+        yield saved, f"Stepping the optimizer inside the backward ({how}) saves about {format_bytes(saved)}."
+        saved += states
+        yield (
+            saved,
+            f"That, with its state paged to the host (bnb.optim.PagedAdamW8bit), saves about {format_bytes(saved)}.",
+        )
+    if states + grads > _TRAINED_SHARE * breakdown["params"]:
         saved = int((states + grads) * (1 - _LORA_SHARE))
         yield saved, f"LoRA instead of training all weights saves about {format_bytes(saved)} of gradients and states."
     saved = breakdown["params"] // 2

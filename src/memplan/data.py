@@ -56,22 +56,22 @@ class Data:
         """Of a row of the worst batch, whatever the micro-batch is."""
         if self.packed_to is not None:
             return self.packed_to
-        longest = min(max(self.lengths), self.cut_to or max(self.lengths))
-        return -(-longest // self.multiple_of) * self.multiple_of
+        return self._padded(max(self.lengths))
 
     def worst(self, micro_batch: int) -> Worst:
-        """The worst batch of so many samples. In a fixed order it may be the last one, with fewer rows."""
+        """The worst batch of so many samples. In a fixed order one of shorter rows may be larger than the longest's."""
         if self.packed_to is not None:
             return Worst(micro_batch, self.packed_to, ())
         count = len(self.lengths)
-        most = min(max(self.lengths), self.cut_to or max(self.lengths))
-        longest = [i for i, length in enumerate(self.lengths) if length >= most]
         if self.shuffled:
-            return Worst(min(micro_batch, count), self.tokens, (longest[0],))
-        batches = {i // micro_batch for i in longest}
-        batch = min(batches, key=lambda b: (-min(micro_batch, count - b * micro_batch), b))
-        samples = tuple(range(batch * micro_batch, min((batch + 1) * micro_batch, count)))
-        return Worst(len(samples), self.tokens, samples)
+            longest = max(range(count), key=self.lengths.__getitem__)
+            return Worst(min(micro_batch, count), self.tokens, (longest,))
+        batches = [range(start, min(start + micro_batch, count)) for start in range(0, count, micro_batch)]
+        worst = max(batches, key=lambda batch: len(batch) * self._padded(max(self.lengths[i] for i in batch)))
+        return Worst(len(worst), self._padded(max(self.lengths[i] for i in worst)), tuple(worst))
+
+    def _padded(self, longest: int) -> int:
+        return -(-min(longest, self.cut_to or longest) // self.multiple_of) * self.multiple_of
 
     def describe(self, micro_batch: int) -> str:
         """The worst batch in a sentence."""

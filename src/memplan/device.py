@@ -1,6 +1,6 @@
 """Where a step runs: what memory is there, what a step needs at its peak, how long it takes.
 
-The only file of memplan that says ``torch.cuda`` or ``pynvml``. There are `CpuDevice`, `CudaDevice` and, for tests,
+The only file of memplan that says ``torch.cuda``. There are `CpuDevice`, `CudaDevice` and, for tests,
 `FakeDevice`. `resolve_gpu` turns what a user wrote ("auto", "cuda:1", "cpu:2GiB", "rtx-4090", "24GiB") into a card and,
 where it is this machine's, the live device.
 
@@ -8,8 +8,6 @@ All sizes are bytes (int), all times seconds (float).
 """
 
 import gc
-import importlib
-import os
 import platform
 import re
 import time
@@ -17,17 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Final, TypeVar, final
 
 import psutil
 import torch
 
 from memplan.allocator import Settings
+from memplan.driver import reading_of
 from memplan.errors import NoDevice, UnknownGpu, UsageError
 from memplan.fake_memory import FakeMemory
 from memplan.gpus import Gpu, find_gpu
 from memplan.meter import allocator_record, reachable_storages, survivors
+from memplan.units import format_bytes
 
 CUDA_CONTEXT_BYTES: Final = 450 * 2**20
 """What a CUDA context and its kernels take on a card that is not here to be asked.
@@ -169,7 +168,7 @@ class CudaDevice(Device):
         be `CUDA_CONTEXT_BYTES`. That shifts bytes between context and others and leaves their sum as it is.
         """
         reserved_bytes = torch.cuda.memory_reserved(self.index)
-        reading = _nvml_reading(f"GPU-{torch.cuda.get_device_properties(self.index).uuid}")
+        reading = self._driver_reading()
         own_bytes: int | None = None
         if reading is not None:
             total_bytes, free_bytes, own_bytes = reading
@@ -187,12 +186,33 @@ class CudaDevice(Device):
         return Settings.from_snapshot(torch.cuda.memory._snapshot(self.index)["allocator_settings"])
 
     @property
-    def spills(self) -> bool:
-        """Whether the driver may give out host memory where the card's is used up, so that nothing ever raises.
+    def cap_bytes(self) -> int:
+        """What the allocator may reserve by `torch.cuda.set_per_process_memory_fraction`; all of it by default."""
+        fraction = torch.cuda.get_per_process_memory_fraction(self.index)
+        return int(torch.cuda.mem_get_info(self.index)[1] * fraction)
 
-        NVIDIA's driver does so on Windows and in WSL ("CUDA - Sysmem Fallback Policy"; microsoft/WSL#11050).
+    def warnings(self) -> list[str]:
+        """What makes this device's memory less sure than that of others, a sentence each.
+
+        On Windows and in WSL NVIDIA's driver may give out host memory (microsoft/WSL#11050).
         """
-        return platform.system() == "Windows" or "microsoft" in platform.release().lower()
+        found = []
+        if platform.system() == "Windows" or "microsoft" in platform.release().lower():
+            found.append(
+                "here the driver may use host memory where the card's runs out, and no error is raised: a step that is "
+                "many times slower than planned has run out (NVIDIA settings, CUDA - Sysmem Fallback Policy)"
+            )
+        if self._driver_reading() is None:
+            found.append(
+                "the driver library does not know this device (a MIG slice, a vGPU) or does not answer (no pynvml, no "
+                "permission): memory is as CUDA tells it, which cannot tell other processes from this one's context, "
+                f"and that is taken to be {format_bytes(CUDA_CONTEXT_BYTES)}"
+            )
+        return found
+
+    def _driver_reading(self) -> tuple[int, int, int | None] | None:
+        """By the uuid: the driver's own index follows no CUDA_VISIBLE_DEVICES."""
+        return reading_of(f"GPU-{torch.cuda.get_device_properties(self.index).uuid}")
 
     def peaks_of(self, step: Step) -> Peaks:
         self.synchronize()
@@ -332,37 +352,6 @@ def _record_of(device: CudaDevice) -> Gpu:
             compute_capability=device.compute_capability,
             source="the driver",
         )
-
-
-def _nvml_reading(uuid: str) -> tuple[int, int, int | None] | None:
-    """(total, free, held by this process or None where it is not told), or None where the driver library cannot say.
-
-    The total leaves out what the driver keeps for itself, as CUDA's own total does. A MIG slice has another kind of
-    uuid, is not found here, and is left to CUDA.
-    """
-    try:
-        pynvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        return memory.total - memory.reserved, memory.free, _nvml_own_bytes(pynvml, handle)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _nvml_own_bytes(pynvml: ModuleType, handle: object) -> int | None:
-    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-        if process.pid == os.getpid() and process.usedGpuMemory is not None:
-            return int(process.usedGpuMemory)
-    return None
 
 
 def _stopwatch(step: Step, repeats: int, synchronize: Callable[[], None]) -> list[float]:

@@ -132,10 +132,22 @@ def build(
             "build it from model.parameters(), after everything that replaces them (adapters, wrappers, conversions)"
         )
     copy = _copied(live, replacement, stand_in)
+    copy.defaults = dict(copy.defaults)
+    _disarm(copy.defaults)
     for group in copy.param_groups:
+        _disarm(group)
         if foreach is not None and "foreach" in group and group["foreach"] is None and not group.get("fused"):
             group["foreach"] = foreach
     return copy
+
+
+def _disarm(group: dict[str, Any]) -> None:
+    """Take out what torch allows on some devices or parameters only, and what takes no other memory without it."""
+    for flag in ("capturable", "differentiable"):
+        if group.get(flag):
+            group[flag] = False
+    if isinstance(group.get("lr"), torch.Tensor):
+        group["lr"] = 0.0 if group["lr"].is_meta else float(group["lr"])
 
 
 def is_paged(tensor: torch.Tensor) -> bool:

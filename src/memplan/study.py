@@ -6,7 +6,7 @@ two micro-batches that the profile is made of.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -259,6 +259,7 @@ class Study:
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
         try:
             with skipped(self.model, [[p for p in group if p != self.blocks[-1]] for group in self._groups]):
+                difference(self.model, self.recipe, sample, nullcontext)  # from here on no skipped block runs at all
                 return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
         except torch.OutOfMemoryError:
             return None

@@ -31,7 +31,7 @@ from memplan.skipping import skipped
 
 _REPEATS = 3
 _LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
-_MOST_SCALED = 3.0  # single operators run hotter or colder than among others; by more than this, noise is measured
+_MOST_SCALED = 3.0  # single operators run colder than among others; by more than this, noise is measured
 _ENOUGH_S = 2.0  # what takes this long is run twice only, and needs no warming up
 
 
@@ -60,8 +60,8 @@ def measured(
     """The estimate, with each block's times replaced by measured ones and the rest scaled to agree with them.
 
     Every distinct block is run by itself, on the inputs that it gets in a real forward; one of a run of alike blocks
-    stands for all. Of the selections only the one that runs most again is run; the others are priced by the seconds of
-    the operators that they run again, scaled to agree with it. What lies outside the blocks is run, as it is and with
+    stands for all. Of the selections only the two that run least and most again are run; the others are priced between
+    them by the seconds of the operators that they run again. What lies outside the blocks is run, as it is and with
     its option, where the loss head has one. Model, gradients, buffers and random state are as before afterwards.
 
     Args:
@@ -140,19 +140,31 @@ def _guessed(
 def _selected(
     seconds: Mapping[tuple[str, str], Mapping[int, float]], menu: Menu
 ) -> dict[tuple[str, str], dict[int, float]]:
-    """The selections of each block: keeping, and the seconds of what runs again, scaled by what was measured of it."""
+    """The selections of each block: keeping, and what the least and the most of them were measured to cost beyond it.
+
+    Those between lie on the line through the two, by the seconds of what they run again. So what each of them costs
+    whatever it drops, its hooks on every saved tensor, is in the price: in a tiny block that is most of it.
+    """
     priced = {}
     for path, names in menu.options.items():
         chosen = [name for name in names if name in menu.selections]
         if not chosen:
             continue
-        kept, last = seconds[path, KEEP], chosen[-1]
+        kept = seconds[path, KEEP]
         first = min(kept)  # the micro-batch at which operators were timed
-        rerun_s = menu.selections[last].rerun_s
-        extra = median((seconds[path, last][size] - kept[size]) * kept[first] / kept[size] for size in kept)
-        scale = min(max(extra / rerun_s, 1 / _MOST_SCALED), _MOST_SCALED) if rerun_s > 0 else 1.0
+        rerun_s = {name: menu.selections[name].rerun_s for name in chosen}
+        extra_s = {
+            name: max(
+                median((seconds[path, name][size] - kept[size]) * kept[first] / kept[size] for size in kept),
+                rerun_s[name] / _MOST_SCALED,
+            )
+            for name in (chosen[0], chosen[-1])
+        }
+        low, high = rerun_s[chosen[0]], rerun_s[chosen[-1]]
+        fixed_s, whole_s = extra_s[chosen[0]], max(extra_s.values())
         for name in chosen:
-            share = 1 + scale * menu.selections[name].rerun_s / kept[first]
+            along = (rerun_s[name] - low) / (high - low) if high > low else 0.0
+            share = 1 + (fixed_s + along * (whole_s - fixed_s)) / kept[first]
             priced[path, name] = {size: value * share for size, value in kept.items()}
     return priced
 
@@ -194,13 +206,13 @@ class _Clock:
     device: Device
 
     def times(self, menu: Menu) -> Mapping[tuple[str, str], float]:
-        """(path, option) -> seconds of one forward and backward; of the selections only the last."""
+        """(path, option) -> seconds of one forward and backward; of the selections only the least and the most."""
         found = {}
         with self._own_errors():
             for group, call in self._calls(tuple(menu.options), menu.recomputable).items():
                 names = menu.options[group[0]]
                 selected = [name for name in names if name in menu.selections]
-                options = [n for n in names if n in (KEEP, RECOMPUTE, *selected[-1:])]
+                options = [n for n in names if n in (KEEP, RECOMPUTE, *selected[:1], *selected[-1:])]
                 seconds = self._block(group[0], call, options, menu)
                 found.update({(path, option): seconds[option] for path in group for option in options})
         return found
@@ -210,8 +222,14 @@ class _Clock:
         (option,) = head.values()
         blocks = tuple(menu.options)
         kept = levers.decided(self.model, {**dict.fromkeys(blocks, KEEP), **dict.fromkeys(head, KEEP)})
-        with self._own_errors(), kept, skipped(self.model, alike(self.model, blocks)):
-            self._step_lap({})  # with the blocks' own first run
+        with kept, skipped(self.model, alike(self.model, blocks)):
+            try:
+                self._step_lap({})  # with the blocks' own first run
+                self._step_lap({})  # and without
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # what lies around the blocks wants more than they hand on, as a router's loss does
+                return {}
             return self._interleaved({KEEP: partial(self._step_lap, {}), option: partial(self._step_lap, head)})
 
     def graphs(self, blocks: Sequence[str]) -> dict[str, tuple[BlockGraph, list[float]]]:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own habit
-from card import AMPERE, BF16, FAKE, FP32, HOPPER, Operators, backward, fake, kept, on_card
+from card import ADA, AMPERE, BF16, BLACKWELL, FAKE, FP32, HOPPER, TURING, Operators, backward, fake, kept, on_card
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,6 +133,13 @@ def embedded(count: int) -> None:
     backward(F.embedding(torch.zeros(count, dtype=torch.int64), fake(1000, 16, dtype=FP32)))
 
 
+def clipped(*sizes: int, dtype: torch.dtype) -> None:
+    parameters = [fake(size, dtype=dtype) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    clip_grad_norm_(parameters, 1.0, foreach=True)
+
+
 SCORES = 2 * 4 * 100
 WORKSPACES: Mapping[str, tuple[Callable[[], object], str, int]] = {
     "flash: float32 dq of 128 rows, a number a row": (
@@ -186,6 +195,11 @@ WORKSPACES: Mapping[str, tuple[Callable[[], object], str, int]] = {
         "index_put",
         4 * 30 * 8,
     ),
+    "clipping: a float32 sum per chunk of the largest, for each": (
+        partial(clipped, 10, 65536, 3 * 65536 + 1, dtype=BF16),
+        "_foreach_norm",
+        3 * 4 * 4,
+    ),
     "a product has none of its own": (lambda: fake(8, 8) @ fake(8, 8), "mm", 0),
 }
 
@@ -218,12 +232,30 @@ def test_the_backend_of_a_gpu(gpu: str, backend: Backend) -> None:
     assert backend_for(find_gpu(gpu)) == backend
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "size"),
+    [
+        (TURING, "2.13.0", 8_519_680),
+        (ADA, "2.13.0", 8_519_680),
+        (HOPPER, "2.11.0", 32 * 2**20),
+        ((10, 0), "2.11.0", 8_519_680),
+        ((10, 0), "2.12.0", 32 * 2**20),
+        (BLACKWELL, "2.11.0+cu130", 8_519_680),
+        (BLACKWELL, "2.13.0+cu130", 32 * 2**20),
+    ],
+)
+def test_workspaces_of_cublas_forward_and_backward(
+    capability: tuple[int, int], version: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert CudaBackend(capability).fixed_bytes() == (size, size)
+
+
 def test_what_a_backend_adds() -> None:
     cpu, card = CpuBackend(), CudaBackend(AMPERE)
     assert [cpu.rounded(size) for size in (0, 1, 512, 513)] == [0, 1, 512, 513]
     assert [card.rounded(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
     assert (cpu.fixed_bytes(), card.fixed_bytes()) == ((), (8_519_680,) * 2)
-    assert CudaBackend().fixed_bytes() == (32 * 2**20,) * 2
     assert (cpu.name, cpu.foreach, card.name, card.foreach) == ("cpu", None, "cuda", True)
     softmax = torch.ops.aten._safe_softmax.default
     assert cpu.workspace_bytes(softmax, [fake(4, 8)], [fake(4, 8)]) == 4 * 8 + 4

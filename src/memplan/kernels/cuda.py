@@ -11,6 +11,7 @@ Not covered:
 - cuDNN's RNNs (an LSTM is taken to keep what oneDNN keeps on the CPU), and the reserve that its batch norm keeps for
   backward;
 - deterministic algorithms, nested tensors, and an order of attention kernels set by the user (`set_priority`);
+- cuBLAS workspaces set by the user (`CUBLAS_WORKSPACE_CONFIG`, `TORCH_CUBLASLT_UNIFIED_WORKSPACE=0`);
 - autocast's weight cache for einsum, bilinear and RNN cells; `binary_cross_entropy`, which CUDA's autocast refuses.
 """
 
@@ -34,9 +35,11 @@ _aten = torch.ops.aten
 
 _BLOCK_BYTES = 512  # kMinBlockSize (c10/core/AllocatorConfig.h)
 
-# One per cuBLAS handle and stream, shared with cuBLASLt: `:4096:2:16:8`, from Hopper on 32 MiB (CublasHandlePool.cpp).
+# One per thread and stream, shared with cuBLASLt: `:4096:2:16:8`, or 32 MiB (parseChosenWorkspaceSize and
+# unified_cublas_and_lt_workspaces, cuda/CublasHandlePool.cpp).
 _CUBLAS_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
-_CUBLAS_BYTES_SM90 = 32 * 2**20
+_LARGE_CUBLAS_BYTES = 32 * 2**20
+_HOPPER, _BLACKWELL = 9, (10, 12)  # major compute capabilities
 _CUBLAS_HANDLES = 2  # a handle belongs to a thread: one works forward, autograd's own backward
 
 
@@ -216,6 +219,8 @@ class CudaBackend:
     def fixed_bytes(self) -> tuple[int, ...]:
         """cuBLAS workspaces: taken with the first product forward and backward, and kept.
 
-        32 MiB from Hopper on is torch 2.12's figure; 2.11 still gives Blackwell the smaller one.
+        Hopper has the large one; Blackwell from torch 2.12 on, while 2.11 gives it the small one.
         """
-        return _CUBLAS_HANDLES * (_CUBLAS_BYTES_SM90 if self.compute_capability >= (9, 0) else _CUBLAS_BYTES,)
+        major = self.compute_capability[0]
+        is_large = major == _HOPPER or (major in _BLACKWELL and torch.__version__ >= "2.12")
+        return _CUBLAS_HANDLES * (_LARGE_CUBLAS_BYTES if is_large else _CUBLAS_BYTES,)

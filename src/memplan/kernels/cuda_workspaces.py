@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _INDEX_BYTES = 8
+_CHUNK = 65536  # kChunkSize (cuda/MultiTensorApply.cuh): elements of a tensor that one block of threads takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,12 @@ def _index_put(op: Operation) -> int:
     return 4 * max(indices, default=0) * _INDEX_BYTES
 
 
+def _foreach_norm(op: Operation) -> int:
+    """cuda/ForeachReduceOp.cu, as in `clip_grad_norm_`: a sum per chunk, for each tensor as many as the largest has."""
+    chunks = -(-max(t.numel() for t in op.tensors) // _CHUNK)
+    return len(op.tensors) * chunks * max(4, op.tensors[0].element_size())
+
+
 def _safe_softmax(op: Operation) -> int:
     """SoftMax.cpp: a bool for each score and for each row."""
     (out,) = op.outputs
@@ -155,6 +162,7 @@ RULES: dict[str, Callable[[Operation], int]] = {
     "aten::_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
     "aten::_scaled_dot_product_efficient_attention": _efficient_forward,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::_foreach_norm": _foreach_norm,
     "aten::_safe_softmax": _safe_softmax,
     "aten::_softmax": _contiguous_operands,
     "aten::_log_softmax": _contiguous_operands,

@@ -54,14 +54,19 @@ class SavedTensor:
     view: View | None  # None: not of the block's own making, or held come what may
     shape: torch.Size
     dtype: torch.dtype
-    grad_fn: type | None  # of the operator that made it; None: not in the block
+    grad_fn: str | None  # of the operator that made it; None: not in the block
 
     def is_like(self, tensor: Tensor) -> bool:
         return (
             tensor.shape == self.shape
             and tensor.dtype == self.dtype
-            and (self.grad_fn is None or type(tensor.grad_fn) is self.grad_fn)
+            and (self.grad_fn is None or _maker(tensor) == self.grad_fn)
         )
+
+
+def _maker(tensor: Tensor) -> str:
+    """The node that made a tensor; a `reshape` that is a view has another name where no dispatch mode runs."""
+    return type(tensor.grad_fn).__name__.replace("ReshapeAlias", "View")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +232,7 @@ class Capture(TorchDispatchMode):
         value, view, grad_fn = self._value_of(tensor), None, None
         if value is not None:
             found = self._values[value]
-            grad_fn = None if found.node is None else type(tensor.grad_fn)
+            grad_fn = None if found.node is None else _maker(tensor)
             if found.dtype == tensor.dtype and not self._told:
                 found.saved, view = True, self._view(value, tensor)
             elif found.node is not None:

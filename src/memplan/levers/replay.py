@@ -21,6 +21,14 @@ class Held:
         self.tensor = tensor.detach()  # else an operator that saves its own result would hold itself
         self.version = _version(self.tensor)
 
+    def at_start(self, view: View) -> "Held":
+        """The same, as the tensor by which its value became known began: what offsets are counted from."""
+        if not view.offset:
+            return self
+        start = Held(self.tensor.as_strided((), (), self.tensor.storage_offset() - view.offset))
+        start.version = self.version
+        return start
+
     def give(self) -> Tensor:
         if _version(self.tensor) != self.version:
             raise RuntimeError(
@@ -179,8 +187,11 @@ def unlike(
     found: set[int] = set()
     for part in parts:
         again = _begun(part, saved, block, inputs, state)
-        # the last first, as the backward asks
-        if not all(_is_same(again.give(view), saved[n].held) for n, view in reversed(part.entries)):
+        try:  # the last first, as the backward asks
+            same = all(_is_same(again.give(view), saved[n].held) for n, view in reversed(part.entries))
+        except RuntimeError:  # an operator that cannot be run again after all: better held than met in the backward
+            same = False
+        if not same:
             found |= part.gives
     return found
 
@@ -210,9 +221,10 @@ def _source(
         assert state is not None
         return Held(state)
     assert place is not None
-    held = saved[place].held
+    held, view = saved[place].held, captured.saved[place].view
     assert held is not None
-    return held
+    assert view is not None
+    return held.at_start(view)
 
 
 def _version(tensor: Tensor) -> int:
