@@ -11,8 +11,6 @@ device counts, has a cap and fails once in the middle of a step; its results sta
 """
 
 import argparse
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,12 +22,11 @@ from cuda_runs import (
     Asks,
     Job,
     Store,
-    Workers,
-    forget_failures,
+    facts,
     machine_text,
     run_all,
+    run_command,
     time_plan,
-    written,
 )
 
 KNOWN = ("mistral-7b int8", "llama-3-8b nf4", "qwen-14b int8")
@@ -129,41 +126,21 @@ def main(argv: Sequence[str] | None = None, asks: Asks | None = None) -> str:
     """Measure, print, and return the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="", help="only these, by commas; for example 'mistral-7b int8'")
-    parser.add_argument(
-        "--limit-s", type=float, default=LIMIT_S, help="start nothing that would go beyond; default 470"
+    return run_command(
+        parser,
+        argv,
+        asks,
+        limit_s=LIMIT_S,
+        dry=DRY,
+        name="cuda.json",
+        part="trainings",
+        measure=_measure,
+        document=document,
     )
-    parser.add_argument("--again", action="store_true", help="measure anew what failed for another reason than memory")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/cuda.md")
-    parser.add_argument("--render", action="store_true", help="measure nothing, only render what is measured")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU with a fake device")
-    parser.add_argument("--cache", type=Path, default=ROOT / "docs" / "cuda.json", help="where results are kept")
-    args = parser.parse_args(argv)
-    if args.dry_run:
-        if args.write:
-            parser.error("what a dry run says is no measurement: it is never written into the page")
-        shutil.rmtree(DRY, ignore_errors=True)
-        args.cache = DRY / "cuda.json"
-    store = Store.at(args.cache)
-    if args.again:
-        forget_failures(store)
-    if not args.render:
-        begin = time.monotonic()
-        if asks is not None:
-            _measure(asks, store, args, begin)
-        else:
-            with Workers("fake" if args.dry_run else "cuda") as workers:
-                _measure(workers, store, args, begin)
-    text = document(store)
-    print(text)
-    if args.write:
-        written("trainings", text)
-    return text
 
 
 def _measure(asks: Asks, store: Store, args: argparse.Namespace, begin: float) -> None:
-    (first,) = asks.ask({"do": "facts"}, args.limit_s)
-    if "error" in first:
-        raise SystemExit(first["error"])
+    first = facts(asks, args.limit_s)
     store.on(first["facts"] | {"cap_bytes": first["cap_bytes"]})
     known = KNOWN if first["facts"]["bitsandbytes"] else (*KNOWN, *STAND_INS)
     tasks = args.tasks.split(",") if args.tasks else [*known, FULL_TUNE]

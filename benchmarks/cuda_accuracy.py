@@ -11,8 +11,6 @@ all of it with tiny models on the CPU and a fake device that counts and has a ca
 
 import argparse
 import json
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +27,12 @@ from cuda_runs import (
     Asks,
     Job,
     Store,
-    Workers,
-    forget_failures,
+    facts,
     gib,
     machine_text,
     run_all,
+    run_command,
     time_plan,
-    written,
 )
 
 BELOW = 0.97  # of the predicted cap: there it has to retry or fail
@@ -225,42 +222,22 @@ def main(argv: Sequence[str] | None = None, asks: Asks | None = None) -> str:
     """Measure, print, and return the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="only cases whose name contains this text")
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help=f"start nothing beyond; default {LIMIT_S}")
-    parser.add_argument("--again", action="store_true", help="measure anew what failed for another reason than memory")
     parser.add_argument("--histories", action="store_true", help="keep what the allocator did in the small cases")
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/cuda.md")
-    parser.add_argument("--render", action="store_true", help="measure nothing, only render what is measured")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU with a fake device")
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "docs" / "cuda_accuracy.json", help="where results are kept"
+    return run_command(
+        parser,
+        argv,
+        asks,
+        limit_s=LIMIT_S,
+        dry=DRY / "accuracy",
+        name="cuda_accuracy.json",
+        part="accuracy",
+        measure=_measure,
+        document=document,
     )
-    args = parser.parse_args(argv)
-    if args.dry_run:
-        if args.write:
-            parser.error("what a dry run says is no measurement: it is never written into the page")
-        shutil.rmtree(DRY / "accuracy", ignore_errors=True)
-        args.cache = DRY / "accuracy" / "cuda_accuracy.json"
-    store = Store.at(args.cache)
-    if args.again:
-        forget_failures(store)
-    if not args.render:
-        begin = time.monotonic()
-        if asks is not None:
-            _measure(asks, store, args, begin)
-        else:
-            with Workers("fake" if args.dry_run else "cuda") as workers:
-                _measure(workers, store, args, begin)
-    text = document(store)
-    print(text)
-    if args.write:
-        written("accuracy", text)
-    return text
 
 
 def _measure(asks: Asks, store: Store, args: argparse.Namespace, begin: float) -> None:
-    (first,) = asks.ask({"do": "facts"}, args.limit_s)
-    if "error" in first:
-        raise SystemExit(first["error"])
+    first = facts(asks, args.limit_s)
     store.on(first["facts"])
     names = [name for name in CASES if args.cases in name]
     if not names:

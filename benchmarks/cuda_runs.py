@@ -1,11 +1,13 @@
-"""What both CUDA benchmarks share: processes that measure, the file of results, the time limit, marks in a page."""
+"""What both CUDA benchmarks share: the command, measuring processes, the file of results, the time limit, marks."""
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,3 +242,62 @@ NOT_YET = "not yet measured"
 
 def gib(size: float | None) -> str:
     return "" if size is None else f"{size / 2**30:.3f}"
+
+
+def facts(asks: Asks, limit_s: float) -> Answer:
+    """What is asked first, of the machine. SystemExit if it cannot measure."""
+    (first,) = asks.ask({"do": "facts"}, limit_s)
+    if "error" in first:
+        raise SystemExit(first["error"])
+    return first
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    asks: Asks | None,
+    *,
+    limit_s: float,
+    dry: Path,
+    name: str,
+    part: str,
+    measure: Callable[[Asks, Store, argparse.Namespace, float], None],
+    document: Callable[[Store], str],
+) -> str:
+    """Parse, measure, print, and return the text.
+
+    Args:
+        parser: with the options that only this command has.
+        asks: who measures; None: processes, on a card or, in a dry run, a fake one.
+        dry: where a dry run keeps everything.
+        name: of the file of results.
+        part: of the page.
+        measure: with the time at which the command began.
+    """
+    parser.add_argument("--limit-s", type=float, default=limit_s, help=f"start nothing beyond; default {limit_s}")
+    parser.add_argument("--again", action="store_true", help="measure anew what failed for another reason than memory")
+    parser.add_argument("--write", action="store_true", help="write it into docs/cuda.md")
+    parser.add_argument("--render", action="store_true", help="measure nothing, only render what is measured")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU with a fake device")
+    parser.add_argument("--cache", type=Path, default=ROOT / "docs" / name, help="where results are kept")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        if args.write:
+            parser.error("what a dry run says is no measurement: it is never written into the page")
+        shutil.rmtree(dry, ignore_errors=True)
+        args.cache = dry / name
+    store = Store.at(args.cache)
+    if args.again:
+        forget_failures(store)
+    if not args.render:
+        begin = time.monotonic()
+        if asks is not None:
+            measure(asks, store, args, begin)
+        else:
+            with Workers("fake" if args.dry_run else "cuda") as workers:
+                measure(workers, store, args, begin)
+    text = document(store)
+    print(text)
+    if args.write:
+        written(part, text)
+    return text
