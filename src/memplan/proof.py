@@ -27,8 +27,8 @@ def difference(
         sample: on the model's device; one sample is enough.
         installed: the context in which the lever works.
     """
-    plain = _gradients(model, recipe, sample, nullcontext)
-    other = _gradients(model, recipe, sample, installed)
+    plain = gradients(model, recipe, sample)
+    other = gradients(model, recipe, sample, installed)
     tolerance = _TOLERANCE if recipe.autocast is None and _is_single(model) else _TOLERANCE_HALF
     if plain.keys() != other.keys():
         return f"{len(plain.keys() ^ other.keys())} gradients are in one of the two only"
@@ -41,9 +41,13 @@ def difference(
     return None
 
 
-def _gradients(
-    model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
+def gradients(
+    model: nn.Module,
+    recipe: Recipe,
+    sample: Sample,
+    installed: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
+    """The loss and the gradients, by name, of one forward and backward that leaves nothing else behind."""
     with preserved(model), installed():
         to_training(model)
         kind = next(model.parameters()).device.type

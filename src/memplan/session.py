@@ -34,7 +34,7 @@ from memplan.samples import Sample
 from memplan.simulator import simulate
 from memplan.strategy import Strategy
 from memplan.study import Planned, Study
-from memplan.summary import layers_of, module_at, reason_for, saved_of, timeline_of
+from memplan.summary import layers_of, module_at, peak_of, reason_for, saved_of, timeline_of
 from memplan.trace import Trace
 from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
@@ -89,12 +89,10 @@ class Session:
         """What the model needs as it stands."""
         trace = self.recorder.record(self.sample)
         tick = trace.peak_tick
-        breakdown = trace.breakdown(tick)
         usage = None if self.gpu.kind == "cpu" else usage_of(trace, self._allocator)
-        if usage is not None:
-            breakdown["allocator"] = usage.peak_allocated_bytes - trace.peak_bytes
+        peak_bytes, breakdown = peak_of(trace, usage)
         return Prediction(
-            peak_bytes=trace.peak_bytes if usage is None else usage.peak_allocated_bytes,
+            peak_bytes=peak_bytes,
             reserved_bytes=None if usage is None else usage.peak_reserved_bytes,
             completes_bytes=None if usage is None else usage.completes_bytes,
             fits_bytes=None if usage is None else usage.fits_bytes,
@@ -260,11 +258,8 @@ class Session:
         decisions, trace = planned.decisions, planned.trace
         kept = set(decisions.values()) <= {KEEP}
         unplanned = 0 if kept else simulate(whole, (0,) * len(whole.blocks)).peak_bytes
-        breakdown, phase = trace.breakdown(trace.peak_tick), trace.phase_of(trace.peak_tick)
-        usage, peak_bytes = planned.usage, trace.peak_bytes
-        if usage is not None:
-            peak_bytes = usage.peak_allocated_bytes
-            breakdown["allocator"] = peak_bytes - trace.peak_bytes
+        usage, phase = planned.usage, trace.phase_of(trace.peak_tick)
+        peak_bytes, breakdown = peak_of(trace, usage)
         fits = verdict is not Verdict.DOES_NOT_FIT
         smallest = outcome.smallest_bytes + planned.needs_bytes - trace.peak_bytes  # on a card as fragmented as here
         smallest = smallest if fits else max(smallest, planned.needs_bytes)

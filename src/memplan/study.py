@@ -6,7 +6,7 @@ two micro-batches that the profile is made of.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,7 +32,7 @@ from memplan.optimizer_step import IN_BACKWARD, SINGLE
 from memplan.planner import Outcome
 from memplan.problem import KEEP, RECOMPUTE, lever_of
 from memplan.profile import Level, Profile
-from memplan.proof import difference
+from memplan.proof import difference, gradients
 from memplan.recorder import Recipe, Recorder
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
 from memplan.samples import Sample
@@ -259,7 +259,7 @@ class Study:
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
         try:
             with skipped(self.model, [[p for p in group if p != self.blocks[-1]] for group in self._groups]):
-                difference(self.model, self.recipe, sample, nullcontext)  # from here on no skipped block runs at all
+                gradients(self.model, self.recipe, sample)  # from here on no skipped block runs at all
                 return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
         except torch.OutOfMemoryError:
             return None

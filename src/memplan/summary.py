@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from memplan.allocator import Usage
 from memplan.plan_record import Budget, Layer
 from memplan.planner import Outcome
 from memplan.prediction import Timeline
@@ -51,6 +52,14 @@ def reason_for(decisions: Mapping[str, str], needs_bytes: int, budget: Budget) -
     if spare >= 0:
         return f"{what}, {format_budget(spare)} to spare"
     return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"
+
+
+def peak_of(trace: Trace, usage: Usage | None) -> tuple[int, dict[str, int]]:
+    """The peak of a step, and what it is made of; on a card by the blocks of its allocator."""
+    breakdown = trace.breakdown(trace.peak_tick)
+    if usage is None:
+        return trace.peak_bytes, breakdown
+    return usage.peak_allocated_bytes, {**breakdown, "allocator": usage.peak_allocated_bytes - trace.peak_bytes}
 
 
 def module_at(trace: Trace, tick: int) -> str:

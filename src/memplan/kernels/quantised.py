@@ -46,7 +46,7 @@ def routed(backend: str) -> Iterator[None]:
 
     def matmul(
         A: Tensor,  # noqa: N803  # bitsandbytes' own names
-        B: Tensor,  # noqa: N803
+        B: Tensor,  # noqa: N803  # as above
         out: Tensor | None = None,
         state: Any = None,
         threshold: float = 0.0,
@@ -61,7 +61,7 @@ def routed(backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        package.matmul = plain  # type: ignore[attr-defined]
+        package.matmul = plain  # type: ignore[attr-defined]  # as above
         logger.disabled = not spoke
 
 
@@ -177,7 +177,7 @@ def _int8_scaled_mm(
     a: Tensor,
     b: Tensor,
     row_stats: Tensor,  # noqa: ARG001  # as the operator is called
-    col_stats: Tensor,  # noqa: ARG001
+    col_stats: Tensor,  # noqa: ARG001  # as above
     bias: Tensor | None = None,  # noqa: ARG001  # added in place
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -199,9 +199,9 @@ def _int8_mixed_scaled_mm(
     ca: Tensor,
     cb: Tensor,
     sca: Tensor,  # noqa: ARG001  # as the operator is called
-    scb: Tensor,  # noqa: ARG001
+    scb: Tensor,  # noqa: ARG001  # as above
     outlier_cols: Tensor | None = None,
-    bias: Tensor | None = None,  # noqa: ARG001
+    bias: Tensor | None = None,  # noqa: ARG001  # added in place
 ) -> tuple[Tensor, Tensor]:
     """backends/default/ops.py: columns with outliers in the input's own type are added on top."""
     of_input = a.new_empty(a.shape[0], 0 if outlier_cols is None else outlier_cols.numel())
