@@ -20,13 +20,14 @@ import peers
 import torch
 import workloads
 from accuracy import meter
-from steps import make_step
+from steps import make_optimizer, make_step
 from torch import nn
 
 import memplan
 from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit
 from memplan.meter import reachable_storages
+from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Verdict
 from memplan.recorder import Recipe
 from memplan.samples import Sample
@@ -64,6 +65,7 @@ class Bench:
     def __init__(self, workload: str, plans: str) -> None:
         self.workload, self.plans = workload, plans
         self.model, self.batch = build(workload)
+        self.optimizer = make_optimizer(self.model)  # one for all settings: a plan may make it step otherwise
         self.rows = next(iter(self.batch.values())).shape[0]
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
 
@@ -78,10 +80,11 @@ class Bench:
             undo = peers.compiled(self.model, float(setting.removeprefix(COMPILED)))
         else:
             plan = memplan.Plan.load(plan_file(self.plans, self.workload, setting))
-            undo, sizes = memplan.apply(self.model, plan).undo, (plan.micro_batch, plan.accumulation)
+            fit = memplan.apply(self.model, plan, optimizer=self.optimizer)
+            undo, sizes = fit.undo, (plan.micro_batch, plan.accumulation)
         micro = {name: tensor[: sizes[0]].clone() for name, tensor in self.batch.items()}
         if sizes not in self._steps:
-            self._steps[sizes] = make_step(self.model, micro, accumulation=sizes[1])
+            self._steps[sizes] = make_step(self.model, micro, optimizer=self.optimizer, accumulation=sizes[1])
         return self._steps[sizes], lambda: self.model(**micro), undo
 
 
@@ -98,7 +101,8 @@ def peak(workload: str, setting: str, plans: str) -> Iterator[Answer]:
 def plan(workload: str, budgets: dict[str, tuple[int, bool]], plans: str) -> Iterator[Answer]:
     """A plan for each budget in bytes, with the micro-batch fixed or (True) the batch left to be split."""
     model, batch = build(workload)
-    session = Session(model, Sample.of(batch), Recipe(optimizer="adamw"), *resolve_gpu("cpu"))
+    recipe = Recipe(optimizer=make_optimizer(model))
+    session = Session(model, Sample.of(batch), recipe, *resolve_gpu("cpu"))
     for setting, (budget_bytes, split) in budgets.items():
         begin = time.perf_counter()
         try:
@@ -110,7 +114,7 @@ def plan(workload: str, budgets: dict[str, tuple[int, bool]], plans: str) -> Ite
         path = plan_file(plans, workload, setting)
         path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)
-        names = ("smallest_bytes", "peak_bytes", "slowdown", "samples_per_s", "verdict", "times")
+        names = ("smallest_bytes", "peak_bytes", "slowdown", "samples_per_s", "verdict", "times", "stepping")
         entry = {name: getattr(found, name) for name in (*names, "micro_batch", "accumulation")}
         entry["budget_bytes"] = found.budget.total_bytes
         entry["smallest_bytes"] += found.budget.margin_bytes  # of a budget so much is kept free
@@ -126,7 +130,8 @@ def _options(plan: memplan.Plan) -> dict[str, int]:
         for layer in plan.layers
         if layer.option in plan.selections and layer.keep_bytes
     }
-    return dict(Counter(held.get(option, option) for option in plan.decisions.values()))
+    counts = dict(Counter(held.get(option, option) for option in plan.decisions.values()))
+    return counts if plan.stepping == PLAIN else counts | {plan.stepping: 1}
 
 
 def _planned(session: Session, budget_bytes: int, split: bool) -> memplan.Plan:

@@ -34,7 +34,7 @@ def make_step(
     model: nn.Module,
     batch: Mapping[str, torch.Tensor],
     *,
-    optimizer: OptimizerName = "adamw",
+    optimizer: OptimizerName | torch.optim.Optimizer = "adamw",
     autocast: torch.dtype | None = None,
     accumulation: int = 1,
 ) -> Callable[[], None]:
@@ -45,7 +45,7 @@ def make_step(
     """
     if accumulation < 1:
         raise ValueError(f"accumulation is {accumulation}, it must be at least 1")
-    optim = make_optimizer(model, optimizer)
+    optim = make_optimizer(model, optimizer) if isinstance(optimizer, str) else optimizer
     device_type = next(model.parameters()).device.type
 
     def precision() -> AbstractContextManager[object]:

@@ -147,8 +147,11 @@ class Live:
         self.recipe, self.sample = recipe, sample
 
 
-def apply(model: nn.Module, plan: Plan) -> Fit:
+def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Fit:
     """Make the model run by the plan: its blocks keep, drop or recompute as decided. Nothing else changes.
+
+    Args:
+        optimizer: the one in use, for a plan that makes it step otherwise and does not hold it: one read from a file.
 
     Raises:
         DoesNotFit: the plan itself says that it does not fit.
@@ -174,7 +177,7 @@ def apply(model: nn.Module, plan: Plan) -> Fit:
     pool = HostPool(pooled_bytes(plan.host_bytes)) if plan.host_bytes else None
     undo = levers.install(model, plan.decisions, plan.selections, pool)
     try:
-        fit = Fit(model, plan, undo, live, _stepped(model, plan, live))
+        fit = Fit(model, plan, undo, live, _stepped(model, plan, optimizer or _optimizer_of(live)))
     except BaseException:
         undo()
         raise
@@ -182,15 +185,21 @@ def apply(model: nn.Module, plan: Plan) -> Fit:
     return fit
 
 
-def _stepped(model: nn.Module, plan: Plan, live: "Live | None") -> "Callable[[], Callable[[], None]] | None":
+def _optimizer_of(live: "Live | None") -> torch.optim.Optimizer | None:
+    optimizer = None if live is None else live.recipe.optimizer
+    return None if isinstance(optimizer, str) else optimizer
+
+
+def _stepped(
+    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
+) -> Callable[[], Callable[[], None]] | None:
     """What makes the optimizer in use step as planned, and returns what takes that back."""
     if plan.stepping == PLAIN:
         return None
-    optimizer = None if live is None else live.recipe.optimizer
-    if optimizer is None or isinstance(optimizer, str):
+    if optimizer is None:
         raise PlanMismatch(
             f"the plan has the optimizer step {plan.stepping!r}, but it was read from a file, which holds no "
-            "optimizer. Plan again with optimizer=... the one in use."
+            "optimizer. Pass the one in use: memplan.apply(model, plan, optimizer=...)."
         )
     return partial(stepping.install, model, optimizer, plan.stepping, plan.accumulation)
 
