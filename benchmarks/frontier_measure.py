@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from memplan.plan_record import Verdict
 from memplan.recorder import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
-from memplan.strategy import load_strategy
+from memplan.strategy import LEVERS, load_strategy
 
 NONE = "none"  # no checkpointing: the unit of all times
 TINY = "tiny"  # a workload for trying the benchmark itself
@@ -135,8 +136,11 @@ def _options(plan: memplan.Plan) -> dict[str, int]:
 
 
 def _planned(session: Session, budget_bytes: int, split: bool) -> memplan.Plan:
-    """The smallest budget that a plan promises may miss the plan's own trace by a little: then that is the smallest."""
-    rows, strategy = session.sample.batch_size, load_strategy("balanced")
+    """The smallest budget that a plan promises may miss the plan's own trace by a little: then that is the smallest.
+
+    Every lever may be used: this step clips no gradients, so it may be taken inside the backward.
+    """
+    rows, strategy = session.sample.batch_size, replace(load_strategy("balanced"), levers=LEVERS)
     sizes = {"effective_batch": rows, "micro_batch": None if split else rows}
     for _ in range(SMALLEST_TRIES):
         found = session.within(budget_bytes).plan(strategy, **sizes)
