@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError
     from memplan.fitting import Fit
     from memplan.gpus import Gpu, find_gpu
+    from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach, prepare
     from memplan.pipeline import apply, autofit, plan, predict
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
@@ -29,17 +30,21 @@ __all__ = [
     "Fit",
     "Gpu",
     "Measured",
+    "MemplanAccelerator",
     "MemplanError",
+    "MemplanPlugin",
     "Plan",
     "Prediction",
     "Strategy",
     "Verdict",
     "__version__",
     "apply",
+    "attach",
     "autofit",
     "find_gpu",
     "plan",
     "predict",
+    "prepare",
 ]
 
 _HOMES: Final = {
@@ -47,16 +52,20 @@ _HOMES: Final = {
     "Fit": "memplan.fitting",
     "Gpu": "memplan.gpus",
     "Measured": "memplan.plan_record",
+    "MemplanAccelerator": "memplan.integrations.accelerate",
     "MemplanError": "memplan.errors",
+    "MemplanPlugin": "memplan.integrations.accelerate",
     "Plan": "memplan.plan_record",
     "Prediction": "memplan.prediction",
     "Strategy": "memplan.strategy",
     "Verdict": "memplan.plan_record",
     "apply": "memplan.pipeline",
+    "attach": "memplan.integrations.accelerate",
     "autofit": "memplan.pipeline",
     "find_gpu": "memplan.gpus",
     "plan": "memplan.pipeline",
     "predict": "memplan.pipeline",
+    "prepare": "memplan.integrations.accelerate",
 }
 
 

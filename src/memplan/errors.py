@@ -120,6 +120,10 @@ class DoesNotFit(MemplanError, RuntimeError):
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """To be raised in another process too."""
+        return type(self), (str(self), self.smallest_bytes)
+
 
 class MemoryTaken(DoesNotFit):
     """The plan was made for more memory than is left now: other processes have taken some since."""

@@ -1,0 +1,346 @@
+"""memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from memplan.blocks import is_batch_coupled, signature
+from memplan.device import resolve_gpu
+from memplan.errors import DoesNotFit, MemplanError, ModelFailed, PlanMismatch, UsageError
+from memplan.fitting import Fit, apply
+from memplan.integrations.grouping import Group, grouped
+from memplan.integrations.loaders import longest_batch, rebuilt
+from memplan.integrations.parts import SAMPLES, SHIFTED, Count, Split, counter, has_tokens, proved
+from memplan.integrations.scripts import WHOLE, check_batch, model_and_loader, own_batch_size
+from memplan.plan_record import Plan, Verdict
+from memplan.recorder import Loss, Recipe
+from memplan.samples import Sample
+from memplan.session import Session
+from memplan.settings import Settings
+from memplan.strategy import load_strategy
+
+_log = logging.getLogger(__name__)
+
+_PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PLAN_FILE = "memplan.json"  # beside what `save_state` writes
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the script says: the settings, and what no file can hold."""
+
+    settings: Settings
+    count: Count | None  # what the loss is a mean over; None: to be found out
+    loss: Loss | None
+    sample: object  # a batch to plan for; None: the longest of the loader
+
+
+class Attachment:
+    """memplan in an Accelerator, as `accelerator.memplan`.
+
+    Attributes:
+        plan: what was applied; None before `prepare`.
+        fit: the model that runs by it.
+    """
+
+    def __init__(self, accelerator: Accelerator, wishes: Wishes) -> None:
+        self.plan: Plan | None = None
+        self.fit: Fit | None = None
+        self._accelerator = accelerator
+        self._wishes = wishes
+        self._group: Group | None = None
+        self._counted_rows: int | None = None  # samples in a batch of the run that saved the loaded checkpoint
+        self._own = {name: getattr(accelerator, name) for name in _WRAPPED}
+        for name, wrapper in _WRAPPED.items():
+            setattr(accelerator, name, wraps(self._own[name])(partial(wrapper, self)))
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+
+    @property
+    def loss(self) -> "Tensor | float":
+        """Of the step under way or, after it, of the step: as the script would have seen it without a plan."""
+        return 0.0 if self._group is None else self._group.loss
+
+    def record(self) -> dict[str, float]:
+        """The plan as flat numbers, for a tracker."""
+        plan = self._planned
+        return {
+            "memplan/micro_batch": plan.micro_batch,
+            "memplan/accumulation": plan.accumulation,
+            "memplan/predicted_peak_gib": plan.peak_bytes / 2**30,
+            "memplan/unplanned_peak_gib": plan.unplanned_bytes / 2**30,
+            "memplan/budget_gib": plan.budget_bytes / 2**30,
+            "memplan/predicted_slowdown": plan.slowdown,
+            "memplan/predicted_samples_per_s": plan.samples_per_s,
+        }
+
+    def undo(self) -> None:
+        """Give the model its own functions back, and the accelerator its own methods. Loaders keep their batches."""
+        if self.fit is not None:
+            self.fit.undo()
+        for name, own in self._own.items():
+            setattr(self._accelerator, name, own)
+
+    @property
+    def _planned(self) -> Plan:
+        if self.plan is None:
+            raise UsageError("there is no plan before accelerator.prepare(model, optimizer, loader) was called")
+        return self.plan
+
+    # -- what takes the place of the accelerator's own methods ---------------------------------------------------
+
+    def _prepare(self, *objects: Any, **options: Any) -> Any:
+        if self.plan is not None:
+            return self._own["prepare"](*objects, **options)
+        model, at = model_and_loader(objects)
+        accelerator, loader = self._accelerator, objects[at]
+        batch_size = own_batch_size(accelerator, loader)
+        optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
+        own_batches = accelerator.gradient_accumulation_steps
+        if accelerator.device_placement and accelerator.distributed_type != DistributedType.FSDP:
+            model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
+        recipe = Recipe(
+            self._wishes.loss,
+            optimizers[0] if len(optimizers) == 1 else "adamw",
+            _PRECISIONS.get(accelerator.mixed_precision),
+            keeps_output=True,
+            clips=True,
+            **_replicas(accelerator),
+        )
+        with _converted(model, recipe.autocast):
+            sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
+            sample = Sample.of(sample)
+            count = self._wishes.count or self._counted(model, recipe, sample)
+            plan = self._agreed(partial(self._make_plan, model, recipe, sample, batch_size, own_batches, count), model)
+        if said:
+            plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
+        self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
+        try:
+            split = Split(count or counter(SAMPLES), plan.accumulation, own_batches, batch_size)
+            prepared = self._driven(objects, at, plan, split, options)
+        except BaseException:
+            self.fit.undo()
+            raise
+        self.plan = plan
+        if accelerator.is_main_process:
+            _log.info(
+                "memplan runs this model by a plan (memplan.attach(accelerator, enabled=False) turns it off)\n%s",
+                plan.describe(),
+            )
+        return prepared
+
+    def _driven(self, objects: tuple[Any, ...], at: int, plan: Plan, split: Split, options: dict[str, Any]) -> Any:
+        """The objects, prepared by Accelerate, with the loader in micro-batches and the optimizers in step with it."""
+        accelerator, loader = self._accelerator, objects[at]
+        world = accelerator.num_processes if accelerator.split_batches else 1
+        planned = [*objects]
+        planned[at] = rebuilt(loader, plan.micro_batch * world)
+        accelerator.gradient_accumulation_steps = plan.accumulation
+        prepared = self._own["prepare"](*planned, **options)
+        self._group = group = Group(
+            split,
+            bool(loader.drop_last),
+            models=[o for o in prepared if isinstance(o, nn.Module)],
+            optimizers=[o for o in prepared if isinstance(o, AcceleratedOptimizer)],
+        )
+        for optimizer in group.optimizers:
+            _drive(optimizer, group)
+        grouped(prepared[at], group)
+        return prepared
+
+    def _backward(self, loss: Tensor, **options: Any) -> None:
+        group = self._group
+        if group is None or group.weight is None:
+            raise UsageError(
+                "accelerator.backward(loss) was called outside of the training loader's batches, so the loss has no "
+                "weight. Iterate the loader that prepare returned; to skip batches, use "
+                "accelerator.skip_first_batches(loader, n), not the function of that name."
+            )
+        group.backwards += 1
+        group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
+        if not group.weight:  # its loss is a mean over nothing, which is no number
+            loss = _nothing_to_learn(group.models)
+        factor = group.weight * group.split.micro_batches  # by whose number Accelerate divides
+        self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
+
+    def _clip_grad_norm_(self, *args: Any, **options: Any) -> Any:
+        return self._clipped("clip_grad_norm_", *args, **options)
+
+    def _clip_grad_value_(self, *args: Any, **options: Any) -> Any:
+        return self._clipped("clip_grad_value_", *args, **options)
+
+    def _clipped(self, name: str, *args: Any, **options: Any) -> Any:
+        """Only what the optimizer is about to take: a part of a gradient has another norm."""
+        group = self._group
+        if group is not None and group.weight is not None and not group.is_last:
+            return torch.zeros((), device=self._accelerator.device)
+        return self._own[name](*args, **options)
+
+    def _sync(self) -> None:
+        """`accumulate` asks whether this batch is the last of its step: the loader has said so."""
+        if self._group is None or self._group.weight is None:
+            self._own["_do_sync"]()
+
+    def _skip_first_batches(self, loader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+        """As many as a run that saved a checkpoint had taken, of the size that they had there."""
+        plan, group = self._planned, getattr(loader, "group", None)
+        if group is None or group is not self._group:  # another loader, such as evaluation's
+            return self._own["skip_first_batches"](loader, num_batches)  # type: ignore[no-any-return]
+        rows = num_batches * (self._counted_rows or plan.micro_batch)
+        if rows % plan.effective_batch:
+            raise UsageError(
+                f"{num_batches} batches are {rows} samples, which is no whole number of optimizer steps of "
+                f"{plan.effective_batch} samples: a step cannot be begun in the middle. Save after a step."
+            )
+        skipped = self._own["skip_first_batches"](loader, rows // plan.micro_batch)
+        return grouped(skipped, group)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def _counted(self, model: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
+        """What the model's loss is a mean over; None if the batch must not be split."""
+        parameter = next(model.parameters())
+        if is_batch_coupled(model):
+            return None
+        if parameter.is_meta or parameter.device != self._accelerator.device:
+            return counter(SHIFTED if has_tokens(sample.content) else SAMPLES)
+        found = proved(model, recipe, sample)
+        return None if found is None else counter(found)
+
+    def _make_plan(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        sample: Sample,
+        batch_size: int,
+        own_batches: int,
+        count: Count | None,
+    ) -> Plan:
+        settings = self._wishes.settings
+        effective = batch_size * own_batches
+        if settings.plan is not None:
+            plan = Plan.load(settings.plan)
+            check_batch(plan, effective, batch_size, count is not None)
+            return plan
+        micro_batch = settings.micro_batch
+        if count is None:
+            if micro_batch not in (None, batch_size):
+                raise UsageError(f"micro_batch={micro_batch} would split a batch of {batch_size}: {WHOLE}")
+            micro_batch = batch_size
+        strategy = load_strategy(settings.strategy)
+        gpu = str(self._accelerator.device) if settings.gpu == "auto" else settings.gpu
+        session = Session(model, sample, recipe, *resolve_gpu(gpu))
+        plan = session.plan(strategy, effective, micro_batch)
+        if plan.verdict is Verdict.DOES_NOT_FIT:
+            raise DoesNotFit(plan.describe(), plan.smallest_bytes)
+        return plan
+
+    def _agreed(self, make: Callable[[], Plan], model: nn.Module) -> Plan:
+        """One plan for all ranks, made on the first; an error there is an error everywhere, and nobody waits."""
+        accelerator = self._accelerator
+        if accelerator.num_processes == 1:
+            return make()
+        said: list[Any] = [None]
+        if accelerator.is_main_process:
+            try:
+                said = [make().model_dump_json()]
+            except Exception as error:  # anything: the others wait for a word
+                said = [
+                    error if isinstance(error, MemplanError) else ModelFailed(f"planning failed on rank 0: {error}")
+                ]
+        broadcast_object_list(said)
+        if isinstance(said[0], MemplanError):
+            raise said[0]
+        plan = Plan.model_validate(json.loads(said[0]))
+        hashes = gather_object([signature(model)])
+        if len(set(hashes)) > 1:
+            odd = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
+            raise PlanMismatch(
+                f"ranks {', '.join(map(str, odd))} have another model than rank 0 (parameter names, shapes, types or "
+                "requires_grad differ), and one plan is for all. Build the same model on every rank."
+            )
+        return plan
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, _models: Any, _weights: Any, output_dir: str) -> None:
+        if self._accelerator.is_main_process and self.plan is not None:
+            self.plan.save(Path(output_dir) / _PLAN_FILE)
+
+    def _load(self, _models: Any, input_dir: str) -> None:
+        path = Path(input_dir) / _PLAN_FILE
+        if path.is_file():
+            self._counted_rows = Plan.load(path).micro_batch
+        elif self._group is not None:  # it was trained without a plan
+            self._counted_rows = self._group.split.own_rows
+
+
+_WRAPPED: Final[dict[str, Callable[..., Any]]] = {
+    "prepare": Attachment._prepare,
+    "backward": Attachment._backward,
+    "clip_grad_norm_": Attachment._clip_grad_norm_,
+    "clip_grad_value_": Attachment._clip_grad_value_,
+    "_do_sync": Attachment._sync,
+    "skip_first_batches": Attachment._skip_first_batches,
+}
+
+
+def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
+    """Have a prepared optimizer keep the gradients of a step under way, wherever the loop calls `zero_grad`."""
+    own_step = optimizer.step
+
+    def step(*args: Any, **options: Any) -> Any:
+        group.stepped |= group.is_last
+        return own_step(*args, **options)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if group.weight is None or group.stepped or not group.backwards:
+            optimizer.optimizer.zero_grad(set_to_none=set_to_none)
+
+    optimizer.step, optimizer.zero_grad = step, zero_grad
+
+
+def _nothing_to_learn(models: list[nn.Module]) -> Tensor:
+    """A loss whose gradients are zeros: distributed training waits for those of every rank."""
+    return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
+
+
+def _replicas(accelerator: Accelerator) -> dict[str, Any]:
+    """What DistributedDataParallel adds to a step."""
+    if accelerator.distributed_type not in _REPLICATED or accelerator.num_processes == 1:
+        return {}
+    handler = accelerator.ddp_handler
+    return {
+        "replicas": accelerator.num_processes,
+        "bucket_view": bool(handler is not None and handler.gradient_as_bucket_view),
+    }
+
+
+@contextmanager
+def _converted(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+    """The model as the accelerator will run it: in mixed precision, outputs are copied to full precision."""
+    if autocast is None:
+        yield
+        return
+    own = model.__dict__.get("forward")
+    model.forward = convert_outputs_to_fp32(model.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

@@ -1,0 +1,149 @@
+"""A loader prepared by Accelerate that hands out the micro-batches of a step as one group.
+
+A group is fetched before its first micro-batch is handed out, so that each can be weighted by its part of the whole.
+Accelerate's synchronisation flag is set with every micro-batch; its optimizers and schedulers obey it, with and without
+`accelerator.accumulate`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.state import GradientState
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from memplan.errors import UsageError
+from memplan.integrations.parts import Split
+
+
+@dataclass
+class Group:
+    """The step that is under way: which micro-batch it is at, and what the loop has done with it.
+
+    Attributes:
+        split: how a step is cut into micro-batches.
+        drop_last: whether the script's loader leaves out what makes no whole batch.
+        models, optimizers: as prepared.
+        weight: the part of the step's loss that the micro-batch at hand has; None outside of a step.
+        is_last: whether the optimizer steps after the micro-batch at hand.
+        backwards: through micro-batches of this step so far.
+        stepped: whether the optimizer has stepped since the group was begun.
+        loss: of the step so far, as the script would have seen it for its own batches; detached.
+        steps: finished so far.
+    """
+
+    split: Split
+    drop_last: bool
+    models: list[Any]
+    optimizers: list[Any]
+    weight: float | None = None
+    is_last: bool = True
+    backwards: int = 0
+    stepped: bool = False
+    loss: "Tensor | float" = 0.0
+    steps: int = 0
+
+    def begin(self) -> None:
+        """A new step. What is left of the last one's gradients would only take memory in the next forward."""
+        self.backwards, self.stepped, self.loss = 0, False, 0.0
+        if self.steps:
+            for optimizer in self.optimizers:
+                optimizer.optimizer.zero_grad(set_to_none=True)
+
+    def at(self, weight: float, is_last: bool) -> None:
+        """The next micro-batch is handed out."""
+        self.weight, self.is_last = weight, is_last
+        GradientState()._set_sync_gradients(is_last)
+        for model in self.models:
+            if hasattr(model, "require_backward_grad_sync"):  # DistributedDataParallel's own flag, as `no_sync` sets it
+                model.require_backward_grad_sync = is_last
+
+    def end(self) -> None:
+        """The loop asks for the next step.
+
+        Raises:
+            UsageError: it has not trained by this one as Accelerate's loops do.
+        """
+        self.weight = None
+        if not self.backwards:
+            raise UsageError(
+                "no accelerator.backward(loss) was called for a step of the training loader, so its losses were not "
+                "weighted. Use it in place of loss.backward()."
+            )
+        if not self.stepped:
+            raise UsageError(
+                f"optimizer.step() was not called at the last of {self.split.micro_batches} micro-batches of a step: "
+                "the loop seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the "
+                "Accelerator, and call optimizer.step() for every batch or inside accelerator.accumulate(model)."
+            )
+        self.steps += 1
+
+
+class _Grouped:
+    """What iterates a prepared loader in groups. Mixed in before Accelerate's own class."""
+
+    group: Group
+    end_of_dataloader: bool
+    _non_blocking: bool
+
+    def __iter__(self) -> Iterator[Any]:
+        group, device = self.group, self.__dict__.get("device")
+        if device is not None:
+            self.device = None  # what is fetched ahead waits on the host, where it can be counted at once
+        inner = super().__iter__()  # type: ignore[misc]  # of the class that this is mixed into
+        try:
+            while batches := self._fetched(inner):
+                ended = self.end_of_dataloader
+                self.end_of_dataloader = False
+                group.begin()
+                for at, (batch, weight) in enumerate(zip(batches, group.split.weights(batches), strict=True), start=1):
+                    last = at == len(batches)
+                    self.end_of_dataloader = ended and last
+                    group.at(weight, last)
+                    yield batch if device is None else send_to_device(batch, device, non_blocking=self._non_blocking)
+                group.end()
+                if ended:
+                    break
+            for _ in inner:  # what Accelerate does behind the last batch
+                pass
+        finally:
+            inner.close()
+            group.weight = None
+            if device is not None:
+                self.device = device
+
+    def _fetched(self, inner: Iterator[Any]) -> list[Any]:
+        """The micro-batches of the next step; not past the loader's last, where Accelerate closes it.
+
+        Those that make no whole batch of the script's are left out where its loader would leave them out.
+        """
+        batches: list[Any] = []
+        for batch in inner:
+            batches.append(batch)
+            if len(batches) == self.group.split.micro_batches or self.end_of_dataloader:
+                break
+        if self.group.drop_last and (inside := self.group.split.inside):
+            del batches[len(batches) - len(batches) % inside :]
+        return batches
+
+
+class GroupedShard(_Grouped, DataLoaderShard):  # type: ignore[misc]  # Accelerate ships no types
+    """A loader of which each process reads its own part."""
+
+
+class GroupedDispatcher(_Grouped, DataLoaderDispatcher):  # type: ignore[misc]
+    """A loader that the first process reads for all."""
+
+
+def grouped(loader: DataLoader[Any], group: Group) -> DataLoader[Any]:
+    """A prepared loader, made to hand out groups. It stays the same object, which the Accelerator knows."""
+    kinds = {DataLoaderShard: GroupedShard, DataLoaderDispatcher: GroupedDispatcher}
+    kind = kinds.get(type(loader))
+    if kind is None:
+        raise UsageError(f"Accelerate prepared the loader as a {type(loader).__name__}, which memplan cannot drive")
+    object.__dict__["__class__"].__set__(loader, kind)  # Accelerate hides an object's own class behind a property
+    loader.group = group
+    return loader

@@ -1,0 +1,140 @@
+"""DataLoaders with another batch size: the same samples in the same order, and the user's own object untouched."""
+
+import copy
+import random
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from memplan.errors import UsageError
+from memplan.samples import Sample
+
+_LOOKED_AT: Final = 512  # rows of a data set, to find the longest: enough to see its long ones, quick to read
+_KEPT: Final = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "generator",
+    "pin_memory_device",
+)
+_OF_WORKERS: Final = ("multiprocessing_context", "prefetch_factor", "persistent_workers")
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Rows of its batches.
+
+    Raises:
+        UsageError: it makes no batches, or not by a number of rows, so that they cannot be split.
+    """
+    if isinstance(loader.sampler, BatchSampler):
+        raise UsageError(
+            "the loader's sampler makes the batches (sampler=BatchSampler(...)): pass it as batch_sampler="
+        )
+    size = loader.batch_size
+    if size is None and loader.batch_sampler is not None:
+        size = getattr(loader.batch_sampler, "batch_size", None)
+        if type(size) is not int:
+            raise UsageError(
+                f"the loader's {type(loader.batch_sampler).__name__} has no batch_size, so its batches are made by "
+                "something else than a number of rows, such as tokens: they cannot be split. Use a sampler with a "
+                "batch_size, or plan by hand with memplan.autofit(model, sample=...)."
+            )
+    if size is None:
+        raise UsageError(
+            "the loader has batch_size=None: its data set makes the batches, so they cannot be split. Give the loader "
+            "a batch_size, or plan by hand with memplan.autofit(model, sample=...)."
+        )
+    return size
+
+
+def rebuilt(loader: DataLoader[Any], batch_size: int) -> DataLoader[Any]:
+    """A loader like this one with batches of another size: the same sampler, generator, worker settings and collator.
+
+    Raises:
+        UsageError: as `batch_size_of`; or its class takes arguments that it does not keep as attributes.
+    """
+    if batch_size == batch_size_of(loader):
+        return loader
+    arguments: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
+    if loader.num_workers:
+        arguments |= {name: getattr(loader, name) for name in (*_OF_WORKERS, "in_order") if hasattr(loader, name)}
+    if isinstance(loader.dataset, IterableDataset):
+        arguments |= {"batch_size": batch_size, "drop_last": loader.drop_last}
+    elif type(loader.batch_sampler) is BatchSampler:
+        sampler = loader.batch_sampler
+        arguments |= {"sampler": sampler.sampler, "batch_size": batch_size, "drop_last": sampler.drop_last}
+    else:
+        own = copy.copy(loader.batch_sampler)
+        own.batch_size = batch_size  # type: ignore[union-attr]  # `batch_size_of` has seen it
+        arguments["batch_sampler"] = own
+    try:
+        return type(loader)(loader.dataset, **arguments)
+    except TypeError as error:
+        raise UsageError(
+            f"cannot make another {type(loader).__name__} with batches of {batch_size}: {error}. Use a plain "
+            "DataLoader, or make it yourself with the plan's micro-batch (memplan.plan)."
+        ) from error
+
+
+def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
+    """A batch of the longest rows that were found, and a sentence that says how it was found.
+
+    Of a data set that can be indexed, up to 512 rows in even distances are looked at; of a stream, its first batch is
+    taken. The random state and the loader stay as they were.
+
+    Raises:
+        UsageError: a stream that can be read once only, or none that has rows.
+    """
+    size, collate, data = batch_size_of(loader), loader.collate_fn, loader.dataset
+    with _same_random_state():
+        if isinstance(data, IterableDataset):
+            stream: object = iter(data)
+            if stream is data:
+                raise UsageError(
+                    "the data set is a stream that can be read once, so no batch can be looked at before training. "
+                    "Pass one: sample=..."
+                )
+            rows = list(islice(data, size))
+            said = f"planned for {len(rows)} rows like the first of the stream; longer ones need more"
+        else:
+            assert isinstance(data, Sized)
+            count = len(data)
+            looked_at = range(0, count, -(-count // _LOOKED_AT)) if count else range(0)
+            found = sorted(((_elements(row := data[at]), at, row) for at in looked_at), key=lambda r: (-r[0], r[1]))
+            rows = [row for _, _, row in found[:size]]
+            said = f"planned for a batch of the longest of {len(found):,} rows looked at, of {count:,}"
+        if not rows:
+            raise UsageError("the data set has no rows, so there is nothing to train on")
+        return Sample.of(collate(rows)), said
+
+
+def _elements(row: Any) -> int:
+    """How much a row holds: elements of tensors and arrays, members of lists of numbers."""
+    if isinstance(row, torch.Tensor):
+        return row.numel()
+    if isinstance(row, np.ndarray):
+        return row.size
+    if isinstance(row, dict):
+        return sum(map(_elements, row.values()))
+    if isinstance(row, list | tuple):
+        return sum(map(_elements, row))
+    return len(row) if isinstance(row, str) else 1
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Python's, numpy's and torch's random numbers go on afterwards as if nothing had been drawn."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)

@@ -1,0 +1,89 @@
+"""What memplan has to find in somebody's Accelerate script, and what it refuses there before any step is run."""
+
+from typing import Any, Final
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from memplan._compat import is_checkpointing_layer
+from memplan.errors import AlreadyApplied, PlanMismatch, UsageError
+from memplan.integrations.loaders import batch_size_of
+from memplan.plan_record import Plan
+
+_UNKNOWN_WORLDS: Final = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+
+WHOLE = (
+    "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
+    "gradients than the whole. Leave micro_batch out, or say with normalise=... what the loss is a mean over."
+)
+
+
+def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
+    """The model, and the place of the training loader: the one that shuffles, else the first."""
+    models = [o for o in objects if isinstance(o, nn.Module)]
+    loaders = [at for at, o in enumerate(objects) if isinstance(o, DataLoader)]
+    if len(models) != 1 or not loaders:
+        raise UsageError(
+            f"memplan plans in accelerator.prepare(...), for one model and its training loader; this call has "
+            f"{len(models)} models and {len(loaders)} loaders. Prepare both in one call, evaluation afterwards: "
+            "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)"
+        )
+    shuffled = [at for at in loaders if isinstance(objects[at].sampler, RandomSampler)]
+    (model,) = models
+    _refuse_checkpointed(model)
+    place = shuffled[0] if len(shuffled) == 1 else loaders[0]
+    if getattr(objects[place], "_is_accelerate_prepared", False) or hasattr(objects[place], "base_dataloader"):
+        raise UsageError("the training loader was prepared already, so its batches are fixed. Pass the plain loader.")
+    return model, place
+
+
+def _refuse_checkpointed(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if is_checkpointing_layer(module) and getattr(module, "gradient_checkpointing", False):
+            raise AlreadyApplied(
+                f"{path or 'the model'} is checkpointed by transformers already. Call "
+                "model.gradient_checkpointing_disable() and let the plan decide what is recomputed."
+            )
+        if type(module).__name__ == "CheckpointWrapper":
+            raise AlreadyApplied(
+                f"{path} is inside torch's CheckpointWrapper already. Leave it out and let the plan decide what is "
+                "recomputed."
+            )
+
+
+def refuse_unknown_runs(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in _UNKNOWN_WORLDS:
+        raise UsageError(
+            f"memplan does not know what {accelerator.distributed_type.value} keeps in memory, so its plan could be "
+            "wrong. Run with DistributedDataParallel or on one card."
+        )
+    state = accelerator.gradient_state
+    if state.num_steps > 1 and not state.sync_with_dataloader:
+        raise UsageError(
+            "the Accelerator accumulates across the ends of epochs (sync_with_dataloader=False), where memplan begins "
+            "a new step. Leave that out."
+        )
+
+
+def own_batch_size(accelerator: Accelerator, loader: DataLoader[Any]) -> int:
+    """Samples in one of the script's batches on one process."""
+    size: int = batch_size_of(loader)
+    if not accelerator.split_batches:
+        return size
+    if size % accelerator.num_processes:
+        raise UsageError(
+            f"with split_batches a batch of {size} has to be a multiple of the {accelerator.num_processes} processes"
+        )
+    return size // int(accelerator.num_processes)
+
+
+def check_batch(plan: Plan, effective: int, batch_size: int, can_split: bool) -> None:
+    if plan.effective_batch != effective:
+        raise PlanMismatch(
+            f"the plan is for {plan.effective_batch} samples per optimizer step, the script has {effective} on each "
+            "process. Plan for that batch, or change the script's."
+        )
+    if not can_split and plan.micro_batch != batch_size:
+        raise PlanMismatch(f"the plan splits a batch of {batch_size} into {plan.micro_batch}: {WHOLE}")

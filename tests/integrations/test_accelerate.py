@@ -1,0 +1,129 @@
+"""A script with the one line trains what it trains without: the same weights, steps, learning rates and losses."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+from torch.utils.data import IterableDataset
+
+from integrations import scripts
+from integrations.scripts import Ran, train
+from memplan.integrations import parts
+from memplan.integrations.accelerate import MemplanPlugin, attach
+
+CLOSE = 1e-5
+
+
+def planned(micro_batch: int = 2, effective_batch: int = 8, **options: Any) -> Any:
+    """The one line, with a plan that splits a step into micro-batches of this size."""
+    return partial(attach, plan=scripts.plan_file("llama", micro_batch, effective_batch, **options))
+
+
+def check_same(plain: Ran, other: Ran) -> None:
+    assert other.differs_by(plain) <= CLOSE
+    assert other.rates == pytest.approx(plain.rates, rel=1e-12)
+    assert other.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [40, 39, 35, 33])
+def test_same_weights_with_a_ragged_tail(rows: int) -> None:
+    ours = train(planned(), rows=rows)
+    assert ours.accelerator.memplan.plan.accumulation == 4
+    check_same(train(None, rows=rows), ours)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("zero_first", [False, True])
+def test_loops_as_people_write_them(accumulate: bool, zero_first: bool) -> None:
+    # Accelerate itself loses gradients when zero_grad comes first inside accumulate(); of one batch a step it does not
+    options: dict[str, Any] = {"rows": 35, "accumulate": accumulate, "zero_first": zero_first}
+    check_same(train(None, **options), train(planned(), **options))
+
+
+@pytest.mark.parametrize("rows", [40, 35])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_own_accumulation(rows: int, drop_last: bool) -> None:
+    options: dict[str, Any] = {
+        "rows": rows,
+        "own_accumulation": 2,
+        "accumulate": True,
+        "loader": {"drop_last": drop_last},
+    }
+    ours = train(planned(2, 16), **options)
+    assert ours.accelerator.memplan.plan.accumulation == 8
+    check_same(train(None, **options), ours)
+
+
+def test_batches_of_the_script_joined() -> None:
+    """Where rows are equally long, the mean over a step is the mean of its batches' means."""
+    options: dict[str, Any] = {"own_accumulation": 2, "accumulate": True, "dataset": Even(), "rows": 40}
+    ours = train(planned(16, 16), **options)
+    assert (ours.accelerator.memplan.plan.micro_batch, ours.accelerator.memplan.plan.accumulation) == (16, 1)
+    check_same(train(None, **options), ours)
+
+
+class Even(scripts.Texts):
+    def __init__(self) -> None:
+        super().__init__(40)
+        self.rows = [(row * 16)[:12] for row in self.rows]
+
+
+def test_dropout_where_the_batch_is_not_split() -> None:
+    options: dict[str, Any] = {"model": "gpt2", "rows": 35}
+    ours = train(partial(attach, gpu="cpu:1600KiB", micro_batch=8), **options)
+    assert ours.accelerator.memplan.plan.changed
+    check_same(train(None, **options), ours)
+
+
+def test_a_blocks_plan_and_a_split() -> None:
+    ours = train(planned(strategy="huggingface"), rows=35)
+    assert len(ours.accelerator.memplan.plan.recomputed) == 4
+    check_same(train(None, rows=35), ours)
+
+
+def test_only_batches_that_are_whole() -> None:
+    options: dict[str, Any] = {"rows": 35, "loader": {"drop_last": True}}
+    check_same(train(None, **options), train(planned(), **options))
+
+
+def test_workers_keep_the_order() -> None:
+    check_same(train(None, loader={"num_workers": 1}), train(planned(), loader={"num_workers": 1}))
+
+
+class Stream(IterableDataset[dict[str, list[int]]]):
+    def __iter__(self) -> Any:
+        return iter(scripts.Texts(35))
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_stream(dispatch: bool) -> None:
+    from accelerate import DataLoaderConfiguration
+
+    config = {"dataloader_config": DataLoaderConfiguration(dispatch_batches=dispatch)}
+    options: dict[str, Any] = {"dataset": Stream(), "rows": 35, "accelerator": config}
+    check_same(train(None, **options), train(planned(), **options))
+
+
+def test_mixed_precision() -> None:
+    options: dict[str, Any] = {"accelerator": {"mixed_precision": "bf16"}, "rows": 35}
+    plain = train(None, **options)
+    ours = train(partial(attach, gpu="cpu:1GiB", micro_batch=8, strategy="huggingface"), **options)
+    assert ours.accelerator.memplan.plan.autocast == "bfloat16"
+    check_same(plain, ours)
+
+
+def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.Split, "weights", lambda self, batches: [1 / len(batches)] * len(batches))
+    assert train(planned()).differs_by(train(None)) > 100 * CLOSE
+
+
+def test_the_plugin_does_the_same() -> None:
+    file = planned().keywords["plan"]
+    assert train(MemplanPlugin(plan=file).attach).differs_by(train(planned())) == 0
+
+
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_ENABLED", "no")
+    off = train(planned())
+    assert not hasattr(off.accelerator, "memplan")
+    assert off.differs_by(train(None)) == 0

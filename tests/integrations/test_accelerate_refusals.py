@@ -1,0 +1,201 @@
+"""What cannot be planned inside an Accelerate script is refused with one clear error, before any step is run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+import memplan
+from integrations import scripts
+from integrations.scripts import BATCH, Texts, fresh_accelerate, padded, train
+from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, PlanMismatch, UsageError
+from memplan.integrations.accelerate import MemplanAccelerator, attach
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    with fresh_accelerate():
+        yield Accelerator(cpu=True)
+
+
+def parts(**loader: Any) -> tuple[Any, Any, DataLoader[Any]]:
+    model = tiny.llama()[0]
+    options = {"batch_size": BATCH, "collate_fn": padded, **loader}
+    return model, torch.optim.AdamW(model.parameters()), DataLoader(Texts(20), **options)
+
+
+def test_separate_prepare_calls(accelerator: Accelerator) -> None:
+    model, optimizer, loader = parts()
+    attach(accelerator)
+    with pytest.raises(UsageError, match="this call has 1 models and 0 loaders"):
+        accelerator.prepare(model, optimizer)
+    with pytest.raises(UsageError, match="this call has 0 models and 1 loaders"):
+        accelerator.prepare(loader)
+
+
+def test_attached_late_or_twice(accelerator: Accelerator) -> None:
+    accelerator.prepare(parts()[2])
+    with pytest.raises(UsageError, match="has prepared a model or a loader already"):
+        attach(accelerator)
+    with fresh_accelerate(), pytest.raises(AlreadyApplied):
+        attach(MemplanAccelerator(cpu=True))
+
+
+class ByTokens(BatchSampler):
+    """Batches of a number of tokens, not of rows."""
+
+    def __init__(self) -> None:
+        self.sampler, self.drop_last = SequentialSampler(range(20)), False
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": None, "collate_fn": None}, "batch_size=None"),
+        ({"batch_sampler": ByTokens(), "batch_size": 1}, "ByTokens has no batch_size"),
+        ({"sampler": BatchSampler(range(20), 4, False), "batch_size": None}, "sampler makes the batches"),
+    ],
+)
+def test_batches_that_cannot_be_split(accelerator: Accelerator, options: dict[str, Any], words: str) -> None:
+    model, optimizer, loader = parts(**options)
+    with pytest.raises(UsageError, match=words):
+        attach(accelerator).prepare(model, optimizer, loader)
+
+
+def test_a_loader_prepared_already(accelerator: Accelerator) -> None:
+    model, optimizer, loader = parts()
+    attach(accelerator)
+    prepared = accelerator.memplan._own["prepare"](loader)
+    with pytest.raises(UsageError, match="prepared already"):
+        accelerator.prepare(model, optimizer, prepared)
+
+
+def test_checkpointed_by_somebody_else(accelerator: Accelerator) -> None:
+    model, optimizer, loader = parts()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(AlreadyApplied, match="checkpointed by transformers already"):
+        attach(accelerator).prepare(model, optimizer, loader)
+
+
+class Contrastive(torch.nn.Module):
+    """Each row is told from the others of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny.llama()[0].model
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        texts = self.inner(input_ids, attention_mask).last_hidden_state.mean(1)
+        return {"loss": torch.nn.functional.cross_entropy(texts @ texts.T, torch.arange(len(texts)))}
+
+
+def test_a_loss_over_the_batch_is_not_split(accelerator: Accelerator) -> None:
+    model = Contrastive()
+    optimizer, loader = torch.optim.AdamW(model.parameters()), parts()[2]
+    attach(accelerator, gpu="cpu:1GiB", strategy="huggingface")
+    accelerator.prepare(model, optimizer, loader)
+    assert (accelerator.memplan.plan.micro_batch, accelerator.memplan.plan.accumulation) == (BATCH, 1)
+
+
+def test_a_loss_over_the_batch_cannot_be_made_to_split(accelerator: Accelerator) -> None:
+    model = Contrastive()
+    optimizer, loader = torch.optim.AdamW(model.parameters()), parts()[2]
+    with pytest.raises(UsageError, match="micro_batch=2 would split a batch of 8"):
+        attach(accelerator, gpu="cpu:1GiB", micro_batch=2).prepare(model, optimizer, loader)
+
+
+def test_a_plan_for_another_batch(accelerator: Accelerator) -> None:
+    file = scripts.plan_file("llama", 2, 16)
+    with pytest.raises(PlanMismatch, match="16 samples per optimizer step, the script has 8"):
+        attach(accelerator, plan=file).prepare(*parts())
+
+
+def test_no_room(accelerator: Accelerator) -> None:
+    with pytest.raises(DoesNotFit):
+        attach(accelerator, gpu="cpu:600KiB", strategy="huggingface").prepare(*parts())
+
+
+def test_a_micro_batch_that_does_not_divide(accelerator: Accelerator) -> None:
+    with pytest.raises(BadBatch):
+        attach(accelerator, gpu="cpu:1GiB", micro_batch=3).prepare(*parts())
+
+
+def test_accumulation_across_epochs() -> None:
+    with fresh_accelerate():
+        plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+        with pytest.raises(UsageError, match="across the ends of epochs"):
+            attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
+
+
+def test_a_plugin_and_its_arguments(accelerator: Accelerator) -> None:
+    with pytest.raises(UsageError, match="pass one of the two"):
+        attach(accelerator, memplan.MemplanPlugin(), gpu="24GiB")
+
+
+@pytest.fixture
+def driven(accelerator: Accelerator) -> tuple[Accelerator, Any, Any, Any]:
+    attach(accelerator, plan=scripts.plan_file("llama", 2, 8))
+    return accelerator, *accelerator.prepare(*parts())
+
+
+def test_a_loop_that_calls_backward_itself(driven: Any) -> None:
+    _, model, optimizer, loader = driven
+
+    def train() -> None:
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+
+    with pytest.raises(UsageError, match=r"no accelerator.backward\(loss\) was called"):
+        train()
+
+
+def test_a_loop_that_counts_itself(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+
+    def train() -> None:
+        for at, batch in enumerate(loader):
+            accelerator.backward(model(**batch).loss)
+            if at % 8 == 7:
+                optimizer.step()
+
+    with pytest.raises(UsageError, match=r"optimizer.step\(\) was not called at the last of 4 micro-batches"):
+        train()
+
+
+def test_backward_outside_of_a_step(driven: Any) -> None:
+    accelerator, model, _, _ = driven
+    with pytest.raises(UsageError, match="outside of the training loader's batches"):
+        accelerator.backward(model(**padded([Texts(2)[0]])).loss)
+
+
+def test_skipping_to_the_middle_of_a_step(driven: Any) -> None:
+    accelerator, _, _, loader = driven
+    with pytest.raises(UsageError, match="no whole number of optimizer steps of 8 samples"):
+        accelerator.skip_first_batches(loader, 2)
+
+
+def test_evaluation_is_left_alone(driven: Any) -> None:
+    accelerator, *_ = driven
+    other = accelerator.prepare(parts()[2])
+    assert [len(batch["input_ids"]) for batch in other] == [8, 8, 4]
+    assert [len(batch["input_ids"]) for batch in accelerator.skip_first_batches(other, 1)] == [8, 4]
+
+
+def test_undo(driven: Any) -> None:
+    accelerator, model, _, _ = driven
+    accelerator.memplan.undo()
+    assert accelerator.backward.__func__ is Accelerator.backward
+    assert memplan.apply(model, accelerator.memplan.plan)
+
+
+def test_training_without_the_line_is_not_touched(accelerator: Accelerator) -> None:
+    assert train(None, rows=8).rates

@@ -1,0 +1,55 @@
+"""Argument > environment > file > default, and a clear word for what cannot be used."""
+
+from pathlib import Path
+
+import pytest
+
+from memplan.errors import UsageError
+from memplan.settings import Settings
+
+
+def test_defaults(tmp_path: Path) -> None:
+    assert Settings.found({}, {}, tmp_path) == Settings()
+
+
+def test_precedence(tmp_path: Path) -> None:
+    (tmp_path / "memplan.toml").write_text('gpu = "24GiB"\nstrategy = "throughput"\nrisk = 0.05\n')
+    found = Settings.found(
+        {"gpu": "16GiB", "risk": None}, {"MEMPLAN_GPU": "12GiB", "MEMPLAN_STRATEGY": "balanced"}, tmp_path
+    )
+    assert (found.gpu, found.strategy, found.risk) == ("16GiB", "balanced", 0.05)
+
+
+def test_the_nearest_file_counts(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "memplan.toml").write_text('gpu = "24GiB"')
+    (inside / "pyproject.toml").write_text("[tool.other]\n")
+    assert Settings.found({}, {}, inside).gpu == "24GiB"
+    (inside / "pyproject.toml").write_text('[tool.memplan]\ngpu = "48GiB"\n')
+    assert Settings.found({}, {}, inside).gpu == "48GiB"
+
+
+def test_environment_texts_become_values(tmp_path: Path) -> None:
+    environ = {"MEMPLAN_ENABLED": "off", "MEMPLAN_MICRO_BATCH": "4", "MEMPLAN_RISK": "0.1", "PATH": "x"}
+    found = Settings.found({}, environ, tmp_path)
+    assert (found.enabled, found.micro_batch, found.risk) == (False, 4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "toml", "words"),
+    [
+        ({"gpu": 24}, {}, "", "the arguments set gpu = 24, which has to be a text"),
+        ({}, {"MEMPLAN_MICRO_BATCH": "four"}, "", "the environment set micro_batch = 'four', which has to be a whole"),
+        ({}, {"MEMPLAN_ENABLED": "perhaps"}, "", "enabled = 'perhaps', which has to be true or false"),
+        ({}, {"MEMPLAN_CARD": "x"}, "", "set 'card', which is no setting of memplan: enabled, gpu"),
+        ({}, {}, "micro_batch = true", "memplan.toml set micro_batch = True"),
+        ({}, {}, "gpu = ", "cannot read the settings in"),
+    ],
+)
+def test_what_cannot_be_used(
+    tmp_path: Path, arguments: dict[str, object], environ: dict[str, str], toml: str, words: str
+) -> None:
+    (tmp_path / "memplan.toml").write_text(toml)
+    with pytest.raises(UsageError, match=words):
+        Settings.found(arguments, environ, tmp_path)
