@@ -14,16 +14,16 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled, signature
 from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.grouping import Group, grouped
-from memplan.integrations.loaders import longest_batch, rebuilt
+from memplan.integrations.loaders import cut, longest_batch
 from memplan.integrations.parts import SAMPLES, SHIFTED, Count, Split, counter, has_tokens, proved
-from memplan.integrations.scripts import WHOLE, check_batch, model_and_loader, own_batch_size
+from memplan.integrations.scripts import WHOLE, check_batch, is_dealt_out, model_and_loader, own_batch_size
 from memplan.plan_record import Plan, Verdict
 from memplan.recorder import Loss, Recipe
 from memplan.samples import Sample
@@ -123,7 +123,7 @@ class Attachment:
         with _converted(model, recipe.autocast):
             sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
             sample = Sample.of(sample)
-            count = self._wishes.count or self._counted(model, recipe, sample)
+            count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
             plan = self._agreed(partial(self._make_plan, model, recipe, sample, batch_size, own_batches, count), model)
         if said:
             plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
@@ -145,19 +145,18 @@ class Attachment:
     def _driven(self, objects: tuple[Any, ...], at: int, plan: Plan, split: Split, options: dict[str, Any]) -> Any:
         """The objects, prepared by Accelerate, with the loader in micro-batches and the optimizers in step with it."""
         accelerator, loader = self._accelerator, objects[at]
-        world = accelerator.num_processes if accelerator.split_batches else 1
-        planned = [*objects]
-        planned[at] = rebuilt(loader, plan.micro_batch * world)
         accelerator.gradient_accumulation_steps = plan.accumulation
-        prepared = self._own["prepare"](*planned, **options)
+        prepared = self._own["prepare"](*objects, **options)
         self._group = group = Group(
             split,
-            bool(loader.drop_last),
+            drop_last=bool(loader.drop_last) and isinstance(loader.dataset, IterableDataset),
             models=[o for o in prepared if isinstance(o, nn.Module)],
             optimizers=[o for o in prepared if isinstance(o, AcceleratedOptimizer)],
         )
         for optimizer in group.optimizers:
             _drive(optimizer, group)
+        if plan.micro_batch != split.own_rows:
+            prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
         grouped(prepared[at], group)
         return prepared
 
@@ -194,11 +193,11 @@ class Attachment:
         if self._group is None or self._group.weight is None:
             self._own["_do_sync"]()
 
-    def _skip_first_batches(self, loader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+    def _skip_first_batches(self, loader: DataLoader[Any], num_batches: int = 0) -> Any:
         """As many as a run that saved a checkpoint had taken, of the size that they had there."""
         plan, group = self._planned, getattr(loader, "group", None)
-        if group is None or group is not self._group:  # another loader, such as evaluation's
-            return self._own["skip_first_batches"](loader, num_batches)  # type: ignore[no-any-return]
+        if not isinstance(group, Group) or group is not self._group:  # another loader, such as evaluation's
+            return self._own["skip_first_batches"](loader, num_batches)
         rows = num_batches * (self._counted_rows or plan.micro_batch)
         if rows % plan.effective_batch:
             raise UsageError(
@@ -215,6 +214,8 @@ class Attachment:
         parameter = next(model.parameters())
         if is_batch_coupled(model):
             return None
+        if self._wishes.count is not None:
+            return self._wishes.count
         if parameter.is_meta or parameter.device != self._accelerator.device:
             return counter(SHIFTED if has_tokens(sample.content) else SAMPLES)
         found = proved(model, recipe, sample)

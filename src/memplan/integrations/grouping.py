@@ -7,13 +7,12 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from memplan.errors import UsageError
 from memplan.integrations.parts import Split
@@ -25,7 +24,7 @@ class Group:
 
     Attributes:
         split: how a step is cut into micro-batches.
-        drop_last: whether the script's loader leaves out what makes no whole batch.
+        drop_last: whether a stream's rows that make no whole batch of the script's are left out; samplers see to it.
         models, optimizers: as prepared.
         weight: the part of the step's loss that the micro-batch at hand has; None outside of a step.
         is_last: whether the optimizer steps after the micro-batch at hand.
@@ -138,12 +137,14 @@ class GroupedDispatcher(_Grouped, DataLoaderDispatcher):  # type: ignore[misc]
     """A loader that the first process reads for all."""
 
 
-def grouped(loader: DataLoader[Any], group: Group) -> DataLoader[Any]:
+def grouped(loader: Any, group: Group) -> Any:
     """A prepared loader, made to hand out groups. It stays the same object, which the Accelerator knows."""
-    kinds = {DataLoaderShard: GroupedShard, DataLoaderDispatcher: GroupedDispatcher}
-    kind = kinds.get(type(loader))
+    kind = _KINDS.get(type(loader))
     if kind is None:
         raise UsageError(f"Accelerate prepared the loader as a {type(loader).__name__}, which memplan cannot drive")
     object.__dict__["__class__"].__set__(loader, kind)  # Accelerate hides an object's own class behind a property
     loader.group = group
     return loader
+
+
+_KINDS: Final = {DataLoaderShard: GroupedShard, DataLoaderDispatcher: GroupedDispatcher}

@@ -1,6 +1,5 @@
-"""DataLoaders with another batch size: the same samples in the same order, and the user's own object untouched."""
+"""DataLoaders whose batches are cut: the same samples in the same order, and the user's own object untouched."""
 
-import copy
 import random
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
@@ -54,31 +53,70 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     return size
 
 
-def rebuilt(loader: DataLoader[Any], batch_size: int) -> DataLoader[Any]:
-    """A loader like this one with batches of another size: the same sampler, generator, worker settings and collator.
+class MicroBatches(BatchSampler):
+    """The batches of another sampler, those of each step joined and cut into micro-batches.
+
+    Whatever deals batches out to several processes goes on dealing out the same ones.
+    """
+
+    def __init__(self, batches: Any, own_batches: int, micro_batch: int) -> None:
+        self.batch_sampler, self.own_batches, self.batch_size = batches, own_batches, micro_batch
+        self.drop_last = getattr(batches, "drop_last", False)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = iter(self.batch_sampler)
+        while own := list(islice(batches, self.own_batches)):
+            rows = [row for batch in own for row in batch]
+            for at in range(0, len(rows), self.batch_size):
+                yield rows[at : at + self.batch_size]
+
+    def __len__(self) -> int:
+        """Exact for torch's own sampler; for others as if all their batches were whole, as Accelerate makes them."""
+        inner = self.batch_sampler
+        rows: int = len(inner) * inner.batch_size
+        if type(inner) is BatchSampler and not inner.drop_last:
+            rows = len(inner.sampler)  # type: ignore[arg-type]  # as BatchSampler itself does
+        step: int = self.own_batches * inner.batch_size
+        whole, left = divmod(rows, step)
+        return whole * -(-step // self.batch_size) - (-left // self.batch_size)
+
+    @property
+    def sampler(self) -> Any:
+        """Of single rows: the innermost."""
+        inner = self.batch_sampler
+        while hasattr(inner, "batch_sampler"):
+            inner = inner.batch_sampler
+        return inner.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        inner = self.batch_sampler
+        while hasattr(inner, "batch_sampler"):
+            inner = inner.batch_sampler
+        inner.sampler = sampler
+
+
+def cut(loader: DataLoader[Any], own_batches: int, micro_batch: int) -> DataLoader[Any]:
+    """A loader like this one whose batches are cut: the same sampler, generator, worker settings and collator.
+
+    Args:
+        own_batches: of the loader in a step; they are joined before they are cut.
 
     Raises:
-        UsageError: as `batch_size_of`; or its class takes arguments that it does not keep as attributes.
+        UsageError: its class takes arguments that it does not keep as attributes.
     """
-    if batch_size == batch_size_of(loader):
-        return loader
     arguments: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
     if loader.num_workers:
         arguments |= {name: getattr(loader, name) for name in (*_OF_WORKERS, "in_order") if hasattr(loader, name)}
     if isinstance(loader.dataset, IterableDataset):
-        arguments |= {"batch_size": batch_size, "drop_last": loader.drop_last}
-    elif type(loader.batch_sampler) is BatchSampler:
-        sampler = loader.batch_sampler
-        arguments |= {"sampler": sampler.sampler, "batch_size": batch_size, "drop_last": sampler.drop_last}
+        arguments |= {"batch_size": micro_batch, "drop_last": loader.drop_last}
     else:
-        own = copy.copy(loader.batch_sampler)
-        own.batch_size = batch_size  # type: ignore[union-attr]  # `batch_size_of` has seen it
-        arguments["batch_sampler"] = own
+        arguments["batch_sampler"] = MicroBatches(loader.batch_sampler, own_batches, micro_batch)
     try:
         return type(loader)(loader.dataset, **arguments)
     except TypeError as error:
         raise UsageError(
-            f"cannot make another {type(loader).__name__} with batches of {batch_size}: {error}. Use a plain "
+            f"cannot make another {type(loader).__name__} with batches of {micro_batch}: {error}. Use a plain "
             "DataLoader, or make it yourself with the plan's micro-batch (memplan.plan)."
         ) from error
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from memplan._compat import is_checkpointing_layer
 from memplan.errors import AlreadyApplied, PlanMismatch, UsageError
@@ -16,7 +16,8 @@ _UNKNOWN_WORLDS: Final = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM
 
 WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
-    "gradients than the whole. Leave micro_batch out, or say with normalise=... what the loss is a mean over."
+    "gradients than the whole; or the first process reads for all (dispatch_batches). Leave micro_batch out, or say "
+    "with normalise=... what the loss is a mean over."
 )
 
 
@@ -77,6 +78,14 @@ def own_batch_size(accelerator: Accelerator, loader: DataLoader[Any]) -> int:
             f"with split_batches a batch of {size} has to be a multiple of the {accelerator.num_processes} processes"
         )
     return size // int(accelerator.num_processes)
+
+
+def is_dealt_out(accelerator: Accelerator, loader: DataLoader[Any]) -> bool:
+    """Whether the first process reads for all: then other rows would come to a process if batches were cut."""
+    dispatches = accelerator.dispatch_batches
+    if dispatches is None:
+        dispatches = isinstance(loader.dataset, IterableDataset) and accelerator.device_placement
+    return bool(dispatches) and accelerator.num_processes > 1
 
 
 def check_batch(plan: Plan, effective: int, batch_size: int, can_split: bool) -> None:

@@ -1,0 +1,212 @@
+"""memplan in a Lightning Trainer: one callback.
+
+::
+
+    trainer = Trainer(callbacks=[memplan.integrations.lightning.MemplanCallback(gpu="auto")])
+
+It plans when the fit begins, when module, data and optimizers are there and no batch was drawn yet. Batches of the
+training loader come in micro-batches then; as many optimizer steps are taken, with the same gradients up to rounding.
+Lightning divides the loss of each micro-batch by their number, so each is multiplied by its part of the step before.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from memplan.blocks import is_batch_coupled
+from memplan.device import resolve_gpu
+from memplan.errors import DoesNotFit, UsageError
+from memplan.fitting import Fit, apply
+from memplan.integrations.loaders import batch_size_of, cut, longest_batch
+from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
+from memplan.plan_record import Plan, Verdict
+from memplan.recorder import AFTER_FORWARD, Recipe
+from memplan.samples import Sample
+from memplan.session import Session
+from memplan.settings import Settings
+from memplan.strategy import load_strategy
+
+_log = logging.getLogger(__name__)
+
+_PRECISIONS: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class MemplanCallback(Callback):
+    """Plans for the module and its training loader, and takes the plan out again when the fit ends.
+
+    Attributes:
+        plan: what is applied; None before the fit begins.
+
+    Args:
+        settings: names and values of `memplan.settings.Settings`.
+
+    Raises:
+        UsageError: an unknown setting or value. When the fit begins: several devices, manual optimization, or a loader
+            whose batches cannot be cut. DoesNotFit if no plan meets the budget.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings.found(settings)
+        self.plan: Plan | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan, apply, and cut the training loader."""
+        if not self.settings.enabled:
+            return
+        _refuse(trainer, pl_module)
+        source = trainer.fit_loop._data_source
+        loader = source.dataloader()
+        if not isinstance(loader, DataLoader):
+            raise UsageError(f"memplan plans for one training DataLoader; this fit has a {type(loader).__name__}")
+        own_rows, own_batches = batch_size_of(loader), trainer.accumulate_grad_batches
+        recipe = Recipe(
+            _step_loss,
+            trainer.optimizers[0] if len(trainer.optimizers) == 1 else "adamw",
+            _PRECISIONS.get(trainer.precision),
+            drops=AFTER_FORWARD,  # the closure calls zero_grad between forward and backward
+            clips=trainer.gradient_clip_val is not None,
+        )
+        with _not_logging(pl_module):
+            sample, said = longest_batch(loader)
+            by = None if is_batch_coupled(pl_module) else self._counted(pl_module, recipe, sample)
+            plan = self._planned(pl_module, recipe, sample, own_rows, own_batches, by)
+        self.plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
+        split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
+        self._install(trainer, pl_module, loader, split, apply(pl_module, plan))
+        _log.info("memplan runs this module by a plan (enabled=False turns it off)\n%s", self.plan.describe())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
+        """Everything as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Everything as it was, also after a run that failed."""
+        self.on_fit_end(trainer, pl_module)
+
+    def _counted(self, module: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
+        name = self.settings.normalise
+        found = proved(module, recipe, sample) if name == "auto" else name
+        return None if found is None else counter(found)
+
+    def _planned(
+        self, module: nn.Module, recipe: Recipe, sample: Sample, own_rows: int, own_batches: int, by: Count | None
+    ) -> Plan:
+        micro_batch = self.settings.micro_batch if by is not None else own_rows
+        place = next(module.parameters()).device
+        gpu = str(place) if self.settings.gpu == "auto" else self.settings.gpu
+        session = Session(module, sample, recipe, *resolve_gpu(gpu))
+        plan = session.plan(load_strategy(self.settings.strategy), own_rows * own_batches, micro_batch)
+        if plan.verdict is Verdict.DOES_NOT_FIT:
+            raise DoesNotFit(plan.describe(), plan.smallest_bytes)
+        return plan
+
+    def _install(
+        self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], split: Split, fit: Fit
+    ) -> None:
+        self._undo.append(fit.undo)
+        if fit.plan.micro_batch == split.own_rows:
+            return
+        source, own = trainer.fit_loop._data_source, module.__dict__.get("training_step")
+        weighed = _weighed(cut(loader, split.own_batches, fit.plan.micro_batch), split)
+        instance = source.instance
+
+        def undo() -> None:
+            source.instance, trainer.accumulate_grad_batches = instance, split.own_batches
+            if own is None:
+                del module.training_step
+            else:
+                module.training_step = own  # type: ignore[method-assign]
+
+        module.training_step = _weighted(module.training_step, trainer, weighed)  # type: ignore[method-assign]
+        source.instance, trainer.accumulate_grad_batches = weighed, split.micro_batches
+        self._undo.append(undo)
+
+
+class _Weighed(DataLoader[Any]):
+    """A loader that fetches the micro-batches of a step together, and knows the weight of each that it has given."""
+
+    split: Split
+    weights: list[float]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own iterator
+        self.weights.clear()
+        step: list[Any] = []
+        for batch in super().__iter__():
+            step.append(batch)
+            if len(step) == self.split.micro_batches:
+                yield from self._given(step)
+                step = []
+        yield from self._given(step)
+
+    def _given(self, step: list[Any]) -> Iterator[Any]:
+        self.weights += self.split.weights(step)
+        yield from step
+
+
+def _weighed(loader: DataLoader[Any], split: Split) -> _Weighed:
+    loader.__class__ = type("Weighed", (_Weighed, type(loader)), {})
+    loader.__dict__.update(split=split, weights=[])
+    assert isinstance(loader, _Weighed)
+    return loader
+
+
+def _weighted(training_step: Callable[..., Any], trainer: Trainer, loader: _Weighed) -> Callable[..., Any]:
+    """The module's own step, whose loss is its part of the optimizer step, times the number by which it is divided."""
+
+    @wraps(training_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        factor = loader.weights[trainer.fit_loop.batch_idx] * loader.split.micro_batches
+        output = training_step(*args, **kwargs)
+        if isinstance(output, Mapping):
+            return {**output, "loss": output["loss"] * factor}
+        return output if output is None else output * factor
+
+    return step
+
+
+def _step_loss(module: nn.Module, batch: object) -> Tensor:
+    assert isinstance(module, LightningModule)
+    output = module.training_step(batch, 0)
+    return output["loss"] if isinstance(output, Mapping) else output  # type: ignore[return-value]  # checked by memplan
+
+
+@contextmanager
+def _not_logging(module: LightningModule) -> Iterator[None]:
+    """Lightning has no place yet for what is logged."""
+    module.__dict__.update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What becomes of a log record."""
+
+
+def _refuse(trainer: Trainer, module: LightningModule) -> None:
+    if trainer.world_size > 1:
+        raise UsageError(
+            f"memplan's callback plans for one device, and this fit has {trainer.world_size}: Lightning deals out rows "
+            "anew after the callback. Use memplan.attach with Accelerate for several."
+        )
+    if not module.automatic_optimization:
+        raise UsageError(
+            "the module optimizes by hand (automatic_optimization=False), so memplan cannot split its batches. Plan by "
+            "hand: memplan.autofit(module, sample=..., loss=...)."
+        )
+    for name in ("limit_train_batches", "val_check_interval"):
+        if isinstance(getattr(trainer, name), int):
+            raise UsageError(
+                f"{name} = {getattr(trainer, name)} counts batches, which become micro-batches under a plan. Give it "
+                "as a share of the epoch, such as 0.25."
+            )

@@ -1,0 +1,65 @@
+"""Two processes over gloo: the same weights as without a plan, one plan for both, one error for both."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from integrations import scripts
+
+RANKS = Path(__file__).with_name("ranks.py")
+BOUND_S = 240  # nothing may hang
+
+
+def run(folder: Path, plan: str, rows: int, models: tuple[str, str] = ("llama", "llama")) -> list[dict[str, Any]]:
+    folder.mkdir()
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    asked = [str(RANKS), str(folder), plan, str(rows), *models]
+    done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=BOUND_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        json.loads(file.read_text()) if file.suffix == ".json" else {"error": file.read_text()}
+        for file in sorted(folder.glob("*.*"))
+    ]
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    pairs = zip(one["weights"], other["weights"], strict=True)
+    return max(float((torch.tensor(a) - torch.tensor(b)).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_ddp(tmp_path: Path) -> None:
+    """37 rows: at the end of an epoch Accelerate repeats some, by the script's batch and not by the micro-batch."""
+    plain = run(tmp_path / "plain", "none", 37)
+    ours = run(tmp_path / "planned", scripts.plan_file("llama", 2, 8), 37)
+    for a, b in zip(plain, ours, strict=True):
+        assert difference(a, b) <= 1e-5
+        assert a["rates"] == b["rates"]
+    assert difference(ours[0], ours[1]) == 0
+    assert ours[0]["plan"] == ours[1]["plan"]
+
+
+@pytest.mark.slow
+def test_one_plan_is_made_for_all(tmp_path: Path) -> None:
+    ours = run(tmp_path / "planned", "cpu:1GiB", 64)
+    assert ours[0]["plan"] == ours[1]["plan"]
+    assert "2 replicas" in ours[0]["plan"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "models", "words"),
+    [
+        ("cpu:600KiB", ("llama", "llama"), "DoesNotFit"),
+        ("cpu:1GiB", ("llama", "gpt2"), "PlanMismatch: ranks 1 have another model than rank 0"),
+    ],
+)
+def test_an_error_is_everybodys(tmp_path: Path, plan: str, models: tuple[str, str], words: str) -> None:
+    errors = run(tmp_path / "planned", plan, 64, models)
+    assert len(errors) == 2
+    assert all(found["error"].startswith(words) for found in errors)

@@ -1,0 +1,107 @@
+"""A fit with the callback trains what it trains without."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from integrations.scripts import BATCH, EPOCHS, Texts, make_model, padded
+from memplan.errors import UsageError
+from memplan.integrations import parts
+from memplan.integrations.lightning import MemplanCallback
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Lightning's own imports warn of
+    from lightning.pytorch import LightningModule, Trainer, seed_everything
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
+
+
+class Module(LightningModule):
+    def __init__(self, model: str, steps: int) -> None:
+        super().__init__()
+        self.model, self.steps = make_model(model), steps
+        self.rates: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def fit(callback: MemplanCallback | None, rows: int = 40, model: str = "llama", own: int = 1, **trainer: Any) -> Module:
+    seed_everything(0, verbose=False)
+    module = Module(model, EPOCHS * -(-rows // (BATCH * own)))
+    order = torch.Generator().manual_seed(2)
+    loader = DataLoader(Texts(rows), BATCH, shuffle=True, collate_fn=padded, generator=order)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    options = {"max_epochs": EPOCHS, "accelerator": "cpu", "accumulate_grad_batches": own, "gradient_clip_val": 1.0}
+    lightning = Trainer(callbacks=[] if callback is None else [callback], **quiet, **{**options, **trainer})
+    seed_everything(3, verbose=False)
+    lightning.fit(module, loader)
+    return module
+
+
+def difference(a: Module, b: Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+
+
+@pytest.mark.parametrize(("rows", "own"), [(40, 1), (35, 1), (35, 2)])
+def test_same_weights(rows: int, own: int) -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")
+    plain, ours = fit(None, rows, own=own), fit(callback, rows, own=own)
+    assert callback.plan is not None
+    assert callback.plan.accumulation == 4 * own
+    assert difference(plain, ours) <= 1e-5
+    assert ours.rates == plain.rates
+
+
+def test_dropout_where_the_batch_is_not_split() -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=8, strategy="huggingface")
+    plain, ours = fit(None, 35, "gpt2"), fit(callback, 35, "gpt2")
+    assert callback.plan is not None
+    assert callback.plan.recomputed
+    assert difference(plain, ours) <= 1e-5
+
+
+def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.Split, "weights", lambda self, batches: [1 / len(batches)] * len(batches))
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")
+    assert difference(fit(None), fit(callback)) > 1e-3
+
+
+def test_everything_as_it_was_afterwards() -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")
+    module = fit(callback)
+    assert "training_step" not in module.__dict__
+    assert not callback._undo
+
+
+def test_refusals() -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB")
+    with pytest.raises(UsageError, match="limit_train_batches = 3 counts batches"):
+        fit(callback, limit_train_batches=3)
+    with pytest.raises(UsageError, match="no setting of memplan"):
+        MemplanCallback(card="24GiB")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR", "lightning.pytorch")
