@@ -5,8 +5,9 @@ then the cap test on both sides. With the allocator capped to the predicted smal
 to run from its first allocation with none; at 97 % of it, it has to retry or fail. Every run has a process of its own.
 
 Results go to docs/cuda_accuracy.json as soon as they are there, and what is in there is not measured again.
-`--histories` also keeps what the allocator did in the small cases, as data for tests, in tests/data. `--dry-run` does
-all of it with tiny models on the CPU and a fake device that counts and has a cap; its results stay in build/cuda-dry.
+`--histories` also keeps what the allocator did in the small cases, in tests/data/allocator, where the tests have
+memplan's allocator repeat it. `--dry-run` does all of it with tiny models on the CPU and a fake device that counts and
+has a cap; its results stay in build/cuda-dry.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cuda_cases import CASES, MODELS
+from cuda_cases import CASES, HISTORY_STEPS, MODELS
 from cuda_runs import (
     DRY,
     NOT_YET,
@@ -53,9 +54,9 @@ def jobs(store: Store, folder: Path, names: Sequence[str], *, dry: bool, histori
         case, plan_file = CASES[name], str(folder / f"accuracy {name}.json".replace(" ", "-").replace("/", "-"))
         common: Answer = {"name": name, "tiny": dry, "plan_file": plan_file}
         measure: Answer = {"do": "case", **common, "history": histories and case.history}
-        found.append(Job(name, GUESS_S[case.mode], partial(dict, measure)))
+        found.append(Job(name, case.mode, GUESS_S[case.mode], partial(dict, measure)))
         for side, share in ((AT, 1.0), (UNDER, BELOW)):
-            found.append(Job(f"{name} {side}", CAP_GUESS_S, _cap_request(store, common, share)))
+            found.append(Job(f"{name} {side}", "cap", CAP_GUESS_S, _cap_request(store, common, share)))
     return found
 
 
@@ -202,16 +203,18 @@ def _yes(value: bool | None) -> str:
 
 
 def keep_histories(store: Store, folder: Path) -> None:
-    """Move recorded histories out of the results into files of their own, one event a line."""
+    """Move recorded histories out of the results into files of their own, one event a line. None had a cap."""
     for name, result in store.results.items():
         history = result.pop("history", None)
         if history is None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        machine = {key: store.data["machine"].get(key) for key in ("card", "driver", "torch", "cuda")}
         (events,) = history.pop("device_traces")
         lines = ",\n".join(json.dumps(event, separators=(",", ":")) for event in events)
-        head = json.dumps({"machine": machine, "case": name, **history})
+        origin = (
+            f"{name}, from the first allocation through {HISTORY_STEPS} steps. {machine_text(store.data['machine'])}"
+        )
+        head = json.dumps({"origin": origin, "cap_bytes": None, **history})
         path = folder / f"history {name}.json".replace(" ", "-").replace("/", "-")
         path.write_text(f'{head[:-1]}, "device_traces": [[\n{lines}\n]]}}\n')
         print(f"{name:60} {len(events)} events in {path.name}", flush=True)
@@ -246,7 +249,7 @@ def _measure(asks: Asks, store: Store, args: argparse.Namespace, begin: float) -
     todo = jobs(store, folder, names, dry=args.dry_run, histories=args.histories)
     time_plan(todo, store, args.limit_s)
     run_all(todo, asks, store, args.limit_s, begin)
-    keep_histories(store, DRY / "accuracy" if args.dry_run else ROOT / "tests" / "data")
+    keep_histories(store, DRY / "accuracy" if args.dry_run else ROOT / "tests" / "data" / "allocator")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.allocator import CachingAllocator, Settings
 from memplan.device import CudaDevice, Device, DeviceMemory, FakeDevice, memory_parts
 from memplan.fake_memory import FakeMemory
 from memplan.gpus import find_gpu
@@ -173,18 +174,33 @@ class FakeCard(Card):
         self.memory.events.clear()
 
     def history(self) -> Facts:
-        """Each storage has an address of its own, in one segment that holds them all."""
-        places: dict[int, int] = {}
-        end = 0
+        """What memplan's own allocator answers to the same requests: the form of a history, and no measurement.
+
+        A storage's number stands for its address. Segments follow each other from 0 on, so that it lies within them.
+        """
+        allocator, answered, end = CachingAllocator(Settings()), 0, 0
+        events: list[Facts] = []
         for number, change in self.memory.events:
             if change > 0:
-                places[number] = end
-                end += change
-        events: list[Facts] = [{"action": "segment_alloc", "addr": 0, "size": end, "stream": 0}]
-        for number, change in self.memory.events:
+                allocator.allocate(number, change)
+            else:
+                allocator.free(number)
+            for action, size, stream in allocator.segment_events[answered:]:
+                events.append({"action": action, "addr": end, "size": size, "stream": stream})
+                answered, end = answered + 1, end + size
             action = "alloc" if change > 0 else "free_completed"
-            events.append({"action": action, "addr": places[number], "size": abs(change), "stream": 0})
-        return {"segments": [], "device_traces": [events], "allocator_settings": {}}
+            events.append({"action": action, "addr": number, "size": abs(change), "stream": 0})
+        states = {"allocated": "active_allocated", "free": "inactive"}
+        segments = [
+            {
+                "total_size": segment.total_bytes,
+                "stream": segment.stream,
+                "segment_type": "small" if segment.is_small else "large",
+                "blocks": [{"size": size, "state": states[state]} for size, state in segment.blocks],
+            }
+            for segment in allocator.segments()
+        ]
+        return {"segments": segments, "device_traces": [events], "allocator_settings": {}}
 
 
 def card_of(kind: Kind, fails_at: int | None = None) -> Card:

@@ -28,12 +28,13 @@ Mode = Literal["plain", "checkpointed", "planned"]
 
 TRANSIENT_SHARE = 0.6  # of what is above weights and optimizer state, the budget of a plan
 STEPS = 3  # of a cap test: the optimizer's state comes with the first
+HISTORY_STEPS = 2  # the one that makes the optimizer's state, and one that is like all that follow
 SMALLEST_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the table. `histories`: its allocator is recorded if that is asked for."""
+    """One line of the table. `history`: its allocator is recorded if that is asked for."""
 
     model: str
     precision: Precision
@@ -197,16 +198,22 @@ def _asked(case: Case, card: Card) -> dict[str, Any]:
 
 
 def case(card: Card, name: str, tiny: bool, plan_file: str, history: bool) -> Iterator[Answer]:
-    """Measured peaks of a case, then its predicted sizes. A plan goes to `plan_file`, for the cap tests."""
+    """Measured peaks of a case, then its predicted sizes. A plan goes to `plan_file`, for the cap tests.
+
+    With `history`, first what the allocator does from the first allocation through two steps: before the cache is given
+    back for the measurement, which a history does not tell from memory pressure.
+    """
     what = CASES[name]
     if history:
         card.start_history()  # before the first allocation
     model, batch, optimizer = _made(what, card, tiny)
     _moded(what, card, model, batch, plan_file, make=True)
-    card.set_cap(None)
-    yield taken(card, step_of(model, batch, optimizer, what.autocast, what.accumulation), laps=1)
+    step = step_of(model, batch, optimizer, what.autocast, what.accumulation)
     if history:
+        card.device.seconds_of(step, HISTORY_STEPS)
         yield {"history": card.history()}
+    card.set_cap(None)
+    yield taken(card, step, laps=1)
     sizes = sizes_of(memplan.predict(model, batch, accumulation=what.accumulation, **_asked(what, card)))
     yield {"predicted": sizes, "smallest_cap": card.smallest_cap(sizes)}
 

@@ -155,14 +155,22 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One thing to measure: the name of its result, the seconds that it may take, what is asked.
+    """One thing to measure: the name of its result, the kind of work, a guess of its seconds, what is asked.
 
     `request` is called when its turn comes, for it may need earlier results; None: they are missing, so it is left out.
     """
 
     name: str
+    kind: str
     guess_s: float
     request: Callable[[], Answer | None]
+
+
+def expected_s(job: Job, jobs: Sequence[Job], store: Store) -> float:
+    """The longest that a job of its kind took here, once one is measured; until then the guess."""
+    alike = [store.results.get(other.name, {}) for other in jobs if other.kind == job.kind]
+    took = [float(result["took_s"]) for result in alike if "took_s" in result and "error" not in result]
+    return max(took, default=job.guess_s)
 
 
 def run_all(jobs: list[Job], asks: Asks, store: Store, limit_s: float, begin: float) -> None:
@@ -170,11 +178,9 @@ def run_all(jobs: list[Job], asks: Asks, store: Store, limit_s: float, begin: fl
     for job in jobs:
         if job.name in store.results:
             continue
-        left = limit_s - (time.monotonic() - begin)
-        if job.guess_s > left:
-            print(
-                f"{job.name:60} left for the next run: about {job.guess_s:.0f} s, and {left:.0f} s are left", flush=True
-            )
+        left, expected = limit_s - (time.monotonic() - begin), expected_s(job, jobs, store)
+        if expected > left:
+            print(f"{job.name:60} left for the next run: about {expected:.0f} s, and {left:.0f} s are left", flush=True)
             continue
         request = job.request()
         if request is None:
@@ -199,13 +205,13 @@ def run_all(jobs: list[Job], asks: Asks, store: Store, limit_s: float, begin: fl
 
 
 def time_plan(jobs: list[Job], store: Store, limit_s: float) -> None:
-    """What will be done, in its order, with the seconds that it took before or else a guess."""
+    """What will be done, in its order, with the seconds that the like of it took before or else a guess."""
     at = 0.0
     print(f"time plan (limit {limit_s:.0f} s; guesses, until it has run):")
     for job in jobs:
-        done = job.name in store.results
-        at += 0 if done else job.guess_s
-        when = "done" if done else f"{job.guess_s:4.0f} s, until {at:4.0f} s"
+        done, expected = job.name in store.results, expected_s(job, jobs, store)
+        at += 0 if done else expected
+        when = "done" if done else f"{expected:4.0f} s, until {at:4.0f} s"
         print(f"  {job.name:60} {when}{'' if at <= limit_s else '  (next run)'}")
 
 

@@ -3,14 +3,18 @@
 The figures are NVML peaks of training runs on an RTX 3060 and an RTX 4060, published by the authors of xMem
 (data/real_cards.json names the source). Each run is predicted from the public config alone. `--runs FILE` takes other
 runs of the same form, `--models TEXT` limits what is done to models whose name contains the text.
+
+A run has to have `model`, `optimizer`, `batch`, `gpu` and `measured_bytes`, and may have `zero_grad` and `xmem_bytes`;
+other fields are passed over. One that cannot be predicted is a row that says why. Exit codes: 0 all were predicted, 1
+some were not, 2 the runs cannot be read.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -31,6 +35,7 @@ from transformers import (
 )
 
 from memplan.device import resolve_gpu
+from memplan.errors import MemplanError
 from memplan.recorder import AFTER_FORWARD, AFTER_STEP, Recipe
 from memplan.samples import Sample
 from memplan.session import Session
@@ -91,6 +96,14 @@ MODELS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
+class NotPredictable(Exception):
+    """What is needed to predict a run is not known here; the message says what."""
+
+
+class BadRuns(Exception):
+    """A file that is no file of runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run that was measured. Sizes in bytes."""
@@ -99,10 +112,13 @@ class Run:
     optimizer: str  # a class of torch.optim
     batch: int
     gpu: str
-    zero_grad: int  # 0: before the forward; 1: between forward and backward; 2: after the step
     measured_bytes: int
-    xmem_bytes: int
-    gpu_total_bytes: int
+    zero_grad: int = 0  # 0: before the forward; 1: between forward and backward; 2: after the step
+    xmem_bytes: int | None = None
+
+    @property
+    def xmem_error(self) -> float | None:
+        return None if self.xmem_bytes is None else self.xmem_bytes / self.measured_bytes - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +134,50 @@ class Row:
     def error(self) -> float:
         return self.predicted_bytes / self.run.measured_bytes - 1
 
-    @property
-    def xmem_error(self) -> float:
-        return self.run.xmem_bytes / self.run.measured_bytes - 1
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A run that cannot be predicted."""
+
+    run: Run
+    why: str
+
+
+def runs_in(path: Path) -> list[Run]:
+    """The runs of a file: a list of objects, or an object whose `runs` is one. BadRuns, in one line, if it is none."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadRuns(f"{path}: {error}") from error
+    rows = record.get("runs") if isinstance(record, dict) else record
+    if not isinstance(rows, list):
+        raise BadRuns(f"{path} has no list of runs: it is a list of objects, or an object with one as 'runs'")
+    return [_run_of(row, f"{path}: run {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _run_of(row: object, where: str) -> Run:
+    if not isinstance(row, dict):
+        raise BadRuns(f"{where} is {row!r}, not an object")
+    known = {field.name: field for field in fields(Run)}
+    missing = [name for name, field in known.items() if field.default is MISSING and row.get(name) is None]
+    if missing:
+        raise BadRuns(f"{where} has no {', '.join(missing)}; it has {', '.join(row) or 'nothing'}")
+    given = {name: row[name] for name in known if row.get(name) is not None}
+    for name, value in given.items():
+        kind, least = (str, "") if known[name].type is str else (int, 0 if name == "zero_grad" else 1)
+        if type(value) is not kind or value < least:
+            raise BadRuns(f"{where} has {name} = {value!r}; that is {'a text' if kind is str else 'a whole number'}")
+    return Run(**given)
 
 
 def build(name: str) -> nn.Module:
-    """The model of that name as transformers 4.51 makes it, on meta. SystemExit for one whose config is not here."""
+    """The model of that name as transformers 4.51 makes it, on meta. NotPredictable if its config is not here."""
     key = name.rpartition("/")[2].lower()
     if key not in MODELS:
-        raise SystemExit(f"no config of {name} is known here; of {', '.join(MODELS)} there is")
-    family, fields = MODELS[key]
+        raise NotPredictable(f"no config of {name} is known here; of {', '.join(MODELS)} there is")
+    family, settings = MODELS[key]
     kind, config = FAMILIES[family]
-    return transformers_451.build(config(**fields), kind)
+    return transformers_451.build(config(**settings), kind)
 
 
 def sample_of(batch: int) -> dict[str, Tensor]:
@@ -142,10 +189,18 @@ def sample_of(batch: int) -> dict[str, Tensor]:
 
 
 def predict(run: Run) -> Row:
-    """The run as a loop writes it: `outputs = model(**batch)` stays until the next forward has returned."""
+    """The run as a loop writes it: `outputs = model(**batch)` stays until the next forward has returned.
+
+    NotPredictable, or an error of memplan's, if a part of it is not known.
+    """
     begin = time.perf_counter()
     model = build(run.model)
-    optimizer = getattr(torch.optim, run.optimizer)(model.parameters(), lr=1e-3)
+    make = getattr(torch.optim, run.optimizer, None)
+    if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
+        raise NotPredictable(f"torch.optim has no optimizer {run.optimizer}")
+    if run.zero_grad not in (0, 1, 2):
+        raise NotPredictable(f"zero_grad is {run.zero_grad}; 0, 1 and 2 are known")
+    optimizer = make(model.parameters(), lr=1e-3)  # type: ignore[call-arg]  # of every class but the base
     drops = AFTER_FORWARD if run.zero_grad == 1 else AFTER_STEP
     recipe = Recipe(optimizer=optimizer, drops=drops, keeps_output=True)
     card, _ = resolve_gpu(run.gpu)
@@ -159,26 +214,33 @@ def predict(run: Run) -> Row:
 def summary(rows: list[Row]) -> str:
     errors = [row.error for row in rows]
     worst = max(rows, key=lambda row: abs(row.error))
-    return (
+    said = (
         f"{len(rows)} runs: median error {median(map(abs, errors)):.2%}, worst {worst.error:+.2%} "
-        f"({worst.run.model}, {worst.run.optimizer}, batch {worst.run.batch}), lowest {min(errors):+.2%}; "
-        f"xMem: median {median(abs(row.xmem_error) for row in rows):.2%}, "
-        f"worst {max((row.xmem_error for row in rows), key=abs):+.2%}, "
-        f"lowest {min(row.xmem_error for row in rows):+.2%}"
+        f"({worst.run.model}, {worst.run.optimizer}, batch {worst.run.batch}), lowest {min(errors):+.2%}"
+    )
+    theirs = [row.run.xmem_error for row in rows if row.run.xmem_error is not None]
+    if not theirs:
+        return said
+    count = "" if len(theirs) == len(rows) else f" ({len(theirs)} runs)"
+    return (
+        f"{said}; xMem{count}: median {median(map(abs, theirs)):.2%}, worst {max(theirs, key=abs):+.2%}, "
+        f"lowest {min(theirs):+.2%}"
     )
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row | Gap]) -> str:
     lines = [
         "| model | optimizer | batch | zero_grad | card | measured, MiB | predicted | error | xMem's error | seconds |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         run = row.run
+        xmem = "" if run.xmem_error is None else f"{run.xmem_error:+.2%}"
+        known = isinstance(row, Row)
+        predicted = f"{row.predicted_bytes / MIB:,.0f} | {row.error:+.2%}" if known else f"not predictable: {row.why} |"
         lines.append(
             f"| {run.model} | {run.optimizer} | {run.batch} | {run.zero_grad} | {run.gpu.rpartition(' ')[2]} "
-            f"| {run.measured_bytes / MIB:,.0f} | {row.predicted_bytes / MIB:,.0f} | {row.error:+.2%} "
-            f"| {row.xmem_error:+.2%} | {row.seconds:.1f} |"
+            f"| {run.measured_bytes / MIB:,.0f} | {predicted} | {xmem} | {f'{row.seconds:.1f}' if known else ''} |"
         )
     return "\n".join(lines)
 
@@ -192,29 +254,36 @@ def residuals(rows: list[Row]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=RUNS, help="a file of runs, as benchmarks/data/real_cards.json")
     parser.add_argument("--models", default="", help="only models whose name contains this text")
     parser.add_argument("--write", action="store_true", help="write docs/real_cards.md and memplan's residuals.toml")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.write and (args.models or args.runs != RUNS):
         parser.error("--write is for all runs of the project's own file")
-    record = json.loads(args.runs.read_text())
-    runs = [Run(**row) for row in (record["runs"] if isinstance(record, dict) else record)]
-    rows = []
+    try:
+        runs = [run for run in runs_in(args.runs) if args.models.lower() in run.model.lower()]
+    except BadRuns as error:
+        parser.exit(2, f"{error}\n")
+    if not runs:
+        parser.exit(2, f"no run of a model whose name contains {args.models!r}\n")
+    rows: list[Row | Gap] = []
     for run in runs:
-        if args.models.lower() in run.model.lower():
+        try:
             rows.append(predict(run))
-            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    if not rows:
-        raise SystemExit(f"no run of a model whose name contains {args.models!r}")
-    print(table(rows), "", summary(rows), sep="\n")
+        except (NotPredictable, MemplanError) as error:
+            rows.append(Gap(run, " ".join(str(error).split())))
+        print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    predicted = [row for row in rows if isinstance(row, Row)]
+    print(table(rows), *(["", summary(predicted)] if predicted else []), sep="\n")
+    if len(predicted) < len(rows):
+        raise SystemExit(f"{len(rows) - len(predicted)} of {len(rows)} runs cannot be predicted; their rows say why")
     if args.write:
         page = ROOT / "docs" / "real_cards.md"
         said = page.read_text().partition("<!-- table -->")[0]
-        page.write_text(f"{said}<!-- table -->\n\n{summary(rows)}\n\n{table(rows)}\n")
-        RESIDUALS.write_text(residuals(rows))
+        page.write_text(f"{said}<!-- table -->\n\n{summary(predicted)}\n\n{table(predicted)}\n")
+        RESIDUALS.write_text(residuals(predicted))
 
 
 if __name__ == "__main__":

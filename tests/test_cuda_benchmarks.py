@@ -16,6 +16,7 @@ import pytest
 import torch
 from cuda_report import AT_FULL, CAPPED, FULL, FULL_CAPPED, LAPS, NONE, named
 from cuda_runs import Answer, Here, Job, Store, Workers, run_all, written
+from histories import check_repeated
 
 from memplan.allocator import Events
 from memplan.gpus import find_gpu
@@ -84,7 +85,11 @@ def test_an_allocation_that_fails_is_an_answer_and_a_row() -> None:
 def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.at(folder / "cuda.json")
     store.results[named(TASK, NONE)] = {"allocated": 1, "reserved": 1}
-    jobs = [Job(named(TASK, NONE), 1.0, pytest.fail), Job("late", 9.0, pytest.fail), Job("lost", 1.0, lambda: None)]
+    jobs = [
+        Job(named(TASK, NONE), NONE, 1.0, pytest.fail),
+        Job("late", FULL, 9.0, pytest.fail),
+        Job("lost", FULL_CAPPED, 1.0, lambda: None),
+    ]
     run_all(jobs, Here("fake"), store, limit_s=5.0, begin=__import__("time").monotonic())
     assert list(store.results) == [named(TASK, NONE)]
 
@@ -103,9 +108,41 @@ def test_the_accuracy_dry(folder: Path, case: str) -> None:
     kept = list((folder / "accuracy").glob("history*.json"))
     assert len(kept) == cuda_accuracy.CASES[case].history
     for path in kept:
+        check_repeated(path)
         history = json.loads(path.read_text())
         assert len(Events.from_history(history["device_traces"][0]).sizes) > 100
+        assert history["origin"].startswith(case)
         assert str(Path.home()) not in path.read_text()
+
+
+def test_a_history_is_over_before_a_cap_is_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To set one gives the cache back, which no history tells from memory pressure."""
+    done: list[str] = []
+    for name in ("start_history", "history", "set_cap"):
+        whole = getattr(cuda_card.FakeCard, name)
+        noted = lambda *args, name=name, whole=whole: (done.append(name), whole(*args))[1]  # noqa: E731
+        monkeypatch.setattr(cuda_card.FakeCard, name, noted)
+    case = "W2 2 layers/fp32/plain/1"
+    first, *_ = cuda_measure.answers(
+        {"do": "case", "name": case, "tiny": True, "plan_file": str(folder / "plan.json"), "history": True}, "fake"
+    )
+    assert list(first) == ["history"]
+    assert done == ["start_history", "history", "set_cap"]
+
+
+def test_what_is_asked_for_first_fits_the_limit_by_the_guesses(folder: Path) -> None:
+    jobs = cuda.Table(Store.at(folder / "cuda.json"), folder, dry=True).jobs([*cuda.KNOWN, cuda.FULL_TUNE])
+    before, laps = jobs[: -len(cuda.KNOWN)], jobs[-len(cuda.KNOWN) :]
+    assert {job.kind for job in laps} == {cuda_report.LAPS_CAPPED}
+    assert sum(job.guess_s for job in before) <= cuda.LIMIT_S < 8 * 60
+    assert [job.kind for job in before[:4]] == [NONE, FULL, AT_FULL, LAPS]
+
+
+def test_seconds_are_expected_as_the_like_took(folder: Path) -> None:
+    store = Store.at(folder / "cuda.json")
+    jobs = [Job(str(at), kind, 5.0, lambda: None) for at, kind in enumerate("aaabc")]
+    store.results.update({"0": {"took_s": 8.0}, "1": {"took_s": 9.0}, "3": {"took_s": 1.0, "error": "failed"}})
+    assert [cuda_runs.expected_s(job, jobs, store) for job in jobs] == [9.0, 9.0, 9.0, 5.0, 5.0]
 
 
 def test_enough_cases_of_every_kind() -> None:

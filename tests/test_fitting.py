@@ -275,6 +275,34 @@ def test_accumulation_is_measured_too() -> None:
         assert abs(fit.measure(steps=1).peak_bytes - found.peak_bytes) <= KIB
 
 
+class Narrow(nn.Module):
+    """So many so small weights that their norms are most of what an optimizer's step takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(200))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((layer.weight.sum() for layer in self.layers), x.mean())
+
+
+def test_clipping_is_predicted_planned_and_measured() -> None:
+    model, x, peaks = Narrow(), torch.randn(2, 2), {}
+    for clips in (False, True):
+        asked = {"optimizer": "sgd", "clip_grad_norm": clips}
+        found = memplan.plan(model, "cpu:1GiB", sample=x, micro_batch=2, **asked)
+        assert memplan.predict(model, x, **asked).peak_bytes == found.peak_bytes
+        before = Imprint(model)
+        with memplan.apply(model, found) as fit:
+            assert abs(fit.measure(steps=1).peak_bytes - found.peak_bytes) <= 64
+        assert before.differences() == []
+        assert any("clipped by their norm" in line for line in found.assumptions) is clips
+        peaks[clips] = found.peak_bytes
+    assert peaks[True] > peaks[False] + 200 * 4
+    with pytest.raises(UsageError, match="pass True if the loop clips"):
+        memplan.predict(model, x, clip_grad_norm=1.0)
+
+
 def test_autocast_and_a_loss_of_ones_own() -> None:
     def loss(model: nn.Module, batch: object) -> Tensor:
         assert isinstance(batch, dict)

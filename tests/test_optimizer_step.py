@@ -1,6 +1,8 @@
 """What the optimizer adds to a recorded step: what is stepped, when, and the state that is counted."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import real
@@ -12,7 +14,7 @@ from torch import nn
 from memplan import repeat
 from memplan.blocks import find_blocks
 from memplan.device import CpuDevice
-from memplan.errors import UsageError
+from memplan.errors import NoStepInBackward, UsageError
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
 from memplan.levers.stepping import install
@@ -71,6 +73,33 @@ def test_what_gets_no_gradient_is_not_stepped(name: str, layers: int, accumulati
     assert abs(trace.peak_bytes - real.peak_of(model, Sample.of(x), recipe)) <= KIB
     states = 1 if name == "sgd-momentum" else 2
     assert 0 <= state_bytes(trace) - states * used(model) < KIB
+
+
+@pytest.mark.parametrize(
+    ("make", "on_card"),
+    [
+        (partial(torch.optim.AdamW, foreach=True), 0),
+        (partial(torch.optim.Adagrad, foreach=False), 0),
+        (torch.optim.NAdam, 0),
+        (torch.optim.ASGD, 3),
+        (partial(torch.optim.AdamW, fused=True), 1),
+        (partial(torch.optim.AdamW, capturable=True), 1),
+        (type("Own", (torch.optim.AdamW,), {}), 0),
+    ],
+)
+def test_counters_of_steps_lie_where_torch_puts_them(make: Callable[..., torch.optim.Optimizer], on_card: int) -> None:
+    """On a card, 512 bytes for each that is there; on the CPU all are there."""
+    model, x = nn.Linear(64, 32), torch.randn(2, 64)
+    live = make(model.parameters())
+    if type(live) is torch.optim.AdamW and not live.defaults["capturable"]:  # which a CPU refuses to step
+        model(x).sum().backward()
+        live.step()
+        live.zero_grad()
+    recipe = Recipe(lambda m, x: m(x).sum(), live)
+    trace = Recorder(model, recipe, backend_for(find_gpu("rtx-4090"))).record(Sample.of(x))
+    counters = (trace.storage_category == OPTIMIZER) & (trace.storage_bytes == 512)
+    small = {"AdamW": 2, "Own": 2, "NAdam": 2, "Adagrad": 1, "ASGD": 1}[type(live).__name__]  # states of the bias
+    assert counters.sum() == 2 * on_card + small
 
 
 @pytest.mark.parametrize("stepping", STEPPINGS)
@@ -132,6 +161,59 @@ def test_a_stepping_s_peak(name: str, optimizer: str, stepping: str) -> None:
     trace = Recorder(model, Recipe(optimizer=optimizer, stepping=stepping)).record(Sample.of(sample))
     expected = measured(model, sample, optimizer, stepping)
     assert abs(trace.peak_bytes - expected) <= KIB, (trace.peak_bytes, expected)
+
+
+class Many(nn.Module):
+    """Very many very small parameters, whose norms and their stack are much beside them."""
+
+    def __init__(self, count: int = 50) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(part * x).sum() for part in self.parts]).sum()
+
+
+@pytest.mark.parametrize("meter", ["memplan's", "another"])
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_peak_of_a_step_with_clipping(
+    make: Callable[..., torch.optim.Optimizer], foreach: bool, meter: str
+) -> None:
+    """SGD takes less than the norms, Adam many at once more, and one at a time less again."""
+    model, x, peaks = Many(), torch.randn(4), {}
+    for clips in (True, False):
+        recipe = Recipe(optimizer=make(model.parameters(), foreach=foreach), clips=clips)
+        measured = real.peak_of(model, Sample.of(x), recipe, *([real.other_meter()] if meter == "another" else []))
+        trace = Recorder(model, recipe).record(Sample.of(x))
+        assert abs(trace.peak_bytes - measured) <= 64, (trace.peak_bytes, measured)
+        assert trace.phase_of(trace.peak_tick) == "optimizer" or not clips
+        peaks[clips] = trace.peak_bytes
+    batched = foreach and make is torch.optim.AdamW
+    assert (peaks[True] > peaks[False] + 300) is not batched, peaks
+
+
+def test_clipping_on_a_card() -> None:
+    """A norm for each gradient, their stack, and behind the operator a partial sum for each chunk of the largest."""
+    count, block, chunks = 100, 512, 512 * 512 // 65536
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (512, *(count - 1) * [8])))
+    recipe = Recipe(lambda m, _: sum(p.sum() for p in m.parameters()), "adamw-fused")  # takes nothing while it steps
+    card = backend_for(find_gpu("rtx-4090"))
+    plain, clipped = (
+        Recorder(model, replace(recipe, clips=clips), card).record(Sample.of(torch.randn(2, 16)))
+        for clips in (False, True)
+    )
+    assert plain.peak_in(plain.optimizer) == plain.live_at(plain.optimizer.start)
+    norms, partial = count * block, card.rounded(count * chunks * 4)
+    assert clipped.peak_in(clipped.optimizer) - plain.peak_in(plain.optimizer) == norms + partial
+    assert "clipped by their norm" in " ".join(clipped.assumptions)
+    assert not plain.assumptions
+
+
+def test_clipping_leaves_no_step_inside_the_backward() -> None:
+    model, batch = tiny.plain(layers=2)
+    with pytest.raises(NoStepInBackward, match="norm of all of them"):
+        Recorder(model, Recipe(stepping="in-backward", clips=True)).record(Sample.of(batch))
 
 
 def test_in_the_backward_gradients_die_early() -> None:

@@ -279,5 +279,8 @@ def test_flags_that_torch_allows_on_some_devices_only_do_not_stand_in_the_way(fl
     usual = torch.optim.AdamW(model.parameters())
     odd = torch.optim.AdamW(model.parameters(), **flags)
     found = memplan.predict(model, batch, optimizer=odd, gpu=gpu)
-    assert found.peak_bytes == memplan.predict(model, batch, optimizer=usual, gpu=gpu).peak_bytes
+    counters = (
+        512 * sum(1 for _ in model.parameters()) if flags.get("capturable") and gpu != "cpu" else 0
+    )  # on the card
+    assert found.peak_bytes - counters == memplan.predict(model, batch, optimizer=usual, gpu=gpu).peak_bytes
     assert all(odd.param_groups[0][name] is value for name, value in flags.items())

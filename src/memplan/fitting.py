@@ -1,5 +1,6 @@
 """`apply(model, plan) -> Fit`: the plan in the user's own model, measured there, and taken out again."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from memplan import levers, optimizers
 from memplan.abstract import preserved, to_training
@@ -111,6 +113,7 @@ class Fit:
             live.recipe.autocast,
             self.plan.accumulation,
             self.plan.stepping,
+            clips=live.recipe.clips,
         )
         shown = self._sample(sample, live)
         with preserved(self.model), self._optimizer_at_rest():
@@ -239,7 +242,10 @@ def _check_room(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Device) -> Iterator[Callable[[], None]]:
-    """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped."""
+    """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped.
+
+    Gradients that are clipped are so by a norm that leaves them as they are.
+    """
     parameters = {id(p): p for p in model.parameters()}
     trainable = [p for p in parameters.values() if p.requires_grad]
     optimizer = optimizers.build(recipe.optimizer, trainable, parameters, torch.clone)
@@ -254,6 +260,8 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
             (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
             del loss
         optimizer.zero_grad(set_to_none=False)  # one that is not finite would reach the weights, 0 times infinity
+        if recipe.clips:
+            clip_grad_norm_(trainable, math.inf)
         optimizer.step()
         for parameter in trainable:
             parameter.grad = None

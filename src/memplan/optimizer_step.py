@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from memplan import optimizers
@@ -32,6 +33,26 @@ def check_stepping(stepping: str) -> None:
     """Raises UsageError for a word that is none of `STEPPINGS`."""
     if stepping not in STEPPINGS:
         raise UsageError(f"a step is one of {', '.join(STEPPINGS)}, got {stepping!r}")
+
+
+def not_in_backward(accumulation: int, clips: bool = False, replicas: int = 1) -> str | None:
+    """Why a training loop leaves no room for a step inside the backward, in a sentence; None if it does."""
+    if accumulation > 1:
+        return (
+            f"a step inside the backward drops its gradients, and {accumulation} micro-steps are to add theirs up. Use "
+            "one micro-step, or step plainly."
+        )
+    if clips:
+        return (
+            "gradients are clipped by the norm of all of them, which is known only after the backward, and a step "
+            "inside it would have used and dropped them by then. Step plainly, or do without clipping."
+        )
+    if replicas > 1:
+        return (
+            f"{replicas} replicas add up their gradients bucket by bucket, and a step inside the backward would use "
+            "those of one alone. Step plainly."
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +100,23 @@ class PrimedOptimizer:
             self._give_gradients(self._trainable)
             self.optimizer.step()
             self._drop_gradients()
+        self._hosted = set() if backend.name == "cpu" else optimizers.on_host(optimizer, self.optimizer)
 
-    def part(self, stepped: Sequence[Parameter], *, done: bool = False) -> OptimizerPart:
-        """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before."""
+    def part(self, stepped: Sequence[Parameter], *, done: bool = False, clips: bool = False) -> OptimizerPart:
+        """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before.
+
+        With `clips` the norm of the gradients is clipped first, by what torch takes on the device for it.
+        """
         before, made = self._state_of({id(parameter) for parameter in stepped})
         with self._tape():
             self._give_gradients([] if done else stepped)
         tape = self._tape()
-        for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *before, *made):
+        every = tensors_in(self.optimizer.state.values())
+        for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *every):
             tape.pass_over(tensor)
         with tape:
+            if clips:
+                clip_grad_norm_(stepped, 1.0, foreach=self.backend.foreach)
             self.optimizer.step()
         tape.forget()
         self._drop_gradients()
@@ -102,7 +130,7 @@ class PrimedOptimizer:
         """Each parameter is stepped inside the backwards that `tape` records, as the lever for it does."""
         dropped = Dropped()
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for tensor in tensors_in(list(self.optimizer.state.values())):
+        for tensor in tensors_in(self.optimizer.state.values()):
             tape.pass_over(tensor)
 
         def step(parameter: Tensor) -> None:
@@ -133,12 +161,18 @@ class PrimedOptimizer:
             parameter.grad = None
 
     def _state_of(self, stepped: set[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """What is there in a steady run: before the first step, and made by it for what is stepped there."""
+        """What is there in a steady run: before the first step, and made by it for what is stepped there.
+
+        Counters that a card's optimizer keeps on the host are left out.
+        """
         skipped = {id(parameter) for parameter in self._trainable} - stepped
         state = [(id(key), value) for key, value in self.optimizer.state.items()]
         before = [value for key, value in state if key in self._inherited]
         made = [value for key, value in state if key not in self._inherited and key not in skipped]
-        return tensors_in(before), tensors_in(made)
+        return self._here(before), self._here(made)
+
+    def _here(self, state: Iterable[object]) -> list[Tensor]:
+        return [tensor for tensor in tensors_in(state) if id(tensor) not in self._hosted]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ Factory = Callable[[Sequence[Parameter], bool | None], Optimizer]
 """Makes an optimizer of (parameters, foreach); None leaves `foreach` to torch, and a name that says it overrules it."""
 
 _LR: Final = 1e-3  # torch wants one; no plan depends on it
+_COUNTERS: Final = ("step", "mu_product")  # of steps, one number for each parameter
 
 
 class Adam8bit(Optimizer):
@@ -142,7 +143,10 @@ def build(
 
 
 def _disarm(group: dict[str, Any]) -> None:
-    """Take out what torch allows on some devices or parameters only, and what takes no other memory without it."""
+    """Take out what torch allows on some devices or parameters only, and what takes no other memory without it.
+
+    But for the counters of `capturable`; see `on_host`.
+    """
     for flag in ("capturable", "differentiable"):
         if group.get(flag):
             group[flag] = False
@@ -157,6 +161,28 @@ def is_paged(tensor: torch.Tensor) -> bool:
 
 def _set_paged(tensor: torch.Tensor) -> None:
     tensor.is_paged = True  # type: ignore[attr-defined]  # as bitsandbytes marks it
+
+
+def on_host(optimizer: str | Optimizer, built: Optimizer) -> set[int]:
+    """Ids of the state tensors that lie on the host even if the parameters are on a card: torch's counters of steps.
+
+    They do unless the group is `fused` or `capturable`, to spare the card a kernel for each (``_init_group`` of Adam in
+    torch/optim/adam.py, and likewise in all others but ASGD). `built` is what `build` made of `optimizer`; flags that
+    it took out are read off the original.
+    """
+    own = [base for base in type(built).__mro__ if base.__module__.startswith("torch.optim.") and base is not Optimizer]
+    if not own or torch.optim.ASGD in own:
+        return set()
+    groups = built.param_groups if isinstance(optimizer, str) else unwrapped(optimizer).param_groups
+    hosted = [
+        (parameter, name)
+        for group, copied in zip(groups, built.param_groups, strict=True)
+        if not (group.get("fused") or group.get("capturable"))
+        for parameter in copied["params"]
+        for name in _COUNTERS
+    ]
+    counters = [built.state.get(parameter, {}).get(name) for parameter, name in hosted]
+    return {id(counter) for counter in counters if isinstance(counter, torch.Tensor)}
 
 
 def batches_parameters(optimizer: str | Optimizer, foreach: bool | None = None) -> bool:

@@ -1,9 +1,11 @@
 """`predict`, `plan`, `autofit`: the whole library on one screen. `apply` is in `fitting`."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from memplan.recorder import Loss, Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
+from memplan.world import World
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -35,7 +38,9 @@ def predict(
     optimizer: str | torch.optim.Optimizer = "adamw",
     autocast: torch.dtype | None = None,
     accumulation: int = 1,
+    clip_grad_norm: bool = False,
     gpu: str | Gpu = "cpu",
+    world: World | None = None,
 ) -> Prediction:
     """The memory that one training step of the model needs, as it stands. Nothing is run and nothing is changed.
 
@@ -47,7 +52,9 @@ def predict(
         optimizer: a name ("adamw", "adamw-foreach", "sgd-momentum", "adam8bit", ...) or a live optimizer.
         autocast: a dtype, if the forward runs under `torch.autocast`.
         accumulation: micro-batches per optimizer step.
+        clip_grad_norm: whether the loop calls `clip_grad_norm_` between backward and step; to what norm is no matter.
         gpu: whose kernels the step is predicted with: a card, a size, "cpu" or a live device.
+        world: the cards that train together; what one of them needs is predicted.
 
     Returns:
         A `Prediction`; its sizes are bytes in tensors at the peak of a steady-state step.
@@ -56,7 +63,7 @@ def predict(
         BadSample, BadLoss, BadOptimizer, BadBatch, UnknownGpu: an argument cannot be used.
         NothingToTrain, ModelFailed, CannotTrace: the model stands in the way.
     """
-    recipe = _recipe(loss, optimizer, autocast, accumulation)
+    recipe = _on_one_of(world, _recipe(loss, optimizer, autocast, clip_grad_norm, accumulation))
     card, device = resolve_gpu(gpu)
     return Session(_module(model), Sample.of(sample), recipe, card, device).predict()
 
@@ -69,12 +76,14 @@ def plan(
     loss: Loss | None = None,
     optimizer: str | torch.optim.Optimizer = "adamw",
     autocast: torch.dtype | None = None,
+    clip_grad_norm: bool = False,
     effective_batch: int | None = None,
     micro_batch: int | None = None,
     strategy: str | Path | Strategy = "balanced",
     seq_len: int | None = None,
     data: Data | None = None,
     risk: float | None = None,
+    world: World | None = None,
 ) -> Plan:
     """What to recompute and which micro-batch to take, so that the step fits the card at the least time.
 
@@ -82,6 +91,7 @@ def plan(
 
     Args:
         model, loss, optimizer, autocast: as for `predict`.
+        clip_grad_norm: as for `predict`; a plan for a loop that clips never steps inside the backward.
         gpu: "auto", "cuda:1", a card's name ("rtx-4090"), a size ("24GiB"), "cpu", "cpu:2GiB", or a `Gpu`.
         sample: as for `predict`, of any batch size; transformers models may leave it out.
         effective_batch: samples per optimizer step, micro-batch x accumulation; the planner splits it.
@@ -91,6 +101,7 @@ def plan(
         data: the lengths of the whole data set; the plan is then for the worst batch that can come of it.
         risk: on a card, the probability with which a plan that "fits" may still run out of memory; by default that of
             the strategy, 0.01.
+        world: the cards that train together, `gpu` each; the plan is the same for all. Batch sizes are those of one.
 
     Raises:
         DoesNotFit: the budget is below what is always there. A plan that misses by less is returned with the verdict
@@ -98,7 +109,7 @@ def plan(
         BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy, UnknownGpu, NoDevice,
         NothingToTrain, ModelFailed, CannotTrace: as named.
     """
-    recipe = _recipe(loss, optimizer, autocast)
+    recipe = _on_one_of(world, _recipe(loss, optimizer, autocast, clip_grad_norm))
     return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)()
 
 
@@ -110,6 +121,7 @@ def autofit(
     loss: Loss | None = None,
     optimizer: str | torch.optim.Optimizer = "adamw",
     autocast: torch.dtype | None = None,
+    clip_grad_norm: bool = False,
     effective_batch: int | None = None,
     micro_batch: int | None = None,
     strategy: str | Path | Strategy = "balanced",
@@ -121,8 +133,21 @@ def autofit(
 
     Takes the arguments of `plan`. Raises what `plan` and `apply` raise; DoesNotFit if no plan meets the budget. If
     other processes take memory of the card meanwhile, it plans again for what is left.
+
+    In the place of the model it takes a transformers `Trainer`, also TRL's `SFTTrainer`, just before its `train()`,
+    with gpu, strategy, micro_batch and risk; the rest is the trainer's own (docs/trainer.md).
     """
-    recipe = _recipe(loss, optimizer, autocast)
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer is not None and isinstance(model, trainer):
+        own = {"sample": sample, "loss": loss, "autocast": autocast, "effective_batch": effective_batch}
+        own |= {"clip_grad_norm": clip_grad_norm or None, "seq_len": seq_len, "data": data}
+        own["optimizer"] = None if optimizer == "adamw" else optimizer
+        if given := [name for name, value in own.items() if value is not None]:
+            raise UsageError(f"{', '.join(given)}: the trainer decides that. Set it there, and leave it out here")
+        integration = import_module("memplan.integrations.transformers")  # it stands above this room
+        planned_trainer: Fit = integration.autofit_trainer(model, gpu, strategy, micro_batch, risk)
+        return planned_trainer
+    recipe = _recipe(loss, optimizer, autocast, clip_grad_norm)
     planned = _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
     for tries_left in reversed(range(_TRIES)):
         found = planned()
@@ -189,16 +214,26 @@ def _shown(model: nn.Module, sample: object, seq_len: int | None, data: Data | N
 
 
 def _recipe(
-    loss: Loss | None, optimizer: str | torch.optim.Optimizer, autocast: torch.dtype | None, accumulation: int = 1
+    loss: Loss | None,
+    optimizer: str | torch.optim.Optimizer,
+    autocast: torch.dtype | None,
+    clip_grad_norm: bool,
+    accumulation: int = 1,
 ) -> Recipe:
     """What `torch.autocast` would only warn of, and then not cast, is refused here."""
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise UsageError(f"autocast is {autocast!r}: pass torch.bfloat16, torch.float16, or None for full precision")
     if type(accumulation) is not int or accumulation < 1:
         raise BadBatch(f"accumulation is {accumulation!r}; it counts micro-batches per step and is at least 1")
+    if type(clip_grad_norm) is not bool:
+        raise UsageError(f"clip_grad_norm is {clip_grad_norm!r}: pass True if the loop clips, to whatever norm")
     if loss is not None:
         _check_loss(loss)
-    return Recipe(loss, optimizer, autocast, accumulation)
+    return Recipe(loss, optimizer, autocast, accumulation, clips=clip_grad_norm)
+
+
+def _on_one_of(world: World | None, recipe: Recipe) -> Recipe:
+    return recipe if world is None else replace(recipe, replicas=world.replicas, shards=world.shards)
 
 
 def _module(model: object) -> nn.Module:

@@ -15,6 +15,8 @@ from memplan.samples import Sample
 _TOLERANCE = 1e-3
 _TOLERANCE_HALF = 3e-2
 
+_IGNORED = -100  # torch's and transformers' label for a place without one
+
 
 def difference(
     model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
@@ -28,6 +30,8 @@ def difference(
         installed: the context in which the lever works.
     """
     plain = gradients(model, recipe, sample)
+    if plain["the loss"].isnan():
+        return f"{_why_nan(sample)}, which shows no difference. Plan with a sample from which something is learned."
     other = gradients(model, recipe, sample, installed)
     tolerance = _TOLERANCE if recipe.autocast is None and _is_single(model) else _TOLERANCE_HALF
     if plain.keys() != other.keys():
@@ -56,6 +60,13 @@ def gradients(
         loss.backward()
         grads = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
         return {"the loss": loss.detach(), **grads}
+
+
+def _why_nan(sample: Sample) -> str:
+    """Torch's mean over no label at all is not a number."""
+    if any(t.dtype == torch.int64 and bool((t == _IGNORED).all()) for t in sample.tensors()):
+        return f"every label of the sample is ignored ({_IGNORED}), so that its loss is nan"
+    return "the loss of the sample is nan, also without it"
 
 
 def _is_single(model: nn.Module) -> bool:

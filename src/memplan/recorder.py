@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
+from memplan import buckets
 from memplan.abstract import AbstractModel, preserved, to_training
 from memplan.assembly import Border, MicroBorders, Static, assemble, with_leftovers, with_optimizer
-from memplan.blocks import find_blocks
+from memplan.blocks import find_blocks, units
 from memplan.errors import (
     BadLoss,
     CannotTrace,
@@ -43,9 +44,11 @@ from memplan.optimizer_step import (
     OptimizerPart,
     PrimedOptimizer,
     check_stepping,
+    not_in_backward,
 )
 from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
 from memplan.samples import Sample
+from memplan.sharding import sharded
 from memplan.tape import Tape
 from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_bytes
@@ -64,7 +67,12 @@ _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsu
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one step is made, beside the model and its sample."""
+    """How one step is made, beside the model and its sample.
+
+    `predict` and `plan` take what they have no argument for as it is here by default. To ask for another, as for a loop
+    that holds the logits: ``Session(model, Sample.of(batch), Recipe(keeps_output=True), card, None).predict()``, with a
+    card of ``find_gpu``.
+    """
 
     loss: Loss | None = None  # loss(model, batch) -> scalar; None: the output's `.loss`
     optimizer: "str | torch.optim.Optimizer" = "adamw"
@@ -73,6 +81,10 @@ class Recipe:
     stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
     drops: str = AFTER_STEP  # the gradients; or AFTER_FORWARD
     keeps_output: bool = False  # until the next forward has returned, as a loop with `output = model(**batch)` does
+    clips: bool = False  # the gradients by their norm (`clip_grad_norm_`), between backward and step
+    replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
+    bucket_view: bool = False  # its gradient_as_bucket_view
+    shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
 
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""
@@ -99,6 +111,9 @@ class Recorder:
         check_stepping(recipe.stepping)
         if recipe.drops not in (AFTER_STEP, AFTER_FORWARD):
             raise UsageError(f"gradients are dropped {AFTER_STEP} or {AFTER_FORWARD}, got {recipe.drops!r}")
+        if recipe.replicas < 1 or (recipe.bucket_view and recipe.replicas == 1):
+            asked = f"replicas={recipe.replicas}, bucket_view={recipe.bucket_view}"
+            raise UsageError(f"{asked}: there is one at least, and only several have buckets")
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
 
     def record(
@@ -118,15 +133,13 @@ class Recorder:
             BadLoss: no scalar that can be differentiated was returned.
             ModelFailed: the model raised; the cause is chained.
             CannotTrace: the model asks for the value of a tensor that has none here.
-            NoStepInBackward: the recipe steps in the backward, and there are several micro-steps.
+            NoStepInBackward: the recipe steps in the backward, and what else it does leaves no room for that.
         """
         self.accumulation = accumulation or self.recipe.accumulation
         in_backward = self.recipe.stepping == IN_BACKWARD
-        if in_backward and self.accumulation > 1:
-            raise NoStepInBackward(
-                f"a step inside the backward drops its gradients, and {self.accumulation} micro-steps add theirs "
-                "up. Use one micro-step, or step plainly."
-            )
+        why = not_in_backward(self.accumulation, self.recipe.clips, self.recipe.replicas) if in_backward else None
+        if why is not None:
+            raise NoStepInBackward(why)
         try:
             with AbstractModel(self.model, self.fake) as abstract, installed():
                 to_training(self.model)
@@ -144,7 +157,14 @@ class Recorder:
             with AbstractModel(self.model, self.fake) as abstract:
                 part = self._part(abstract, stepped, None)
         trace = with_optimizer(self._with_state(trace, part), part.tape)
+        if self.recipe.shards > 1:
+            cut = units(self.model, find_blocks(self.model), self.recipe.shards)
+            trace = sharded(trace, cut, self.recipe.shards, self.backend.rounded)
         return with_leftovers(trace, grads=self.recipe.drops == AFTER_FORWARD, others=self.recipe.keeps_output)
+
+    @property
+    def _has_buckets(self) -> bool:
+        return self.recipe.replicas > 1 and self.recipe.shards == 1
 
     def _traced(self, batch: Sample, primed: PrimedOptimizer | None) -> tuple[Trace, tuple[int, ...]]:
         """Abstractly: by a few blocks of each long run where that is the same, else whole.
@@ -164,7 +184,12 @@ class Recorder:
         for name, tensor in (*_as_moved(self.model), *(("inputs", tensor) for tensor in batch.tensors())):
             storage = tensor.untyped_storage()
             sizes.setdefault(storage._cdata, (name, self.backend.rounded(storage.nbytes())))
-        return [*sizes.values(), *(("libraries", size) for size in self.backend.fixed_bytes())]
+        exchanged = buckets.bucket_bytes(self.model.parameters()) if self._has_buckets else []
+        return [
+            *sizes.values(),
+            *(("grads", self.backend.rounded(size)) for size in exchanged),
+            *(("libraries", size) for size in self.backend.fixed_bytes()),
+        ]
 
     def _shortened(
         self,
@@ -200,12 +225,14 @@ class Recorder:
         tape = Tape(self.model, fake, self.backend)
         for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
             tape.pass_over(tensor)
+        views = buckets.views_for(self.model.parameters(), tape) if self.recipe.bucket_view else {}
         borders, grads = [], []
         held: list[object] = []  # the output of the last forward, if the loop keeps it
         stepping = primed.in_backward(tape) if primed else nullcontext(Dropped())
         with tape, self.backend.kernels(), stepping as dropped:
-            for _ in range(min(self.accumulation, 2)):
-                borders.append(self._micro_step(tape, batch, held))
+            for later in reversed(range(min(self.accumulation, 2))):
+                with nullcontext() if later else buckets.filled(views, tape, dropped):
+                    borders.append(self._micro_step(tape, batch, held))
                 rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
                 grads += [row for row in rows if row is not None]
         tape.forget()
@@ -266,12 +293,18 @@ class Recorder:
         if stepped not in self._parts:
             parameters = list(self.model.parameters())
             optimizer = primed or self._primed(abstract)
-            self._parts[stepped] = optimizer.part([parameters[at] for at in stepped], done=primed is not None)
+            chosen = [parameters[at] for at in stepped]
+            self._parts[stepped] = optimizer.part(chosen, done=primed is not None, clips=self.recipe.clips)
         return self._parts[stepped]
 
     def _with_state(self, trace: Trace, part: OptimizerPart) -> Trace:
         """The optimizer's state, there all the time. It comes first, with what else is static."""
         count, said = len(part.state), trace.assumptions
+        if self.recipe.clips:
+            said += ("gradients are clipped by their norm (clip_grad_norm_) between backward and step",)
+        if self._has_buckets:
+            place = "in" if self.recipe.bucket_view else "beside"
+            said += (f"{self.recipe.replicas} replicas: gradients lie {place} buckets of DistributedDataParallel",)
         if part.paged_bytes:
             said += (f"{format_bytes(part.paged_bytes)} of paged optimizer state are in host memory between steps",)
         code, nowhere = CATEGORIES.index("optimizer"), np.zeros(count, dtype=np.int64)

@@ -3,7 +3,8 @@
 A card's allocator remembers. What a step reserves depends on what the steps before it left behind, so a steady step is
 not enough: the weights come first, in the order in which they are moved to the card; the first step has no optimizer
 state yet, which is made when the optimizer steps, behind the segments of a whole forward and backward; the libraries'
-workspaces come where they are first needed; and only then is every step like the last.
+workspaces come where they are first needed; the gradient buckets of replicas are a single one at first, and made anew
+with the second step; and only then is every step like the last.
 """
 
 from collections.abc import Iterable, Iterator
@@ -82,20 +83,23 @@ class _Run:
     def parts(self) -> Iterator[_Part]:
         """The events of the first step, with what comes before it, then of each further one. Without end."""
         step, first, state = self.trace.steps[0], self._static(_LIBRARIES), self._static(_OPTIMIZER)
-        early = self.trace.early_state
+        early, buckets = self.trace.early_state, self._static(_GRADS)
         extra = [
             (step.forward.start, self._requests(first[:1])),
             (step.backward.start, self._requests(first[1:])),
             (self.trace.optimizer.start, self._requests(state[early:])),
         ]
-        there = np.isin(self.trace.storage_category, [_LIBRARIES, _OPTIMIZER])
+        there = np.isin(self.trace.storage_category, [_LIBRARIES, _OPTIMIZER, _GRADS])
         resident = np.concatenate([np.flatnonzero(self.static & ~there), state[:early]])
-        yield _joined([self._requests(resident), *self._step(0, extra)])
+        single = buckets[:1], self.trace.storage_bytes[buckets].sum(keepdims=True)[: len(buckets)]
+        yield _joined([self._requests(resident), single, *self._step(0, extra)])
+        anew = [self._frees(buckets[:1], 0), self._requests(buckets)]  # torch's _rebuild_buckets, before the forward
         rows, base = len(self.trace.born), 0
         while True:
             extra = [(self.until, self._frees(self.passed_on, base))]
             base += rows
-            yield _joined(self._step(base, extra))
+            yield _joined([*anew, *self._step(base, extra)])
+            anew = []
 
     def _step(self, base: int, extra: list[tuple[int, _Part]]) -> Iterator[_Part]:
         """A step whose ids begin at `base`, with events of other storages put in before the given ticks."""

@@ -1,31 +1,15 @@
-import json
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
+from histories import check_repeated, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from request_streams import MIB, SETTINGS, STEPS, columns, events_of
 
-from memplan.allocator import FREE, CachingAllocator, Events, OutOfMemory, Settings, Usage, replayed
+from memplan.allocator import FREE, Events, OutOfMemory, Settings, Usage, replayed
 
 HISTORIES = sorted((Path(__file__).parents[1] / "data" / "allocator").glob("*.json"))
 UNCOLLECTED = pytest.mark.parametrize("name", [name for name in SETTINGS if name != "garbage collected"])
-STATES = {"allocated": "active_allocated", "awaiting_free": "active_awaiting_free", "free": "inactive"}
-
-
-def run(events: Events, settings_: Settings, cap_bytes: int | None = None) -> CachingAllocator:
-    allocator = CachingAllocator(settings_, cap_bytes)
-    streams = np.zeros_like(events.ids) if events.streams is None else events.streams
-    for identity, size, stream in zip(events.ids.tolist(), events.sizes.tolist(), streams.tolist(), strict=True):
-        if size > FREE:
-            allocator.allocate(identity, size, stream)
-        elif size == FREE:
-            allocator.free(identity)
-        else:
-            allocator.request_free(identity)
-    return allocator
 
 
 def completes(events: Events, settings_: Settings, cap_bytes: int) -> bool:
@@ -41,28 +25,8 @@ def completes(events: Events, settings_: Settings, cap_bytes: int) -> bool:
 
 @pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
 def test_a_history_is_repeated(path: Path) -> None:
-    """Same segments taken and given back, same blocks in the end. The files say where they are from: none was recorded
-    on a card by this project."""
-    snapshot = json.loads(path.read_text(encoding="utf-8"))
-    (history,) = snapshot["device_traces"]
-    allocator = run(
-        Events.from_history(history), Settings.from_snapshot(snapshot["allocator_settings"]), snapshot["cap_bytes"]
-    )
-    assert allocator.segment_events == [
-        (entry["action"], entry["size"], entry["stream"]) for entry in history if entry["action"].startswith("segment")
-    ]
-    assert Counter(
-        (segment.stream, segment.is_small, segment.total_bytes, tuple((size, STATES[s]) for size, s in segment.blocks))
-        for segment in allocator.segments()
-    ) == Counter(
-        (
-            segment["stream"],
-            segment["segment_type"] == "small",
-            segment["total_size"],
-            tuple((block["size"], block["state"]) for block in segment["blocks"]),
-        )
-        for segment in snapshot["segments"]
-    )
+    """Same segments taken and given back, same blocks in the end. Each file says where it is from."""
+    check_repeated(path)
 
 
 def test_there_are_histories() -> None:

@@ -153,6 +153,7 @@ class TestPlan:
     def test_the_options_reach_the_planner(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:
         pipeline = stand_in(a_plan())
         options = ("--seq-len", 16, "--micro-batch", 2, "--effective-batch", 8, "--strategy", "throughput")
+        options += ("--clip-grad-norm",)
         result = run(
             "plan", "--config", config, "--gpu", "rtx-4090", "--optimizer", "sgd", "--autocast", "bf16", *options
         )
@@ -162,6 +163,7 @@ class TestPlan:
             "sample": None,
             "optimizer": "sgd",
             "autocast": torch.bfloat16,
+            "clip_grad_norm": True,
             "effective_batch": 8,
             "micro_batch": 2,
             "strategy": "throughput",
@@ -225,7 +227,13 @@ class TestPredict:
             "input_ids": (3, 8),
             "labels": (3, 8),
         }
-        assert pipeline.options == {"optimizer": "adamw", "autocast": None, "accumulation": 2, "gpu": "cpu:1GiB"}
+        assert pipeline.options == {
+            "optimizer": "adamw",
+            "autocast": None,
+            "accumulation": 2,
+            "clip_grad_norm": False,
+            "gpu": "cpu:1GiB",
+        }
 
     def test_without_options_it_is_one_sample_on_the_cpu(
         self, config: Path, stand_in: Callable[[object], Pipeline]

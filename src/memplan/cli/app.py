@@ -78,6 +78,9 @@ SeqLenOption = Annotated[
 ]
 OptimizerOption = Annotated[str, typer.Option(help="adamw, adamw-fused, sgd, sgd-momentum, adafactor, adam8bit, ...")]
 AutocastOption = Annotated[Autocast, typer.Option(help="Forward under torch.autocast.")]
+ClipOption = Annotated[
+    bool, typer.Option("--clip-grad-norm", help="Gradients are clipped by their norm before the optimizer's step.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Also write the record as JSON to stdout.")]
 
 
@@ -114,6 +117,7 @@ def predict(
     seq_len: SeqLenOption = None,
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = Autocast.NONE,
+    clip_grad_norm: ClipOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Predict the peak memory of one training step, and what it is made of."""
@@ -130,6 +134,7 @@ def predict(
                 optimizer=optimizer,
                 autocast=autocast.dtype(),
                 accumulation=accumulation,
+                clip_grad_norm=clip_grad_norm,
                 gpu=gpu,
             )
     from memplan.report.tables import prediction_tables
@@ -152,6 +157,7 @@ def plan(
     effective_batch: Annotated[int | None, typer.Option(min=1, help="Fix the samples per optimizer step.")] = None,
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = Autocast.NONE,
+    clip_grad_norm: ClipOption = False,
     strategy: Annotated[str, typer.Option(help="A shipped strategy, or the path of a TOML file.")] = "balanced",
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")] = None,
     as_json: JsonOption = False,
@@ -170,6 +176,7 @@ def plan(
                 sample=None,
                 optimizer=optimizer,
                 autocast=autocast.dtype(),
+                clip_grad_norm=clip_grad_norm,
                 effective_batch=effective_batch,
                 micro_batch=micro_batch,
                 strategy=strategy,

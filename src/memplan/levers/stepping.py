@@ -4,11 +4,12 @@
 freed layer by layer; the training loop stays as it is, and its `optimizer.step()` finds nothing left to step. "single"
 takes one parameter after the other where the optimizer would take many at once (foreach), with temporaries for all.
 
-What a step inside the backward excludes. Seen, and refused: several micro-steps, optimizers that look at more than one
-parameter, a second backward before `optimizer.step()`. Not seen: whatever works on gradients between the backward and
-the step finds none. `clip_grad_norm_` then returns 0 and clips nothing; a `GradScaler` raises by itself in its `step`
-("No inf checks were recorded"), but the first step was taken by then, with scaled gradients: use bfloat16, which needs
-no scaler. Hooks before the step run once a step, after the weights have changed.
+What a step inside the backward excludes. Seen, and refused: several micro-steps, clipping by the norm where the recipe
+says so, replicas, optimizers that look at more than one parameter, a second backward before `optimizer.step()`. Not
+seen: whatever else works on gradients between the backward and the step finds none. `clip_grad_norm_` then returns 0
+and clips nothing; a `GradScaler` raises by itself in its `step` ("No inf checks were recorded"), but the first step was
+taken by then, with scaled gradients: use bfloat16, which needs no scaler. Hooks before the step run once a step, after
+the weights have changed.
 """
 
 from collections import defaultdict
@@ -25,7 +26,7 @@ from torch.optim import Optimizer
 from memplan import optimizers
 from memplan.errors import NoStepInBackward
 from memplan.levers.undo import Undo
-from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE, check_stepping, set_single
+from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE, check_stepping, not_in_backward, set_single
 from memplan.recorder import Recipe
 
 ASSUMPTION: Final = (
@@ -58,18 +59,16 @@ def alternatives(recipe: Recipe, accumulation: int, foreach: bool | None = None)
     names = [PLAIN]
     if optimizers.batches_parameters(recipe.optimizer, foreach):
         names.append(SINGLE)
-    if refusal(recipe.optimizer, accumulation) is None:
+    if refusal(recipe.optimizer, accumulation, recipe.clips, recipe.replicas) is None:
         names.append(IN_BACKWARD)
     return tuple(Alternative(name, replace(recipe, stepping=name)) for name in names)
 
 
-def refusal(optimizer: str | Optimizer, accumulation: int) -> str | None:
+def refusal(optimizer: str | Optimizer, accumulation: int, clips: bool = False, replicas: int = 1) -> str | None:
     """Why parameters cannot be stepped inside the backward, in a sentence; None if they can."""
-    if accumulation > 1:
-        return (
-            f"a step inside the backward drops its gradients, and {accumulation} micro-steps are to add theirs up. Use "
-            "one micro-step, or step plainly."
-        )
+    why = not_in_backward(accumulation, clips, replicas)
+    if why is not None:
+        return why
     if isinstance(optimizer, str):
         optimizers.name_of(optimizer)
         return None
