@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
     from memplan.strategy import Strategy
+    from memplan.world import World
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Prediction",
     "Strategy",
     "Verdict",
+    "World",
     "__version__",
     "apply",
     "attach",
@@ -59,6 +61,7 @@ _HOMES: Final = {
     "Prediction": "memplan.prediction",
     "Strategy": "memplan.strategy",
     "Verdict": "memplan.plan_record",
+    "World": "memplan.world",
     "apply": "memplan.pipeline",
     "attach": "memplan.integrations.accelerate",
     "autofit": "memplan.pipeline",

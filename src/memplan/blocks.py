@@ -15,6 +15,7 @@ from torch import nn
 
 from memplan import packed
 from memplan._compat import is_checkpointing_layer
+from memplan.sharding import Unit, padded_bytes
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -146,3 +147,17 @@ def is_batch_coupled(model: nn.Module) -> bool:
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return any(norm.training or not model.training for norm in norms)
+
+
+def units(model: nn.Module, blocks: Sequence[str], shards: int) -> list[Unit]:
+    """What FSDP2 gathers together: the parameters of each block, then those of the rest of the model."""
+    of_blocks = {path: list(model.get_submodule(path).parameters()) for path in blocks}
+    taken = {id(parameter) for parameters in of_blocks.values() for parameter in parameters}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return [_unit(path, parameters, shards) for path, parameters in (*of_blocks.items(), ("", rest))]
+
+
+def _unit(path: str, parameters: Sequence[nn.Parameter], shards: int) -> Unit:
+    sizes = [padded_bytes(p.shape, p.element_size(), shards) for p in parameters]
+    trained = (size for size, p in zip(sizes, parameters, strict=True) if p.requires_grad)
+    return Unit(path, tuple(sizes), tuple(size // shards for size in sizes), sum(trained))

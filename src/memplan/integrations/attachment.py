@@ -110,7 +110,7 @@ class Attachment:
         batch_size = own_batch_size(accelerator, loader)
         optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
         own_batches = accelerator.gradient_accumulation_steps
-        if accelerator.device_placement and accelerator.distributed_type != DistributedType.FSDP:
+        if accelerator.device_placement:
             model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
         recipe = Recipe(
             self._wishes.loss,

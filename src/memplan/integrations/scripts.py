@@ -60,6 +60,12 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
             f"memplan does not know what {accelerator.distributed_type.value} keeps in memory, so its plan could be "
             "wrong. Run with DistributedDataParallel or on one card."
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError(
+            "Accelerate shards embedding and head in a way of its own, which memplan does not count yet. Plan with "
+            "memplan.plan(model, gpu, world=memplan.World(shards=...)), apply the plan, and call torch's fully_shard "
+            "on each block and the model (examples/06_fsdp2.py)."
+        )
     state = accelerator.gradient_state
     if state.num_steps > 1 and not state.sync_with_dataloader:
         raise UsageError(

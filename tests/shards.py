@@ -1,0 +1,84 @@
+"""Run by two processes (`torch.distributed.run`): a step under FSDP2, its peak measured on each rank.
+
+python -m torch.distributed.run --standalone --nproc_per_node=2 shards.py FOLDER CASE
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import tiny
+import torch
+from torch import nn
+
+from memplan import levers
+from memplan.blocks import find_blocks
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
+def llama() -> tiny.Made:
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
+    return tiny.llama(layers=6, rows=4, length=64, **sizes)
+
+
+def lora() -> tiny.Made:
+    """Adapters with dropout on a frozen base."""
+    base, batch = llama()
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")).train(), batch
+
+
+MODELS: dict[str, Callable[[], tiny.Made]] = {"llama": llama, "lora": lora, "gpt2": tiny.gpt2}
+CASES = {
+    "plain": ("llama", "keep", 1),
+    "accumulated": ("llama", "keep", 2),
+    "recomputed": ("llama", "recompute", 1),
+    "both": ("llama", "recompute", 2),
+    "frozen": ("lora", "keep", 1),
+}
+WITH_DROPOUT = {"kept": ("gpt2", "keep", 2), "made-again": ("gpt2", "recompute", 2)}
+STEPS = 3
+
+
+def decided(model: nn.Module, option: str) -> dict[str, str]:
+    return dict.fromkeys(find_blocks(model), option)
+
+
+def main() -> None:
+    from accuracy import meter
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    folder, (name, option, accumulation) = Path(sys.argv[1]), (CASES | WITH_DROPOUT)[sys.argv[2]]
+    torch.set_num_threads(1)
+    init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    model, batch = MODELS[name]()
+    levers.install(model, decided(model, option))
+    for path in find_blocks(model):
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step() -> None:
+        for _ in range(accumulation):
+            (model(**batch).loss / accumulation).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if sys.argv[2] in WITH_DROPOUT:
+        for _ in range(STEPS):
+            step()
+        whole = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]  # all are DTensors now
+        torch.save(whole, folder / os.environ["RANK"])
+    else:
+        step()
+        (folder / os.environ["RANK"]).write_text(str(meter()(step)))
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
