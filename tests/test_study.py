@@ -1,14 +1,15 @@
 """The study: which levers a model is offered, and that a plan with each of them runs as it was traced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from imprint import Imprint
-from real import peak_of
+from real import other_meter, peak_of
 from torch import Tensor, nn
 
 import memplan
@@ -17,7 +18,7 @@ from memplan.gpus import Gpu
 from memplan.kernels import backend_for
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
-from memplan.strategy import LEVERS, Lever
+from memplan.strategy import LEVERS, SAFE_LEVERS, Lever
 from memplan.study import Study
 
 CPU = Gpu("cpu", "cpu", None)
@@ -26,9 +27,14 @@ KIB = 1024
 wide_llama = partial(tiny.llama, layers=2, rows=4, length=16, vocab_size=2048, use_cache=False)
 
 
-def study_of(model: nn.Module, batch: tiny.Batch, recipe: Recipe = Recipe()) -> Study:  # noqa: B008  # frozen
+def study_of(
+    model: nn.Module,
+    batch: tiny.Batch,
+    recipe: Recipe = Recipe(),  # noqa: B008  # frozen
+    levers: Sequence[Lever] = LEVERS,
+) -> Study:
     recorder = Recorder(model, recipe, backend_for(CPU))
-    return Study(model, Sample.of(batch), recipe, recorder, CPU, None, (4,), 1)
+    return Study(model, Sample.of(batch), recipe, recorder, CPU, None, (4,), 1, levers)
 
 
 def only(*levers: Lever) -> memplan.Strategy:
@@ -87,13 +93,63 @@ def reads_the_logits(model: nn.Module, batch: object) -> Tensor:
     return output.loss + 0 * output.logits.sum()
 
 
+class _Fused(torch.autograd.Function):
+    """As Liger's and TRL's kernels: a few rows of logits at a time, past the head's module and torch's own loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        to_hidden, to_weight, total = torch.empty_like(hidden), torch.zeros_like(weight), hidden.new_zeros(())
+        for start in range(0, len(hidden), 8):
+            rows, wanted = hidden[start : start + 8], target[start : start + 8, None]
+            logs = (rows @ weight.t()).log_softmax(-1)
+            total -= logs.gather(1, wanted).sum()
+            grad = logs.exp_().scatter_add_(1, wanted, logs.new_full(wanted.shape, -1.0))
+            to_hidden[start : start + 8] = grad @ weight
+            to_weight.addmm_(grad.t(), rows)
+        ctx.save_for_backward(to_hidden.div_(len(hidden)), to_weight.div_(len(hidden)))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden.mul_(grad), to_weight.mul_(grad), None
+
+
+def fused_loss(model: nn.Module, batch: object) -> Tensor:
+    hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)  # type: ignore[index]
+    loss: Tensor = _Fused.apply(hidden, model.lm_head.weight, batch["labels"][:, 1:].flatten())  # type: ignore[index]
+    return loss
+
+
+def fused_by_trl(model: nn.Module, batch: object) -> Tensor:
+    """What `SFTTrainer` asks of a model that it gave its fused head."""
+    loss: Tensor = model(**batch, fused_lm_head=True).loss  # type: ignore[arg-type]  # a dict
+    return loss
+
+
+@pytest.mark.parametrize("loss", [fused_loss, fused_by_trl])
+def test_a_loss_that_does_without_logits_already_is_seen_and_left_alone(loss: Callable[..., Tensor]) -> None:
+    model, batch = wide_llama()
+    if loss is fused_by_trl:
+        pytest.importorskip("trl").trainer.utils.add_fused_lm_head(model)
+    asked = {"sample": batch, "micro_batch": 4, "strategy": only("select", "loss-head")}
+    plan = memplan.plan(model, "cpu:1GiB", loss=loss, **asked)  # type: ignore[arg-type]
+    assert "lm_head" not in plan.decisions
+    assert not refusals_of(plan)
+    with memplan.apply(model, plan):
+        measured = peak_of(model, Sample.of(batch), Recipe(loss=loss), other_meter())
+    assert abs(measured - plan.peak_bytes) <= KIB
+    with_logits = memplan.plan(model, "cpu:1GiB", **asked)  # type: ignore[arg-type]
+    assert "lm_head" in with_logits.decisions
+
+
 def other_loss(model: nn.Module, batch: object) -> Tensor:
     hidden = model.model(input_ids=batch["input_ids"])  # type: ignore[index]  # a dict
     return hidden.last_hidden_state.pow(2).mean()
 
 
 def test_a_loss_without_the_head_has_nothing_to_say() -> None:
-    study = study_of(*wide_llama(), Recipe(loss=other_loss))
+    study = study_of(*wide_llama(), Recipe(loss=other_loss), SAFE_LEVERS)
     assert (study.head, study.refusals) == ({}, ())
 
 
@@ -110,6 +166,114 @@ def test_an_optimizer_is_made_to_step_otherwise_only_if_it_is_there() -> None:
     assert study_of(model, batch).steppings == {}
     live = Recipe(optimizer=torch.optim.AdamW(model.parameters(), foreach=True))
     assert study_of(model, batch, live).steppings.keys() == {"optimizer-single", "in-backward"}
+
+
+# --- what is not offered --------------------------------------------------------------------------------------------
+
+
+def refusals_of(plan: memplan.Plan, *starts: str) -> list[str]:
+    """What the plan says of levers that are not offered."""
+    every = ("blocks cannot", "no part of", "the loss cannot", "the optimizer cannot", "nothing is copied")
+    return [line for line in plan.assumptions if line.startswith(starts or every)]
+
+
+class Together(torch.optim.SGD):
+    """Its steps depend on how many parameters learn."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        learning = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with torch.no_grad():
+            for parameter in learning:
+                parameter -= parameter.grad / len(learning)
+
+
+@pytest.mark.parametrize(
+    ("make", "effective_batch", "why"),
+    [
+        (None, 4, "'sgd' is only a name"),
+        (torch.optim.SGD, 8, "Give the whole batch as micro_batch"),
+        (Together, 4, "Together moves parameters otherwise when it steps them one by one"),
+    ],
+)
+def test_a_step_in_the_backward_that_is_asked_for_in_vain_is_explained(
+    make: "type[torch.optim.Optimizer] | None", effective_batch: int, why: str
+) -> None:
+    model, batch = tiny.llama(layers=1, use_cache=False)
+    optimizer = "sgd" if make is None else make(model.parameters(), lr=0.1)  # type: ignore[call-arg]  # SGD's
+    asked = {"sample": batch, "optimizer": optimizer, "effective_batch": effective_batch, "micro_batch": 4}
+    everything = memplan.Strategy("all of them", levers=LEVERS)
+    (line,) = refusals_of(memplan.plan(model, "cpu:1GiB", strategy=everything, **asked))  # type: ignore[arg-type]
+    assert line.startswith("the optimizer cannot step inside the backward: ")
+    assert why in line
+    assert not refusals_of(memplan.plan(model, "cpu:1GiB", **asked))  # type: ignore[arg-type]  # nobody asked for it
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host_memory", "why"),
+    [
+        ("cpu:1GiB", 0.5, "the tensors of a CPU are there already"),
+        ("24GiB", "8GiB", "the speed of the link between 24GiB and its host is unknown"),
+        ("rtx-4090", 0.5, "a plan may use 50% of its memory, unknown of a host that is not here"),
+        ("rtx-4090", "1B", "host_memory = '1B' leaves no room there"),
+        ("rtx-4090", "8GiB", None),
+    ],
+)
+def test_copies_to_the_host_that_were_to_come_first_are_explained(
+    gpu: str, host_memory: "str | float", why: str | None
+) -> None:
+    model, batch = tiny.llama(layers=2, use_cache=False)
+    first = memplan.Strategy("first", levers=("offload",), levers_first=("offload",), host_memory=host_memory)
+    plan = memplan.plan(model.to("meta"), gpu, sample=batch, micro_batch=2, strategy=first)
+    lines = refusals_of(plan)
+    assert [line.startswith("nothing is copied to the host: ") for line in lines] == ([True] if why else [])
+    assert why is None or why in lines[0]
+    any_order = memplan.plan(model, gpu, sample=batch, micro_batch=2)
+    assert not refusals_of(any_order)
+
+
+class Reading(nn.Module):
+    """A block that asks what it got before it does anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) if bool(mask.all()) else x
+
+
+class Stack(nn.Module):
+    """Blocks and a loss of their own; `learns` says whether autograd saves anything in the blocks."""
+
+    def __init__(self, learns: bool) -> None:
+        super().__init__()
+        self.blocks, self.learns = nn.ModuleList(Reading() for _ in range(3)), learns
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(len(x), dtype=torch.bool)
+        with torch.set_grad_enabled(self.learns):
+            for block in self.blocks:
+                x = block(x, mask)
+        return self.last(x).square().mean()
+
+
+def test_blocks_of_which_no_part_can_run_again_are_named_unless_they_save_nothing() -> None:
+    for learns in (True, False):
+        asked = {"sample": torch.randn(4, 16), "micro_batch": 4, "strategy": only("select")}
+        lines = refusals_of(memplan.plan(Stack(learns), "cpu:1GiB", **asked))  # type: ignore[arg-type]
+        assert [line.startswith("no part of a block can be recomputed: ") for line in lines] == [True] * learns
+
+
+def test_labels_that_are_all_ignored_are_what_a_plan_says_is_wrong() -> None:
+    model, batch = wide_llama()
+    ignored = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    plan = memplan.plan(model, "cpu:1GiB", sample=ignored, micro_batch=4, strategy=only("loss-head"))
+    (line,) = refusals_of(plan)
+    assert line == (
+        "the loss cannot be computed in chunks: every label of the sample is ignored (-100), so that its loss is nan, "
+        "which shows no difference. Plan with a sample from which something is learned."
+    )
 
 
 def test_a_step_that_would_take_for_ever_is_not_run_to_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

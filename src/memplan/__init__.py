@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError
     from memplan.fitting import Fit
     from memplan.gpus import Gpu, find_gpu
-    from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach, prepare
+    from memplan.integrations.accelerate import MemplanPlugin, attach, prepare
     from memplan.pipeline import apply, autofit, plan, predict
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
@@ -31,7 +31,6 @@ __all__ = [
     "Fit",
     "Gpu",
     "Measured",
-    "MemplanAccelerator",
     "MemplanError",
     "MemplanPlugin",
     "Plan",
@@ -54,7 +53,6 @@ _HOMES: Final = {
     "Fit": "memplan.fitting",
     "Gpu": "memplan.gpus",
     "Measured": "memplan.plan_record",
-    "MemplanAccelerator": "memplan.integrations.accelerate",
     "MemplanError": "memplan.errors",
     "MemplanPlugin": "memplan.integrations.accelerate",
     "Plan": "memplan.plan_record",

@@ -113,6 +113,18 @@ def told(value: object) -> tuple[object, ...] | None:
     return None if names is None else tuple(str(getattr(value, name, None)) for name in names)
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """At most so much bitsandbytes keeps for itself on a CPU, for as long as the process lives, if it packs a model.
+
+    Two tables of codes (``backends/utils.py``); for weights of 4 bits also, of NF4 and of FP4, the codes again with
+    their bounds in float32 and their order in int64 (``backends/default/ops.py``), and with double quantisation the
+    codes of 8 bits (``functional.py``, ``name2qmap``).
+    """
+    found = {bits_of(p) for module in model.modules() for p in module._parameters.values() if p is not None}
+    tables = 2 * 4 * _CODES if found & {4, 8} else 0
+    return tables + (2 * (4 * _CODES + 4 * (_CODES - 1) + 8 * _CODES) + 4 * _NESTED_CODES if 4 in found else 0)
+
+
 # -- without data ------------------------------------------------------------------------------------------------------
 
 

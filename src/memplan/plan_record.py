@@ -2,6 +2,7 @@
 
 import json
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -140,6 +141,16 @@ class Plan(_Record):
             Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise PlanSchema(f"cannot write the plan file {path}: {error.strerror}. Name another one.") from error
+
+    def settings(self, framework: str, plan_file: str = "plan.json") -> str:
+        """The plan as lines to paste, for "trainer" (transformers), "trl", "accelerate", "axolotl" or "lightning".
+
+        Where the framework has no arguments for it, the lines apply the plan that `save` wrote as `plan_file`. Layers
+        are taken to be transformers' own. Raises UsageError for another framework.
+        """
+        report = import_module("memplan.report.settings")  # it stands above this room
+        text: str = report.settings_text(self, plan_file, framework=framework)
+        return text
 
     @classmethod
     def load(cls, path: "str | Path") -> "Plan":

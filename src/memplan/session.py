@@ -34,17 +34,13 @@ from memplan.samples import Sample
 from memplan.simulator import simulate
 from memplan.strategy import Strategy
 from memplan.study import Planned, Study
-from memplan.summary import layers_of, module_at, peak_of, reason_for, saved_of, timeline_of
+from memplan.summary import layers_of, module_at, peak_of, reason_for, saved_of, timeline_of, unseen_bytes
 from memplan.trace import Trace
 from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
 
 # Share of the datasheet's rate that pinned copies reach: 53.1 of 64 GB/s in torchtitan's pool. Not measured by memplan.
 LINK_EFFICIENCY = 0.8
-
-# Python numbers inside operators are wrapped in tensors of 4 to 12 bytes, which no trace shows: at most 692 bytes in
-# 156 measured steps (docs/accuracy.md).
-WRAPPED_NUMBERS_BYTES = 2**10
 
 # Handles and kernels that CUDA loads when they are first used: 14 to 18 MiB beyond the context of an idle process, on
 # the cards of docs/real_cards.md.
@@ -118,8 +114,8 @@ class Session:
         """
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = _points(pairs) if effective_batch or micro_batch else _POINTS
-        budget = self._budget(strategy)
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
+        budget = self._budget(strategy, study.plain)
         self._refuse_below_static(study.plain, budget)
         profile = study.profile
 
@@ -140,7 +136,7 @@ class Session:
 
         for usable, verdict in (
             (budget.usable_bytes, Verdict.FITS),
-            (self._room(strategy)[1], Verdict.UNCERTAIN),
+            (self._room(strategy, study.plain)[1], Verdict.UNCERTAIN),
         ):
             found = _checked(study, ask, learn, usable)
             if found is not None:
@@ -174,7 +170,7 @@ class Session:
 
     # -- the record ----------------------------------------------------------------------------------------------
 
-    def _budget(self, strategy: Strategy) -> Budget:
+    def _budget(self, strategy: Strategy, trace: Trace) -> Budget:
         total, others, context = memory_parts(self.gpu, self.device)
         live = self.device is not None and self.gpu.kind == "cuda"
         return Budget(
@@ -182,13 +178,14 @@ class Session:
             total_bytes=total,
             others_bytes=others,
             context_bytes=context,
-            margin_bytes=total - others - context - self._room(strategy)[0],
+            margin_bytes=total - others - context - self._room(strategy, trace)[0],
         )
 
-    def _room(self, strategy: Strategy) -> tuple[int, int]:
+    def _room(self, strategy: Strategy, trace: Trace) -> tuple[int, int]:
         """What a plan may be predicted to need, to fit and not to be ruled out: the room less what is kept free of it.
 
-        That is on a card for the error of predictions, on a CPU without a given budget for everything but tensors.
+        That is on a card for the error of predictions, on a CPU for small tensors that no trace shows, and where no
+        budget is given for everything but tensors.
         """
         total, others, context = memory_parts(self.gpu, self.device)
         room = total - others - context
@@ -197,7 +194,7 @@ class Session:
         if self.gpu.kind != "cpu":
             fits, possible = usable_bytes(room, strategy.risk)
         elif self.gpu.total_bytes is not None:
-            fits, possible = room - WRAPPED_NUMBERS_BYTES, room
+            fits, possible = room - unseen_bytes(trace) - packed.kept_bytes(self.model), room
         else:
             fits, possible = room - int(total * CPU_MARGIN), room
         return int(fits * strategy.budget_share), int(possible * strategy.budget_share)
@@ -299,10 +296,29 @@ class Session:
             model=type(self.model).__name__,
             signature=signature(self.model),
             sample=self.sample.fields(),
-            assumptions=self._assumptions(trace, (*study.refusals, *_said_of(planned.stepping))),
+            assumptions=self._assumptions(trace, (*self._refusals(study, strategy), *_said_of(planned.stepping))),
         )
         plan._live = Live(self.recipe, self.sample)
         return plan
+
+    def _refusals(self, study: Study, strategy: Strategy) -> tuple[str, ...]:
+        """The levers that are not offered, each with the reason; copies to the host where they were to come first."""
+        if "offload" not in strategy.levers_first or study.host_bytes:
+            return study.refusals
+        if self.gpu.kind == "cpu":
+            why = "the tensors of a CPU are there already"
+        elif self._link_bytes_s is None:
+            why = (
+                f"the speed of the link between {self.gpu.name} and its host is unknown. Name a card of the catalogue."
+            )
+        elif self.device is None and not isinstance(strategy.host_memory, str):
+            why = (
+                f"a plan may use {strategy.host_memory:.0%} of its memory, unknown of a host that is not here. "
+                "Give the strategy's host_memory a size, such as '64GiB'."
+            )
+        else:
+            why = f"host_memory = {strategy.host_memory!r} leaves no room there"
+        return (*study.refusals, f"nothing is copied to the host: {why}")
 
     def _assumptions(self, trace: Trace, refusals: tuple[str, ...] = ()) -> tuple[str, ...]:
         when = "after each step" if self.recipe.drops == AFTER_STEP else "between forward and backward"

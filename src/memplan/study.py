@@ -47,6 +47,10 @@ LARGEST_MICRO_BATCH = 4096
 _LONGEST_S = 120.0  # a step that would take longer, by the roofline, is not timed block by block before it is planned
 _ANY_BYTES = 2**60  # the limit on host memory is the planner's business, not the traces'
 _VARIANTS = {SINGLE: "optimizer-single", IN_BACKWARD: "in-backward"}
+_UNREPEATABLE = (
+    "nothing that autograd saves there can be made again, since it is written to in place, or comes of random numbers "
+    "from a generator of its own, or after Python has asked what a tensor holds"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +163,35 @@ class Study:
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """The levers that are not offered, each with the reason."""
+        """The levers that are not offered though they could have helped, each with the reason."""
         lines = []
         if self.blocks and isinstance(self._recomputed, str) and self._recomputed:
             lines.append(f"blocks cannot be recomputed: {self._recomputed}")
+        if "select" in self.levers and not self.menu.selections and self._is_unrepeatable:
+            lines.append(f"no part of a block can be recomputed: {_UNREPEATABLE}")
         if isinstance(self._chunked, str):
             lines.append(f"the loss cannot be computed in chunks: {self._chunked}")
+        if "step-in-backward" in self.levers and _VARIANTS[IN_BACKWARD] not in self.steppings:
+            lines.append(f"the optimizer cannot step inside the backward: {self._no_step_in_backward}")
         return tuple(lines)
+
+    @property
+    def _is_unrepeatable(self) -> bool:
+        """Whether a block has operators that cannot run again; one without autograd saves nothing and has none here."""
+        found = (self._first[1].get(path) for path in self.blocks)
+        return any(not node.repeatable for each in found if each is not None for node in each.graph.nodes)
+
+    @property
+    def _no_step_in_backward(self) -> str | None:
+        """Why not, which nobody asks where it can."""
+        recipe = self.recipe
+        if self.accumulation > 1:
+            return (
+                "the micro-steps of a split batch are to add up their gradients. Give the whole batch as micro_batch."
+            )
+        if isinstance(recipe.optimizer, str) and not (recipe.clips or recipe.replicas > 1):
+            return f"{recipe.optimizer!r} is only a name. Pass the optimizer itself, which can be made to."
+        return stepping.refusal(recipe.optimizer, self.accumulation, recipe.clips, recipe.replicas)
 
     def traced(self, outcome: Outcome) -> Planned:
         """The model as planned, which has the last word."""

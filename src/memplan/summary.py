@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
+
 from memplan.allocator import Usage
 from memplan.plan_record import Budget, Layer
 from memplan.planner import Outcome
@@ -12,6 +14,12 @@ from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_budget, format_bytes
 
 _TIMELINE_POINTS = 400
+
+# Where a model multiplies or divides by a Python number, autograd saves it as a tensor of 8 bytes: torch's formulas
+# that keep `other` (tools/autograd/derivatives.yaml). The dispatcher hands on the bare number, so no trace shows it.
+_SAVE_NUMBERS = {f"aten::{name}{suffix}" for name in ("mul", "div", "remainder", "fmod") for suffix in ("", "_")}
+_NUMBER_BYTES = 8
+_PASSING = 3  # numbers of the operator that runs, saved or not: none takes more (addcmul, clamp, threshold)
 
 
 def decisions_of(outcome: Outcome) -> dict[str, str]:
@@ -60,6 +68,13 @@ def peak_of(trace: Trace, usage: Usage | None) -> tuple[int, dict[str, int]]:
     if usage is None:
         return trace.peak_bytes, breakdown
     return usage.peak_allocated_bytes, {**breakdown, "allocator": usage.peak_allocated_bytes - trace.peak_bytes}
+
+
+def unseen_bytes(trace: Trace) -> int:
+    """At most so many bytes of a real step on a CPU are Python numbers that torch wraps in tensors."""
+    saving = np.isin(trace.op_name, [code for code, name in enumerate(trace.op_names) if name in _SAVE_NUMBERS])
+    counts = (int(saving[s.forward_ops.start : s.loss_ops.stop].sum()) for s in trace.steps)
+    return _NUMBER_BYTES * (max(counts) + _PASSING)
 
 
 def module_at(trace: Trace, tick: int) -> str:

@@ -83,7 +83,7 @@ def run(*arguments: object, **environment: str) -> Result:
 def a_plan(**changes: Any) -> Plan:
     layers = tuple(
         Layer(path=f"model.layers.{i}", option=option, keep_bytes=GIB, held_bytes=1, extra_s=0.1)
-        for i, option in enumerate(("recompute", "keep"))
+        for i, option in enumerate(("keep", "recompute"))
     )
     values: dict[str, Any] = {
         "verdict": Verdict.FITS,
@@ -139,7 +139,7 @@ class TestPlan:
         assert result.stdout == ""
         for part in ("fits: one block", "= budget", "2 x 4", "model.layers.0", "Predicted at the peak", "slowdown"):
             assert part in result.stderr
-        assert "layer.gradient_checkpointing = i in {0}" in result.stderr
+        assert "layer.gradient_checkpointing = i in {1}" in result.stderr
         assert "\x1b" not in result.stderr
 
     def test_json_is_all_that_stdout_has(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:
@@ -279,7 +279,7 @@ class TestForReal:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).train()
         lines = settings_text(a_plan()).partition("\n)\n")[2]
         exec(lines, {"model": model})
-        assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, True]
         ids = torch.zeros(1, 4, dtype=torch.long)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 

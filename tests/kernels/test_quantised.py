@@ -18,6 +18,7 @@ from memplan.kernels.cuda import CudaBackend
 from memplan.levers import eight_bit
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
+from memplan.summary import unseen_bytes
 from memplan.trace import Trace
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -25,9 +26,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 import peft  # noqa: E402  # after the question whether its layers for bitsandbytes are there
 import transformers  # noqa: E402
 from quantised import layers_of, quantised  # noqa: E402
-
-# Python numbers that operators wrap in tensors: 4 to 12 bytes each, which no trace shows.
-WRAPPED = 512
 
 # peft leaves it to torch, which says so
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
@@ -96,9 +94,23 @@ def test_a_predicted_peak_is_the_measured_one(
         checkpointed = prepared == "checkpointed"
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointed)
     model, batch = adapted(model, dropout), tokens(2, 64)
-    predicted = memplan.predict(model, batch, autocast=autocast).peak_bytes
-    measured = peak_of(model, Sample.of(batch), Recipe(autocast=autocast))
-    assert 0 <= measured - predicted <= WRAPPED
+    recipe = Recipe(autocast=autocast)
+    trace = Recorder(model, recipe).record(Sample.of(batch))
+    assert 0 <= peak_of(model, Sample.of(batch), recipe) - trace.peak_bytes <= unseen_bytes(trace)
+
+
+def test_what_bitsandbytes_keeps_for_itself_is_known() -> None:
+    models = {kind: base(kind) for kind in KINDS}
+    tables = sys.modules["bitsandbytes.backends.utils"].CODE.values()
+    codes = sys.modules["bitsandbytes.backends.utils"]._code_4bit_cache.values()
+    bounds = sys.modules["bitsandbytes.backends.default.ops"]._get_4bit_quantize_bounds
+    of_four = [tensor for name in ("nf4", "fp4") for tensor in bounds(name, torch.device("cpu"))]
+    kept = bytes_of([*tables, *codes, *of_four, *bitsandbytes.functional.name2qmap.values()])
+    assert {kind: packed.kept_bytes(model) for kind, model in models.items()} == {
+        **dict.fromkeys(("nf4 double", "nf4", "fp4 bf16"), kept),
+        "int8": bytes_of(list(tables)),
+    }
+    assert packed.kept_bytes(nn.Linear(2, 2)) == 0
 
 
 @for_every_kind
@@ -202,7 +214,8 @@ def test_a_plan_keeps_gradients_and_meets_its_peak(kind: str, autocast: torch.dt
         planned = gradients(model, batch, autocast)
         measured = peak_of(model, Sample.of(batch), Recipe(autocast=autocast))
     assert all(map(torch.equal, planned, plain))
-    assert 0 <= measured - plan.peak_bytes <= WRAPPED
+    assert plan.peak_bytes <= measured
+    assert measured + packed.kept_bytes(model) <= budget
     assert measured < full.unplanned_bytes
 
 

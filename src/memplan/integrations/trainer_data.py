@@ -1,0 +1,205 @@
+"""The batch that a trainer's run needs the most memory for, made of its own rows by its own collator.
+
+Nothing of the run is used up: rows are read by their number, and the random state is as it was. Where the lengths of
+all rows can be read off a column, the batch has the longest of them, and the shortest, so that there is padding if any
+comes.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from memplan.data import Data
+from memplan.errors import UsageError
+from memplan.samples import Sample
+
+_UNKNOWN_ROWS: Final = 16  # are enough to see what a batch is like, where nothing says which rows are long
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What comes in a run.
+
+    Attributes:
+        sample: what the collator made of some rows; of rows that it joins, of one.
+        pair: what it made of two rows, of different lengths where there are any, and of each of them.
+        is_joined: rows are joined to one without padding (`padding_free`, packing).
+        data: the lengths of all rows, where they are known and are those of the sample.
+        said: what has to be assumed about rows that were not seen, else nothing.
+    """
+
+    sample: Sample
+    pair: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+    is_joined: bool
+    data: Data | None
+    said: tuple[str, ...]
+
+
+def rows_of(trainer: Any) -> Rows:
+    """The longest rows of a trainer's data, collated.
+
+    Raises:
+        UsageError: no training data, a stream that can be read once only, or a loader without data set and collator.
+        BadSample: the collator makes something else than tensors whose first dimension is the batch.
+    """
+    with same_chance(), _loader_of(trainer) as loader:
+        lengths = _lengths(trainer)
+        rows = _chosen(loader.dataset, lengths, trainer.args.per_device_train_batch_size)
+        first, last = rows[0], rows[-1]
+        collate = loader.collate_fn
+        both = dict(collate([first, last]))
+        is_joined = "position_ids" in both and both["position_ids"].shape[0] == 1
+        if is_joined:
+            pair = both, dict(collate([first])), dict(collate([last]))
+            sample = Sample.of({name: pair[1][name] for name in _tokens(pair[1])})
+        else:
+            pair = both, _part(both, 0), _part(both, 1)
+            sample = Sample.of(dict(collate(rows)))
+    data = None if lengths is None else _data(trainer, lengths)
+    seen = max((t.shape[1] for t in sample.tensors() if t.dim() == 2), default=0)
+    if data is not None and data.tokens == seen:
+        return Rows(sample, pair, is_joined, data, ())
+    said = f"batches are like that of {len(rows)} rows of the data set, of which the longest has {seen:,} tokens"
+    if not seen:
+        said = f"batches are like that of {len(rows)} rows of the data set"
+    why = "" if lengths is None else f"; its column of lengths says {data.tokens:,}" if data is not None else ""
+    return Rows(sample, pair, is_joined, None, (said + (why or "; nothing says how long the others are"),))
+
+
+def joined(batch: Mapping[str, Tensor], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows [b, tokens] as one row [1, b x tokens], with the borders of sequences that the collator states for it.
+
+    Args:
+        like: what the collator made of one row.
+    """
+    made: dict[str, Any] = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
+    places = made["position_ids"][0]
+    borders = torch.cat([(places == 0).nonzero().flatten(), places.new_tensor([len(places)])]).to(torch.int32)
+    lengths = borders.diff()
+    numbers = torch.arange(len(lengths), dtype=torch.int32, device=places.device)
+    stated = {
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
+        **dict.fromkeys(("max_length_q", "max_length_k"), int(lengths.max())),
+        "seq_idx": torch.repeat_interleave(numbers, lengths)[None],
+    }
+    return {**made, **{name: value for name, value in stated.items() if name in like}}
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """Random numbers of Python, numpy and torch go on afterwards as if none had been drawn."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):  # rows are made on the CPU
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def _loader_of(trainer: Any) -> Iterator[Any]:
+    """The loader that the run will make, to be looked at. The trainer and Accelerate, which keep notes, forget it."""
+    if trainer.train_dataset is None:
+        raise UsageError("the trainer has no train_dataset, so there is no batch to plan for. Pass it one.")
+    before, kept = dict(vars(trainer)), list(trainer.accelerator._dataloaders)
+    try:
+        loader = trainer.get_train_dataloader()
+        if not (hasattr(loader, "dataset") and hasattr(loader, "collate_fn")):
+            raise UsageError(
+                f"the trainer's loader is a {type(loader).__name__} without dataset and collate_fn, so no batch can be "
+                "made before training. Use a DataLoader, or plan by hand: memplan.autofit(model, sample=...)."
+            )
+        yield loader
+    finally:
+        trainer.accelerator._dataloaders[:] = kept
+        vars(trainer).clear()
+        vars(trainer).update(before)
+
+
+def _chosen(data: Any, lengths: "_Lengths | None", batch: int) -> list[Any]:
+    """At least two rows, the longest first and the shortest last."""
+    if isinstance(data, IterableDataset):
+        stream = iter(data)
+        if stream is data:
+            raise UsageError(
+                "the data is a stream that can be read once, so no batch can be looked at without using it up. Give "
+                "the trainer a data set with rows by number, or plan by hand: memplan.autofit(model, sample=...)."
+            )
+        rows = list(islice(stream, min(batch, _UNKNOWN_ROWS)))
+    elif lengths is not None:
+        rows = [data[at] for at in dict.fromkeys(lengths.chosen())]
+    else:
+        rows = [data[at] for at in range(min(len(data), batch, _UNKNOWN_ROWS))]
+    if not rows:
+        raise UsageError("the trainer's train_dataset has no rows, so there is nothing to train on")
+    return rows if len(rows) > 1 else rows * 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Tokens of every row, and of its labels, which may be others (of a decoder)."""
+
+    inputs: Sequence[int]
+    labels: Sequence[int]
+
+    def chosen(self) -> tuple[int, int, int]:
+        """The rows with the longest inputs, the longest labels, and the shortest inputs."""
+        places = range(len(self.inputs))
+        longest = (max(places, key=lengths.__getitem__) for lengths in (self.inputs, self.labels))
+        return (*longest, min(places, key=self.inputs.__getitem__))  # type: ignore[return-value]  # three
+
+
+def _lengths(trainer: Any) -> _Lengths | None:
+    """From a column of lengths or of token ids, where reading it takes no work on the rows; else None."""
+    data = trainer.train_dataset
+    columns = getattr(data, "column_names", None)
+    if isinstance(data, list | tuple) and data and all(isinstance(r, Mapping) and "input_ids" in r for r in data):
+        inputs = [len(row["input_ids"]) for row in data]
+        labels = [len(row["labels"]) if isinstance(row.get("labels"), list) else 0 for row in data]
+        return _Lengths(inputs, labels)
+    if isinstance(data, IterableDataset) or not columns or data.format["type"] == "custom":  # a transform's rows
+        return None
+    named = getattr(trainer.args, "length_column_name", "length")
+    found = [int(n) for n in data[named]] if named in columns else _column_lengths(data, "input_ids")
+    if not found:
+        return None
+    return _Lengths(found, _column_lengths(data, "labels") or found)
+
+
+def _column_lengths(data: Any, column: str) -> list[int] | None:
+    """Of the lists in a column of a `datasets.Dataset`, by their offsets."""
+    if column not in data.column_names:
+        return None
+    tables = data.select_columns(column).with_format("arrow").iter(batch_size=1000)
+    chunks = [chunk for table in tables for chunk in table[column].chunks]
+    if not all(hasattr(chunk, "value_lengths") for chunk in chunks):  # numbers: a class for each row
+        return None
+    return [n for chunk in chunks for n in chunk.value_lengths().to_pylist()]
+
+
+def _data(trainer: Any, lengths: _Lengths) -> Data:
+    args = trainer.args
+    packed_to = max(lengths.inputs) if getattr(args, "packing", False) else None
+    multiple = getattr(trainer.data_collator, "pad_to_multiple_of", None) or 1
+    shuffled = getattr(args, "train_sampling_strategy", "random") != "sequential"
+    return Data(lengths.inputs, shuffled=shuffled, packed_to=packed_to, multiple_of=multiple)
+
+
+def _tokens(batch: Mapping[str, Any]) -> list[str]:
+    """What a joined batch has for every token, but for what follows from the positions."""
+    return [name for name, t in batch.items() if isinstance(t, Tensor) and t.dim() == 2 and name != "seq_idx"]
+
+
+def _part(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """One row of a batch of two."""
+    rows = slice(row, row + 1)
+    return {n: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == 2 else v for n, v in batch.items()}

@@ -1,0 +1,141 @@
+"""The loss as a trainer computes it, for planning: `trainer.compute_loss`, and nothing that it keeps account of.
+
+That is the true path of the loss: label smoothing, a function of the user's own, TRL's fused head without logits, the
+division by the items of the whole step.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from accelerate.utils.operations import convert_to_fp32
+from torch import Tensor, nn
+
+from memplan.abstract import preserved
+from memplan.integrations.trainer_data import Rows, joined
+from memplan.packed import bits_of
+from memplan.recorder import Recipe
+
+_TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7
+_TOLERANCE_HALF: Final = 2e-2
+
+
+class TrainerLoss:
+    """`loss(model, batch)` for `memplan.plan`, by a trainer. It leaves the trainer as it was."""
+
+    def __init__(self, trainer: Any, rows: Rows) -> None:
+        self.trainer, self.rows = trainer, rows
+        self.items = _items(trainer, rows.pair[0])
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs = joined(batch, self.rows.pair[1]) if self.rows.is_joined else dict(batch)
+        with account_aside(self.trainer), _prepared(self.trainer, model):
+            loss: Tensor = self.trainer.compute_loss(model, inputs, num_items_in_batch=self.items)
+        return loss
+
+
+def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
+    """Why a step's rows cannot be divided otherwise into micro-batches without another result; None if they can.
+
+    The loss of two rows has to be the sum of their losses, each divided by the items of both. It is computed without
+    dropout and without gradients. The model and the trainer stay as they were.
+    """
+    loss = TrainerLoss(trainer, rows)
+    if not _is_scaled(trainer, loss.items):
+        return "its loss is a mean over each micro-batch, and the mean of such means depends on how rows are divided"
+    model, device = trainer.model, trainer.args.device
+    try:
+        with preserved(model), torch.no_grad(), account_aside(trainer):
+            _without_dropout(model)
+            whole, *parts = (_value(trainer, dict(batch), loss.items, recipe, device) for batch in rows.pair)
+    except torch.OutOfMemoryError:  # the very reason for a plan
+        return None
+    half = recipe.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if abs(sum(parts) - whole) <= (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole):
+        return None
+    return (
+        f"its loss couples the rows of a batch: two rows have {whole:.6g}, and by themselves {sum(parts):.6g} together"
+    )
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """In eval mode, but for packed weights, which bitsandbytes packs anew, for good, for inference on a CPU."""
+    model.eval()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and bits_of(weight) is not None:
+            module.training = True
+
+
+def _value(trainer: Any, batch: dict[str, Any], items: Any, recipe: Recipe, device: torch.device) -> float:
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    with recipe.casting(device.type):
+        return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items))
+
+
+def _items(trainer: Any, batch: dict[str, Any]) -> Any:
+    """What the trainer divides the loss by, as it counts it; None if it does not."""
+    return trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))[1]
+
+
+def _is_scaled(trainer: Any, items: Any) -> bool:
+    """Whether the loss is divided by the items of the whole step. The rule is that of transformers' `training_step`."""
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if stated is not None:
+        return bool(stated)
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
+@contextmanager
+def account_aside(trainer: Any) -> Iterator[None]:
+    """What is counted and averaged for logging meanwhile is forgotten, and not read: a trace has no values.
+
+    TRL's metrics go through `gather_for_metrics`; it hands out zeros.
+    """
+    before, accelerator = dict(vars(trainer)), trainer.accelerator
+    gathers = vars(accelerator).get("gather_for_metrics")
+    if "_metrics" in before:
+        trainer._metrics = copy.deepcopy(before["_metrics"])
+    accelerator.gather_for_metrics = lambda data, *_: torch.zeros(data.shape)
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(before)
+        if gathers is None:
+            del accelerator.gather_for_metrics
+        else:
+            accelerator.gather_for_metrics = gathers
+
+
+@contextmanager
+def metrics_aside(trainer: Any) -> Iterator[None]:
+    """What TRL averages for its own next record is not in a record that is logged meanwhile, nor lost by it."""
+    kept = getattr(trainer, "_metrics", None)
+    if kept is None:
+        yield
+        return
+    trainer._metrics = {mode: type(values)(list) for mode, values in kept.items()}
+    try:
+        yield
+    finally:
+        trainer._metrics = kept
+
+
+@contextmanager
+def _prepared(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """With mixed precision, Accelerate returns a model's outputs in float32. So does the model here until it does."""
+    if not trainer.accelerator.native_amp or hasattr(model, "_original_forward"):
+        yield
+        return
+    before, forward = model.__dict__.get("forward"), model.forward
+    model.__dict__["forward"] = lambda *args, **kwargs: convert_to_fp32(forward(*args, **kwargs))
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = before

@@ -1,0 +1,86 @@
+"""What a planned trainer tells people: what was chosen and why, what evaluation may need, what to do out of memory."""
+
+from typing import Any
+
+from memplan.levers.loss_head import find_head
+from memplan.plan_record import Plan, count_text, pace_text
+from memplan.report.settings import stride_of
+from memplan.samples import Sample
+from memplan.units import format_budget, format_bytes
+
+_NEGLIGIBLE = 1000  # a thousandth of the budget
+_LOGITS = 3  # of float32: as the head makes them, cast for the loss, and their log-softmax
+
+
+def banner(plan: Plan, before: tuple[int, int], said: tuple[str, ...]) -> str:
+    """What was chosen, why, and how to turn it off, in a few lines.
+
+    Args:
+        before: the micro-batch and the accumulation that the trainer had.
+        said: what was assumed about the run.
+    """
+    batch = f"{plan.micro_batch} x {plan.accumulation} accumulated = {plan.effective_batch} per step"
+    was = "as before" if before == (plan.micro_batch, plan.accumulation) else f"was {before[0]} x {before[1]}"
+    blocks = f"{count_text(plan)}; {plan.reason}" if plan.layers else plan.reason
+    rows = [
+        (
+            "peak",
+            f"{format_bytes(plan.peak_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
+            f"{format_bytes(plan.unplanned_bytes)}",
+        ),
+        ("batch", f"{batch} ({was}); same steps, same learning rates"),
+        ("blocks", f"{blocks} (the trainer's own checkpointing is off)"),
+        ("time", f"{pace_text(plan.slowdown)} than keeping everything ({plan.times})"),
+        *(("assumed", text) for text in said),
+        ("off", "fit.undo(), or leave out the line memplan.autofit(trainer)"),
+    ]
+    if stride_of(plan) is not None:
+        rows.append(("alone", 'print(fit.plan.settings("trainer")) has the arguments that do this without memplan'))
+    lines = [f"memplan   {plan.model} on {plan.budget.gpu}, {plan.strategy}: {plan.verdict}"]
+    return "\n".join([*lines, *(f"  {name:<8}{text}" for name, text in rows)])
+
+
+def evaluation(trainer: Any, plan: Plan) -> tuple[str, ...]:
+    """A word on evaluation, where it may need more than training. A bound: one block and the logits, nothing kept.
+
+    The logits are taken to be made as a whole, whatever the training loss does, and rows as long as in training.
+    """
+    if trainer.eval_dataset is None:
+        return ()
+    rows, parts = trainer.args.per_device_eval_batch_size, plan.breakdown
+    room = plan.peak_bytes - sum(parts.get(name, 0) for name in ("params", "buffers", "optimizer"))
+    path = find_head(trainer.model)
+    classes = 0 if path is None else int(trainer.model.get_submodule(path).out_features)
+    tokens = next((f.shape[0] for f in plan.sample if f.shape), 1)
+    logits = 4 * _LOGITS * rows * tokens * classes
+    block = max((layer.keep_bytes for layer in plan.layers), default=0) * rows // plan.micro_batch
+    if logits + block <= room:
+        return ()
+    return (
+        f"evaluation with per_device_eval_batch_size={rows} may need up to {format_bytes(logits + block - room)} more "
+        "than training does; it is left as it is",
+    )
+
+
+def fetched(plan: Plan, sample: Sample) -> tuple[str, ...]:
+    """A word on the inputs of a step's other micro-batches, which the trainer fetches at once, where they count."""
+    row_bytes = sum(tensor.nbytes for tensor in sample.tensors()) // sample.batch_size
+    others = (plan.accumulation - 1) * plan.micro_batch * row_bytes
+    if others * _NEGLIGIBLE < plan.budget_bytes:
+        return ()
+    return (
+        f"the trainer fetches the {plan.accumulation} micro-batches of a step at once: {format_bytes(others)} of "
+        "inputs come on top",
+    )
+
+
+def out_of_memory(plan: Plan) -> str:
+    """The way out, for the error that says that memory ran out."""
+    smaller = f"micro_batch={plan.micro_batch // 2}, " if plan.micro_batch > 1 else ""
+    return (
+        f"memplan: this run was planned to need {format_bytes(plan.peak_bytes)} of {format_budget(plan.budget_bytes)} "
+        f"on {plan.budget.gpu}, with {plan.micro_batch} x {plan.accumulation} per step. What came on top was not in "
+        "the plan: longer rows, evaluation, tensors of your own, another process. Call fit.undo() and plan again with "
+        f"more to spare: memplan.autofit(trainer, {smaller}strategy='smallest-memory'), or a lower risk=0.001; "
+        "fit.plan.assumptions has what was assumed."
+    )

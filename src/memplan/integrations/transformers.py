@@ -1,0 +1,133 @@
+"""`memplan.autofit(trainer)`: a plan for transformers' `Trainer` and TRL's `SFTTrainer`, one line before `train()`.
+
+The effective batch, the number of steps, the learning rates and the order of the rows stay what they are. The
+micro-batch, the accumulation and what is recomputed become the plan's. Rows are divided otherwise only where the loss
+is divided by the items of the whole step, as transformers' and TRL's losses are, and that is tried out on two rows. So
+the weights after training are those of the unplanned run but for rounding.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from memplan.blocks import is_batch_coupled
+from memplan.errors import BadBatch, UsageError
+from memplan.fitting import Fit
+from memplan.gpus import Gpu
+from memplan.integrations.trainer_arguments import autocast_of, check, optimizer_of, set_arguments
+from memplan.integrations.trainer_callback import PlanCallback, attached
+from memplan.integrations.trainer_data import Rows, rows_of
+from memplan.integrations.trainer_loss import TrainerLoss, coupling
+from memplan.integrations.trainer_words import banner, evaluation, fetched
+from memplan.pipeline import autofit
+from memplan.recorder import Recipe
+from memplan.strategy import Strategy
+
+
+def autofit_trainer(
+    trainer: Any,
+    gpu: str | Gpu,
+    strategy: str | Path | Strategy,
+    micro_batch: int | None,
+    risk: float | None,
+) -> Fit:
+    """Plan the step that a trainer runs, and write the plan into the trainer. Nothing of its run is used up.
+
+    Args:
+        gpu: as for `memplan.plan`; "auto" is the trainer's own device.
+        strategy, micro_batch, risk: as for `memplan.plan`.
+
+    Returns:
+        A `Fit` whose `undo` also gives the trainer its own arguments back.
+
+    Raises:
+        UsageError: arguments of the trainer contradict a plan.
+        BadBatch: micro_batch would divide a batch that has to stay as it is.
+        What `memplan.autofit` raises for a model.
+    """
+    check(trainer)
+    args, had = trainer.args, trainer.optimizer
+    before = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = rows_of(trainer)
+    recipe = Recipe(autocast=autocast_of(args))
+    fixed, why = _division(trainer, rows, recipe, micro_batch)
+    try:
+        fit = autofit(
+            trainer.model,
+            str(args.device) if gpu == "auto" else gpu,
+            sample=rows.sample,
+            loss=TrainerLoss(trainer, rows),
+            optimizer=optimizer_of(trainer),
+            autocast=recipe.autocast,
+            clip_grad_norm=True,  # the trainer takes the norm for its log where it does not clip too
+            effective_batch=before[0] * before[1],
+            micro_batch=fixed,
+            strategy=strategy,
+            data=rows.data,
+            risk=risk,
+        )
+    except BaseException:
+        trainer.optimizer = had
+        raise
+    undo_model, undo_trainer = fit._undo, _written(trainer, fit, had)
+    assert undo_model is not None
+
+    def undo() -> None:
+        undo_trainer()
+        undo_model()
+
+    fit._undo = undo
+    said = (*why, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
+    fit.plan = fit.plan.model_copy(update={"assumptions": (*fit.plan.assumptions, *said)})
+    if trainer.is_world_process_zero():
+        data = () if rows.data is None else (rows.data.describe(fit.plan.micro_batch),)
+        print(banner(fit.plan, before, (*data, *said)), file=sys.stderr)  # noqa: T201  # the user asked for it
+    return fit
+
+
+def _division(trainer: Any, rows: Rows, recipe: Recipe, wanted: int | None) -> tuple[int | None, tuple[str, ...]]:
+    """The micro-batch where only one gives the same run, with the reason; else what is wanted."""
+    own, accumulation = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    why = _why_whole(trainer, rows, recipe, own * accumulation)
+    if why is None:
+        return wanted, ()
+    if is_batch_coupled(trainer.model) and accumulation > 1:
+        raise UsageError(
+            f"the model has batch norms, and gradient_accumulation_steps={accumulation}: memplan plans such models for "
+            f"whole batches only. Set it to 1, with per_device_train_batch_size={own * accumulation} or {own}."
+        )
+    if wanted not in (None, own):
+        raise BadBatch(
+            f"micro_batch={wanted} would change the result of the {own} x {accumulation} rows per step: {why}"
+        )
+    return own, (f"the batch stays divided as it is, {own} x {accumulation}: {why}",)
+
+
+def _why_whole(trainer: Any, rows: Rows, recipe: Recipe, effective: int) -> str | None:
+    """Why other micro-batches than the trainer's own would give another result; None if they would not."""
+    if effective == 1:
+        return None
+    if is_batch_coupled(trainer.model):
+        return "batch norm takes its statistics over the rows of a micro-batch"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return "the data is a stream, and what is left at its end depends on the micro-batch"
+    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) % effective:
+        return "dataloader_drop_last leaves out rows by the micro-batch, and the data is no multiple of the whole batch"
+    return coupling(trainer, rows, recipe)
+
+
+def _written(trainer: Any, fit: Fit, had: "torch.optim.Optimizer | None") -> Callable[[], None]:
+    """The plan in the trainer: arguments and callback. What is returned takes both out again."""
+    undo_arguments = set_arguments(trainer, fit.plan)
+    detach = attached(trainer, PlanCallback(trainer, fit))
+
+    def undo() -> None:
+        detach()
+        undo_arguments()
+        trainer.optimizer = had
+
+    return undo

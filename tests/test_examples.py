@@ -1,0 +1,46 @@
+"""The examples run as a user runs them, and their plans hold."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+MOST_SECONDS = 900  # they take one minute by themselves; a busy machine may need more
+
+
+def output_of(name: str, folder: Path) -> str:
+    """What an example prints. It has one thread and no way to the network."""
+    offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        env={**os.environ, **offline},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=MOST_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["03_trainer.py", "04_sft_lora.py"])
+def test_trainers_keep_to_their_budget(name: str, tmp_path: Path) -> None:
+    said = output_of(name, tmp_path)
+    record = eval(next(line[line.index("{'memplan") :] for line in said.splitlines() if "{'memplan/" in line))
+    peak, predicted, budget = (int(record[f"memplan/{name}_bytes"]) for name in ("peak", "predicted", "budget"))
+    assert peak <= predicted <= budget
+    assert "train_runtime" in said
+
+
+@pytest.mark.parametrize("name", ["03_trainer.py", "04_sft_lora.py"])
+def test_one_line_makes_the_difference(name: str) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert text.count("# the one line") == 1
+    assert sum("memplan." in line for line in text.splitlines()) == 1
+    assert text.count("\n") <= 60
