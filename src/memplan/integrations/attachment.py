@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -22,7 +22,16 @@ from memplan.errors import DoesNotFit, MemplanError, ModelFailed, PlanMismatch, 
 from memplan.fitting import Fit, apply
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, longest_batch
-from memplan.integrations.parts import SAMPLES, SHIFTED, Count, Split, counter, has_tokens, proved
+from memplan.integrations.parts import (
+    SAMPLES,
+    SHIFTED,
+    Count,
+    Split,
+    counter,
+    full_precision_outputs,
+    has_tokens,
+    proved,
+)
 from memplan.integrations.scripts import WHOLE, check_batch, is_dealt_out, model_and_loader, own_batch_size
 from memplan.plan_record import Plan, Verdict
 from memplan.recorder import Loss, Recipe
@@ -120,7 +129,7 @@ class Attachment:
             clips=True,
             **_replicas(accelerator),
         )
-        with _converted(model, recipe.autocast):
+        with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
             sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
             sample = Sample.of(sample)
             count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
@@ -328,20 +337,3 @@ def _replicas(accelerator: Accelerator) -> dict[str, Any]:
         "replicas": accelerator.num_processes,
         "bucket_view": bool(handler is not None and handler.gradient_as_bucket_view),
     }
-
-
-@contextmanager
-def _converted(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
-    """The model as the accelerator will run it: in mixed precision, outputs are copied to full precision."""
-    if autocast is None:
-        yield
-        return
-    own = model.__dict__.get("forward")
-    model.forward = convert_outputs_to_fp32(model.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own

@@ -131,7 +131,7 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
         UsageError: a stream that can be read once only, or none that has rows.
     """
     size, collate, data = batch_size_of(loader), loader.collate_fn, loader.dataset
-    with _same_random_state():
+    with same_chance():
         if isinstance(data, IterableDataset):
             stream: object = iter(data)
             if stream is data:
@@ -167,10 +167,10 @@ def _elements(row: Any) -> int:
 
 
 @contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Python's, numpy's and torch's random numbers go on afterwards as if nothing had been drawn."""
+def same_chance() -> Iterator[None]:
+    """Random numbers of Python, numpy and torch go on afterwards as if none had been drawn."""
     python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # rows are made on the CPU
         try:
             yield
         finally:

@@ -5,17 +5,19 @@ of them a model's loss is, the model itself tells: `proved` computes the loss of
 is neither, such as one that compares the samples of a batch with each other, is not to be split.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from memplan.abstract import preserved
 from memplan.errors import UsageError
+from memplan.packed import bits_of
 from memplan.recorder import Recipe, loss_of
 from memplan.samples import Sample
 
@@ -127,7 +129,7 @@ def proved(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
     batch = _uneven(sample.resized(_ROWS).to(parameter.device))
     parts = [_rows(batch, slice(0, 1)), _rows(batch, slice(1, _ROWS))]
     with preserved(model), _nothing_saved():
-        model.eval()
+        without_dropout(model)
         whole, *pieces = (_value(model, recipe, part) for part in (batch, *parts))
     errors = {}
     for name in _COUNTS if has_tokens(batch.content) else (SAMPLES,):
@@ -138,6 +140,29 @@ def proved(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
     exact = recipe.autocast is None
     tolerance = _TOLERANCES.get(parameter.dtype, _COARSE) if exact else _COARSE
     return best if errors[best] <= tolerance * abs(whole) else None
+
+
+def without_dropout(model: nn.Module) -> None:
+    """In eval mode, but for packed weights, which bitsandbytes packs anew, for good, for inference on a CPU."""
+    model.eval()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and bits_of(weight) is not None:
+            module.training = True
+
+
+@contextmanager
+def full_precision_outputs(model: nn.Module) -> Iterator[None]:
+    """The model as Accelerate runs it in mixed precision: floating-point outputs are copied to float32."""
+    own, forward = model.__dict__.get("forward"), model.forward
+    model.__dict__["forward"] = lambda *args, **kwargs: convert_to_fp32(forward(*args, **kwargs))
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 def _uneven(batch: Sample) -> Sample:

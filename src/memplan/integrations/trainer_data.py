@@ -5,20 +5,19 @@ all rows can be read off a column, the batch has the longest of them, and the sh
 comes.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from memplan.data import Data
 from memplan.errors import UsageError
+from memplan.integrations.loaders import same_chance
 from memplan.samples import Sample
 
 _UNKNOWN_ROWS: Final = 16  # are enough to see what a batch is like, where nothing says which rows are long
@@ -91,18 +90,6 @@ def joined(batch: Mapping[str, Tensor], like: Mapping[str, Any]) -> dict[str, An
         "seq_idx": torch.repeat_interleave(numbers, lengths)[None],
     }
     return {**made, **{name: value for name, value in stated.items() if name in like}}
-
-
-@contextmanager
-def same_chance() -> Iterator[None]:
-    """Random numbers of Python, numpy and torch go on afterwards as if none had been drawn."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # rows are made on the CPU
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
 
 
 @contextmanager

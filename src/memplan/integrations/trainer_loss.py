@@ -6,16 +6,15 @@ division by the items of the whole step.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
-from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 
 from memplan.abstract import preserved
+from memplan.integrations.parts import full_precision_outputs, without_dropout
 from memplan.integrations.trainer_data import Rows, joined
-from memplan.packed import bits_of
 from memplan.recorder import Recipe
 
 _TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7
@@ -48,7 +47,7 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     model, device = trainer.model, trainer.args.device
     try:
         with preserved(model), torch.no_grad(), account_aside(trainer):
-            _without_dropout(model)
+            without_dropout(model)
             whole, *parts = (_value(trainer, dict(batch), loss.items, recipe, device) for batch in rows.pair)
     except torch.OutOfMemoryError:  # the very reason for a plan
         return None
@@ -58,15 +57,6 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     return (
         f"its loss couples the rows of a batch: two rows have {whole:.6g}, and by themselves {sum(parts):.6g} together"
     )
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """In eval mode, but for packed weights, which bitsandbytes packs anew, for good, for inference on a CPU."""
-    model.eval()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and bits_of(weight) is not None:
-            module.training = True
 
 
 def _value(trainer: Any, batch: dict[str, Any], items: Any, recipe: Recipe, device: torch.device) -> float:
@@ -124,18 +114,7 @@ def metrics_aside(trainer: Any) -> Iterator[None]:
         trainer._metrics = kept
 
 
-@contextmanager
-def _prepared(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """With mixed precision, Accelerate returns a model's outputs in float32. So does the model here until it does."""
-    if not trainer.accelerator.native_amp or hasattr(model, "_original_forward"):
-        yield
-        return
-    before, forward = model.__dict__.get("forward"), model.forward
-    model.__dict__["forward"] = lambda *args, **kwargs: convert_to_fp32(forward(*args, **kwargs))
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = before
+def _prepared(trainer: Any, model: nn.Module) -> AbstractContextManager[None]:
+    """As the model is when training begins, if that has not come yet."""
+    waits = trainer.accelerator.native_amp and not hasattr(model, "_original_forward")
+    return full_precision_outputs(model) if waits else nullcontext()
