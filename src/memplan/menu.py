@@ -9,7 +9,8 @@ from memplan.selection import Selection, frontier, thinned
 
 SELECT = "select"  # "select-3" drops some of what the block saves
 
-# Solving takes ever so little longer with more options, but every one of them is traced and, on a device, priced.
+# Every one of them is traced and, on a device, priced. With 24 the predicted slowdown at 15 budgets (12-layer Llama,
+# GPT-2, ViT-B/16, from everything kept down to almost the smallest peak) is at most 0.2 points less.
 MOST_SELECTIONS = 8
 
 
