@@ -19,6 +19,7 @@ from memplan.errors import BadBatch, DoesNotFit
 from memplan.plan_record import Budget, Layer, Plan, Verdict
 from memplan.prediction import Prediction, Timeline
 from memplan.report.settings import settings_text
+from memplan.world import World
 
 LLAMA = {
     "model_type": "llama",
@@ -153,7 +154,7 @@ class TestPlan:
     def test_the_options_reach_the_planner(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:
         pipeline = stand_in(a_plan())
         options = ("--seq-len", 16, "--micro-batch", 2, "--effective-batch", 8, "--strategy", "throughput")
-        options += ("--clip-grad-norm",)
+        options += ("--clip-grad-norm", "--replicas", 2, "--shards", 4)
         result = run(
             "plan", "--config", config, "--gpu", "rtx-4090", "--optimizer", "sgd", "--autocast", "bf16", *options
         )
@@ -168,6 +169,7 @@ class TestPlan:
             "micro_batch": 2,
             "strategy": "throughput",
             "seq_len": 16,
+            "world": World(2, 4),
         }
 
     def test_a_plan_is_saved(self, config: Path, tmp_path: Path, stand_in: Callable[[object], Pipeline]) -> None:

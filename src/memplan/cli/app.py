@@ -19,6 +19,7 @@ import typer
 
 from memplan import __version__
 from memplan.errors import DoesNotFit, MemplanError, UsageError
+from memplan.strategy import shipped_strategies
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,9 @@ OptimizerOption = Annotated[str, typer.Option(help="adamw, adamw-fused, sgd, sgd
 AutocastOption = Annotated[Autocast, typer.Option(help="Forward under torch.autocast.")]
 ClipOption = Annotated[
     bool, typer.Option("--clip-grad-norm", help="Gradients are clipped by their norm before the optimizer's step.")
+]
+StrategyOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(shipped_strategies())}, or the path of a TOML file.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Also write the record as JSON to stdout.")]
 
@@ -158,7 +162,9 @@ def plan(
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = Autocast.NONE,
     clip_grad_norm: ClipOption = False,
-    strategy: Annotated[str, typer.Option(help="A shipped strategy, or the path of a TOML file.")] = "balanced",
+    strategy: StrategyOption = "balanced",
+    shards: Annotated[int, typer.Option(min=1, help="Cards that share the weights, by FSDP2.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the model, each with samples of its own.")] = 1,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -169,6 +175,7 @@ def plan(
         with _progress(console, f"planning for {gpu}"):
             from memplan.pipeline import plan as make_plan
             from memplan.plan_record import Verdict
+            from memplan.world import World
 
             made = make_plan(
                 built,
@@ -181,6 +188,7 @@ def plan(
                 micro_batch=micro_batch,
                 strategy=strategy,
                 seq_len=seq_len,
+                world=World(replicas, shards),
             )
     _show(console, made, built, plan_file=str(save or "plan.json"))
     if as_json:
