@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError
     from memplan.fitting import Fit
     from memplan.gpus import Gpu, find_gpu
+    from memplan.guard import Guard
     from memplan.integrations.accelerate import MemplanPlugin, attach, prepare
     from memplan.pipeline import apply, autofit, plan, predict
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
+    from memplan.rungs import ladder
     from memplan.strategy import Strategy
     from memplan.world import World
 
@@ -30,6 +32,7 @@ __all__ = [
     "Data",
     "Fit",
     "Gpu",
+    "Guard",
     "Measured",
     "MemplanError",
     "MemplanPlugin",
@@ -43,6 +46,7 @@ __all__ = [
     "attach",
     "autofit",
     "find_gpu",
+    "ladder",
     "plan",
     "predict",
     "prepare",
@@ -52,6 +56,7 @@ _HOMES: Final = {
     "Data": "memplan.data",
     "Fit": "memplan.fitting",
     "Gpu": "memplan.gpus",
+    "Guard": "memplan.guard",
     "Measured": "memplan.plan_record",
     "MemplanError": "memplan.errors",
     "MemplanPlugin": "memplan.integrations.accelerate",
@@ -64,6 +69,7 @@ _HOMES: Final = {
     "attach": "memplan.integrations.accelerate",
     "autofit": "memplan.pipeline",
     "find_gpu": "memplan.gpus",
+    "ladder": "memplan.rungs",
     "plan": "memplan.pipeline",
     "predict": "memplan.pipeline",
     "prepare": "memplan.integrations.accelerate",

@@ -88,6 +88,14 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Wait until everything queued on the device is done."""
 
+    def pressure(self) -> tuple[int, int]:
+        """Of a caching allocator: retries so far, and the most bytes reserved since `release`. Zeros without one."""
+        return 0, 0
+
+    def release(self) -> None:
+        """Collect garbage, give the device back what is cached and not in use, and begin a new peak."""
+        gc.collect()
+
     @final
     def peak_of(self, step: Step) -> int:
         """The tensor bytes of `peaks_of`."""
@@ -190,6 +198,15 @@ class CudaDevice(Device):
         """What the allocator may reserve by `torch.cuda.set_per_process_memory_fraction`; all of it by default."""
         fraction = torch.cuda.get_per_process_memory_fraction(self.index)
         return int(torch.cuda.mem_get_info(self.index)[1] * fraction)
+
+    def pressure(self) -> tuple[int, int]:
+        stats = torch.cuda.memory_stats_as_nested_dict(self.index)  # flattened, as by memory_stats, it takes far longer
+        return stats["num_alloc_retries"], stats["reserved_bytes"]["all"]["peak"]
+
+    def release(self) -> None:
+        super().release()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.index)
 
     def warnings(self) -> list[str]:
         """What makes this device's memory less sure than that of others, a sentence each.

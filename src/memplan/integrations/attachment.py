@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled, signature
-from memplan.device import resolve_gpu
-from memplan.errors import DoesNotFit, MemplanError, ModelFailed, PlanMismatch, UsageError
+from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, longest_batch
@@ -32,13 +31,12 @@ from memplan.integrations.parts import (
     has_tokens,
     proved,
 )
-from memplan.integrations.scripts import WHOLE, check_batch, is_dealt_out, model_and_loader, own_batch_size
-from memplan.plan_record import Plan, Verdict
+from memplan.integrations.planning import place_of, plan_for, room_in
+from memplan.integrations.scripts import is_dealt_out, model_and_loader, own_batch_size
+from memplan.plan_record import Plan
 from memplan.recorder import Loss, Recipe
 from memplan.samples import Sample
-from memplan.session import Session
 from memplan.settings import Settings
-from memplan.strategy import load_strategy
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +131,19 @@ class Attachment:
             sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
             sample = Sample.of(sample)
             count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
-            plan = self._agreed(partial(self._make_plan, model, recipe, sample, batch_size, own_batches, count), model)
+            make = partial(
+                plan_for,
+                model,
+                recipe,
+                sample,
+                self._wishes.settings,
+                accelerator.device,
+                own_rows=batch_size,
+                own_batches=own_batches,
+                can_split=count is not None,
+                share=self._least_room(),
+            )
+            plan = self._agreed(make, model)
         if said:
             plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
         self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
@@ -230,33 +240,12 @@ class Attachment:
         found = proved(model, recipe, sample)
         return None if found is None else counter(found)
 
-    def _make_plan(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        sample: Sample,
-        batch_size: int,
-        own_batches: int,
-        count: Count | None,
-    ) -> Plan:
-        settings = self._wishes.settings
-        effective = batch_size * own_batches
-        if settings.plan is not None:
-            plan = Plan.load(settings.plan)
-            check_batch(plan, effective, batch_size, count is not None)
-            return plan
-        micro_batch = settings.micro_batch
-        if count is None:
-            if micro_batch not in (None, batch_size):
-                raise UsageError(f"micro_batch={micro_batch} would split a batch of {batch_size}: {WHOLE}")
-            micro_batch = batch_size
-        strategy = load_strategy(settings.strategy)
-        gpu = str(self._accelerator.device) if settings.gpu == "auto" else settings.gpu
-        session = Session(model, sample, recipe, *resolve_gpu(gpu))
-        plan = session.plan(strategy, effective, micro_batch)
-        if plan.verdict is Verdict.DOES_NOT_FIT:
-            raise DoesNotFit(plan.describe(), plan.smallest_bytes)
-        return plan
+    def _least_room(self) -> float:
+        """Of the memory that the first rank has, what the one with the least has."""
+        if self._accelerator.num_processes == 1 or self._wishes.settings.plan is not None:
+            return 1.0
+        rooms: list[int] = gather_object([room_in(place_of(self._wishes.settings, self._accelerator.device))])
+        return min(1.0, min(rooms) / rooms[0])
 
     def _agreed(self, make: Callable[[], Plan], model: nn.Module) -> Plan:
         """One plan for all ranks, made on the first; an error there is an error everywhere, and nobody waits."""

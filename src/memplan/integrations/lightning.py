@@ -21,17 +21,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from memplan.blocks import is_batch_coupled
-from memplan.device import resolve_gpu
-from memplan.errors import DoesNotFit, UsageError
+from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import batch_size_of, cut, longest_batch
 from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
-from memplan.plan_record import Plan, Verdict
+from memplan.integrations.planning import plan_for
+from memplan.plan_record import Plan
 from memplan.recorder import AFTER_FORWARD, Recipe
 from memplan.samples import Sample
-from memplan.session import Session
 from memplan.settings import Settings
-from memplan.strategy import load_strategy
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +75,16 @@ class MemplanCallback(Callback):
         with _not_logging(pl_module):
             sample, said = longest_batch(loader)
             by = None if is_batch_coupled(pl_module) else self._counted(pl_module, recipe, sample)
-            plan = self._planned(pl_module, recipe, sample, own_rows, own_batches, by)
+            plan = plan_for(
+                pl_module,
+                recipe,
+                sample,
+                self.settings,
+                next(pl_module.parameters()).device,
+                own_rows=own_rows,
+                own_batches=own_batches,
+                can_split=by is not None,
+            )
         self.plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         self._install(trainer, pl_module, loader, split, apply(pl_module, plan))
@@ -96,18 +103,6 @@ class MemplanCallback(Callback):
         name = self.settings.normalise
         found = proved(module, recipe, sample) if name == "auto" else name
         return None if found is None else counter(found)
-
-    def _planned(
-        self, module: nn.Module, recipe: Recipe, sample: Sample, own_rows: int, own_batches: int, by: Count | None
-    ) -> Plan:
-        micro_batch = self.settings.micro_batch if by is not None else own_rows
-        place = next(module.parameters()).device
-        gpu = str(place) if self.settings.gpu == "auto" else self.settings.gpu
-        session = Session(module, sample, recipe, *resolve_gpu(gpu))
-        plan = session.plan(load_strategy(self.settings.strategy), own_rows * own_batches, micro_batch)
-        if plan.verdict is Verdict.DOES_NOT_FIT:
-            raise DoesNotFit(plan.describe(), plan.smallest_bytes)
-        return plan
 
     def _install(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], split: Split, fit: Fit

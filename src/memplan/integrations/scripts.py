@@ -8,17 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from memplan._compat import is_checkpointing_layer
-from memplan.errors import AlreadyApplied, PlanMismatch, UsageError
+from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.loaders import batch_size_of
-from memplan.plan_record import Plan
 
 _UNKNOWN_WORLDS: Final = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-
-WHOLE = (
-    "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
-    "gradients than the whole; or the first process reads for all (dispatch_batches). Leave micro_batch out, or say "
-    "with normalise=... what the loss is a mean over."
-)
 
 
 def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
@@ -92,13 +85,3 @@ def is_dealt_out(accelerator: Accelerator, loader: DataLoader[Any]) -> bool:
     if dispatches is None:
         dispatches = isinstance(loader.dataset, IterableDataset) and accelerator.device_placement
     return bool(dispatches) and accelerator.num_processes > 1
-
-
-def check_batch(plan: Plan, effective: int, batch_size: int, can_split: bool) -> None:
-    if plan.effective_batch != effective:
-        raise PlanMismatch(
-            f"the plan is for {plan.effective_batch} samples per optimizer step, the script has {effective} on each "
-            "process. Plan for that batch, or change the script's."
-        )
-    if not can_split and plan.micro_batch != batch_size:
-        raise PlanMismatch(f"the plan splits a batch of {batch_size} into {plan.micro_batch}: {WHOLE}")

@@ -1,0 +1,355 @@
+"""`Guard`: training steps that outlive an out-of-memory error, by falling to a plan that needs less.
+
+::
+
+    plans = list(ladder(model, plan))            # before the plan is applied
+    guard = Guard(memplan.apply(model, plan), optimizer, plans)
+    for batch in loader:
+        def run():                               # one whole step; may be run again
+            for micro in split(batch, guard.plan.micro_batch):
+                (loss_of(model, micro) / guard.plan.accumulation).backward()
+            guard.exchange()                     # with several ranks; otherwise nothing
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        guard.step(run)
+"""
+
+import bisect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memplan import optimizers
+from memplan.device import Device, resolve_gpu
+from memplan.errors import DoesNotFit, MemoryTaken, ModelFailed, UsageError
+from memplan.fitting import Fit, apply
+from memplan.out_of_memory import Diagnosis, Where, diagnose
+from memplan.plan_record import Plan
+from memplan.ranks import Replicas, Word
+from memplan.rewind import Before, CarefulStep, forget
+from memplan.rungs import Rungs
+from memplan.units import format_bytes
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+_ANY_LENGTH: Final = 2**62  # tokens
+
+
+class _OthersRanOut(Exception):
+    """Ends the step of a rank that had memory enough."""
+
+
+class Guard:
+    """Runs steps by a plan, and by a smaller one from where memory runs out or nearly did. On every rank at once.
+
+    Args:
+        fit: the model that runs by the first plan.
+        optimizer: the one in use; its `step` is watched until `undo`.
+        plans: the first is the fit's own; each needs less than the one before. An iterator is asked when it is needed.
+            For batches of different lengths a mapping: the most tokens of a batch -> the plans for such batches, the
+            fit's own among the first ones.
+        replica: the model in DistributedDataParallel, if it is.
+        generators: sources of chance that the step draws from, beside the global ones.
+        patience_s: seconds that a rank waits for another one; longer than a step and the planning of a smaller one.
+
+    Attributes:
+        fit: the model by the plan in force.
+        falls: what happened, a sentence each.
+
+    Raises:
+        UsageError: no plans, plans that do not get smaller, that split another batch, or that step in the backward;
+            parameters that are sharded.
+        PlanMismatch: ranks have different plans.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        optimizer: object,
+        plans: "Iterable[Plan] | Mapping[int, Iterable[Plan]]",
+        *,
+        replica: DistributedDataParallel | None = None,
+        generators: Sequence[torch.Generator] = (),
+        patience_s: float = 300.0,
+    ) -> None:
+        by_length = plans if isinstance(plans, Mapping) else {_ANY_LENGTH: plans}
+        if replica is not None:  # planning lazily, ranks could come to different ones
+            by_length = {limit: list(some) for limit, some in by_length.items()}
+        self._limits = sorted(by_length)
+        self._rungs = [Rungs(by_length[limit], fit.plan.effective_batch) for limit in self._limits]
+        if not any(rungs.plan is fit.plan for rungs in self._rungs):
+            raise UsageError(
+                "the fit runs by another plan than the first: pass the plan that was applied, and the rest"
+            )
+        if any(hasattr(parameter, "device_mesh") for parameter in fit.model.parameters()):
+            raise UsageError(
+                "sharded parameters are gathered inside every forward, where a rank that has run out would leave the "
+                "others waiting: the guard is for whole models on each rank"
+            )
+        if replica is not None and replica.module is not fit.model:
+            raise UsageError("the replica wraps another model than the fit's: apply the plan, then wrap fit.model")
+        self.fit, self.falls = fit, list[str]()
+        self._optimizer = optimizers.unwrapped(optimizer)
+        self._device: Device = _device_of(fit.model)
+        self._before = Before(fit.model, generators)
+        self._replicas = None if replica is None else Replicas(replica, patience_s)
+        if self._replicas is not None:
+            self._replicas.check_same("\n".join(plan.model_dump_json() for rungs in self._rungs for plan in rungs.all))
+        self._careful = CarefulStep(fit.model, self._optimizer, self._device, self._check_exchanged)
+        self._device.release()  # the peak so far is of what was before
+        self._retries = self._device.pressure()[0]
+        self._bucket, self._exchanged, self._over = 0, False, False
+        self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
+        self._said: list[tuple[Word, int]] = []
+        self._rows: int | None = None  # what an evaluation has come down to
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self.fit.plan
+
+    def undo(self) -> None:
+        """The model, the optimizer and the replica as they were before any plan."""
+        self._careful.undo()
+        self.fit.undo()
+        if self._replicas is not None:
+            self._replicas.undo()
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def step(self, run: Callable[[], _Result], tokens: int | None = None) -> _Result:
+        """One step of training, and what `run` returns.
+
+        `run` does all forwards and backwards by `self.plan`, calls `exchange` if there are several ranks, steps the
+        optimizer and drops the gradients. Where memory runs out before the optimizer's step, all is put back as it was
+        before (see `rewind`), and `run` is called again by the next plan: what it reads has to be there again, so fetch
+        the batch outside. Where it runs out inside the optimizer's step, that is finished with less memory.
+
+        Args:
+            tokens: in the batch, if the guard has plans by length.
+
+        Raises:
+            UsageError: gradients are there already, the batch is longer than any plan's, or `run` calls no `exchange`.
+            DoesNotFit: another rank has run out, and there is no smaller plan.
+            ModelFailed: another rank has failed.
+            Any other: what `run` raised. An out-of-memory error that no plan helps has a note with the diagnosis.
+        """
+        bucket = self._bucket_of(tokens)
+        self._follow(self._rungs[bucket].plan)
+        if held := self._before.gradients():
+            raise UsageError(
+                f"{held} parameters hold gradients before the step, and a copy of them would take memory. Call "
+                "optimizer.zero_grad(set_to_none=True) at the end of each step."
+            )
+        self._before.note()
+        self._bucket = bucket
+        while True:
+            self._exchanged = False
+            self._careful.reset()
+            result, failure = _outcome(run)
+            if failure is None:
+                if self._replicas is not None and not self._exchanged:
+                    raise UsageError("call guard.exchange() in the step, after its last backward")
+                self._watch()
+                assert result is not None
+                return result[0]
+            self._recover(failure)
+            del failure
+
+    def exchange(self) -> None:
+        """After a step's last backward: gradients become their mean over the ranks. With one rank, nothing.
+
+        No rank comes past here if another one has run out of memory.
+        """
+        if self._replicas is None:
+            return
+        if self._exchanged:
+            raise UsageError("guard.exchange() was called twice in a step: once, after its last backward")
+        self._tell(*self._last)
+        if any(word is Word.RAN_OUT for word, _ in self._said):
+            raise _OthersRanOut
+        self._replicas.exchange()
+
+    def evaluate(self, run: Callable[[int], _Result], rows: int) -> _Result:
+        """What `run(rows)` returns, which evaluates all there is in batches of that size, without gradients.
+
+        Where memory runs out it is called anew, with half the rows; later evaluations start from there. The plan and
+        the batch of the training stay as they are. With several ranks it is for `run` to call nothing that waits for
+        the others.
+
+        Raises as `step` does; the out-of-memory error, with a note, if one row is too much.
+        """
+        self._before.note()
+        while True:
+            now = min(rows, self._rows or rows)
+            result, failure = _outcome(partial(run, now))
+            found = None if failure is None else self._found(failure)
+            if failure is not None and found is None:
+                self._give_up()
+                raise failure
+            self._tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
+            if not any(word is Word.RAN_OUT for word, _ in self._said):
+                assert result is not None
+                return result[0]
+            self._free(failure)
+            if now == 1:
+                raise self._ended(failure, found, "an evaluation in batches of one row")
+            self._rows = now // 2
+            self._note(f"an evaluation ran out of memory in batches of {now}; it goes on with {self._rows}")
+            del failure
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------
+
+    def _recover(self, failure: Exception) -> None:
+        """Back to before the step, and to a smaller plan. Raises if there is no way on."""
+        told = isinstance(failure, _OthersRanOut)
+        found = None if told else self._found(failure)
+        late = self._careful.begun or (self._replicas is not None and self._exchanged and not told)
+        if not told and (found is None or late):
+            self._give_up()
+            if found is not None:
+                self._before.drop_gradients()
+                self._free(failure)
+                kept = "weights had changed" if self._careful.taken else "gradients had been exchanged or used"
+                failure.add_note(f"memplan: {found.where} ran out when {kept}, so the step is not run again.")
+            elif diagnosed := diagnose(failure):
+                failure.add_note(f"memplan: {diagnosed.where} ran out, which no plan helps: {diagnosed.helps}.")
+            raise failure
+        if not told:
+            self._tell(Word.RAN_OUT, self._bucket)
+        self._before.drop_gradients()
+        self._free(failure)
+        for bucket in sorted({bucket for word, bucket in self._said if word is Word.RAN_OUT}):
+            if not self._fall(bucket, "ran out of memory"):
+                raise self._ended(failure, found, f"a step of {self.plan.micro_batch} samples at a time")
+
+    def _found(self, failure: Exception) -> Diagnosis | None:
+        """What ran out, if it is what plans are about: the memory where the model is."""
+        found = diagnose(failure)
+        here = Where.HOST if self._device.torch_device.type == "cpu" else Where.DEVICE
+        return found if found is not None and found.where in (here, Where.DEVICE) else None
+
+    def _free(self, failure: Exception | None) -> None:
+        self._before.put_back()
+        if failure is not None:
+            forget(failure)
+        self._device.release()
+
+    def _ended(self, failure: Exception | None, found: Diagnosis | None, what: str) -> Exception:
+        """The error to raise where there is nothing smaller: the original one, or on another rank that one's news."""
+        needs = f"The smallest plan was to need {format_bytes(self.plan.needs_bytes)}"
+        state = "weights, optimizer state, buffers and random states are as before it"
+        if failure is None or found is None:
+            odd = ", ".join(str(rank) for rank, (word, _) in enumerate(self._said) if word is Word.RAN_OUT)
+            return DoesNotFit(f"rank {odd} ran out of memory in {what}. {needs}; {state}.", self.plan.smallest_bytes)
+        failure.add_note(
+            f"memplan: {found.where} ran out ({found.name}) in {what}, and there is no smaller plan. {needs}; {state}. "
+            f"Way out: {found.helps}."
+        )
+        return failure
+
+    # -- falling -------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """After a step that went well: was it close? With several ranks, all fall when all have said so."""
+        retries, reserved = self._device.pressure()
+        foreseen = max(max(rungs.plan.budget_bytes, rungs.plan.reserved_bytes or 0) for rungs in self._rungs)
+        close = retries > self._retries or reserved > foreseen
+        self._retries = retries
+        if self._replicas is None:
+            self._said = [(Word.NEARLY if close else Word.WELL, self._bucket)]
+        fallen = [
+            self._fall(bucket, "nearly ran out of memory")
+            for bucket in sorted({bucket for word, bucket in self._said if word is Word.NEARLY})
+        ]
+        self._last = (Word.NEARLY if close and not any(fallen) else Word.WELL, self._bucket)
+
+    def _fall(self, bucket: int, why: str) -> bool:
+        """To the next plan of a bucket, if there is one."""
+        rungs, before = self._rungs[bucket], self._rungs[bucket].plan
+        if rungs.ended:
+            return False
+        in_force = self.plan is before
+        if in_force:
+            self.fit.undo()  # a smaller plan is made for the model as it is
+        while rungs.fall():
+            if in_force:
+                try:
+                    self.fit = apply(self.fit.model, rungs.plan, self._optimizer)
+                except MemoryTaken:  # by other processes: a still smaller plan may do
+                    continue
+            self._device.release()
+            self._retries = self._device.pressure()[0]
+            needs = f"{format_bytes(before.needs_bytes)} to {format_bytes(rungs.plan.needs_bytes)}"
+            self._note(f"a step {why}; its plan falls from {needs}, {rungs.plan.micro_batch} samples at a time")
+            return True
+        rungs.plan = before
+        if in_force:
+            self.fit = apply(self.fit.model, before, self._optimizer)
+        return False
+
+    def _follow(self, plan: Plan) -> None:
+        if self.plan is not plan:
+            self.fit.undo()
+            self.fit = apply(self.fit.model, plan, self._optimizer)
+
+    def _bucket_of(self, tokens: int | None) -> int:
+        if tokens is None and self._limits != [_ANY_LENGTH]:
+            raise UsageError(
+                "this guard has plans by length: say how many tokens the batch has, guard.step(run, tokens)"
+            )
+        bucket = bisect.bisect_left(self._limits, tokens or 0)
+        if bucket == len(self._limits):
+            raise UsageError(f"the batch has {tokens} tokens, and the plans are for {self._limits[-1]} at most")
+        return bucket
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, word: Word, bucket: int) -> None:
+        """Say it to the other ranks, and hear theirs. Raises ModelFailed if one has failed of something else."""
+        self._exchanged, self._said = True, [(word, bucket)]
+        if self._replicas is None or self._over:
+            return
+        self._said = self._replicas.agree(word, bucket)
+        failed = [str(rank) for rank, (said, _) in enumerate(self._said) if said is Word.FAILED]
+        if failed:
+            self._over = True
+            raise ModelFailed(f"rank {', '.join(failed)} failed, and the others cannot go on: its own error says why")
+
+    def _give_up(self) -> None:
+        """Tell the others not to wait. Where they do not listen any more, `patience_s` ends it."""
+        with suppress(RuntimeError):
+            self._tell(Word.FAILED, self._bucket)
+        self._over = True
+
+    def _check_exchanged(self) -> None:
+        if self._replicas is not None and not self._exchanged:
+            raise UsageError("call guard.exchange() before optimizer.step(): gradients are those of one rank alone")
+
+    def _note(self, text: str) -> None:
+        self.falls.append(text)
+        _log.warning("memplan: %s", text)
+
+
+def _outcome(run: Callable[[], _Result]) -> tuple[tuple[_Result] | None, Exception | None]:
+    """What it returns, or what it raises: recovery must not run while an error is handled, which holds its tensors."""
+    try:
+        return (run(),), None
+    except Exception as error:
+        return None, error
+
+
+def _device_of(model: nn.Module) -> Device:
+    place = str(next(model.parameters()).device)
+    device = resolve_gpu(place)[1]
+    if device is None:
+        raise UsageError(f"the weights are on {place}: the guard is for a model on a CPU or a CUDA device")
+    return device

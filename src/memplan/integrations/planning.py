@@ -1,0 +1,81 @@
+"""A plan for the batch of somebody's training loop, by the settings in force."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from memplan.device import memory_parts, resolve_gpu
+from memplan.errors import DoesNotFit, PlanMismatch, UsageError
+from memplan.plan_record import Plan, Verdict
+from memplan.recorder import Recipe
+from memplan.samples import Sample
+from memplan.session import Session
+from memplan.settings import Settings
+from memplan.strategy import load_strategy
+
+_WHOLE = (
+    "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
+    "gradients than the whole; or the first process reads for all (dispatch_batches). Leave micro_batch out, or say "
+    "with normalise=... what the loss is a mean over."
+)
+
+
+def plan_for(
+    model: nn.Module,
+    recipe: Recipe,
+    sample: Sample,
+    settings: Settings,
+    device: torch.device,
+    *,
+    own_rows: int,
+    own_batches: int,
+    can_split: bool,
+    share: float = 1.0,
+) -> Plan:
+    """A plan that fits, for steps of `own_batches` of the loop's own batches.
+
+    Args:
+        device: what the settings' "auto" stands for.
+        own_rows: samples in one of the loop's own batches.
+        can_split: whether parts of a batch may be computed by themselves.
+        share: of the memory that is here, what the plan may use: another rank may have less.
+
+    Raises:
+        DoesNotFit: no plan meets the budget. UsageError, PlanMismatch: the settings ask for what cannot be.
+    """
+    effective = own_rows * own_batches
+    if settings.plan is not None:
+        plan = Plan.load(settings.plan)
+        _check_batch(plan, effective, own_rows, can_split)
+        return plan
+    micro_batch = settings.micro_batch if can_split else own_rows
+    if settings.micro_batch not in (None, micro_batch):
+        raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
+    strategy = load_strategy(settings.strategy)
+    session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
+    plan = session.plan(replace(strategy, budget_share=strategy.budget_share * share), effective, micro_batch)
+    if plan.verdict is Verdict.DOES_NOT_FIT:
+        raise DoesNotFit(plan.describe(), plan.smallest_bytes)
+    return plan
+
+
+def place_of(settings: Settings, device: torch.device) -> str:
+    """What is planned for, in the words of `memplan.plan`."""
+    return str(device) if settings.gpu == "auto" else settings.gpu
+
+
+def room_in(place: str) -> int:
+    """Bytes for training there: what the device has, less what other processes and CUDA itself hold."""
+    total, others, context = memory_parts(*resolve_gpu(place))
+    return total - others - context
+
+
+def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool) -> None:
+    if plan.effective_batch != effective:
+        raise PlanMismatch(
+            f"the plan is for {plan.effective_batch} samples per optimizer step, the script has {effective} on each "
+            "process. Plan for that batch, or change the script's."
+        )
+    if not can_split and plan.micro_batch != own_rows:
+        raise PlanMismatch(f"the plan splits a batch of {own_rows} into {plan.micro_batch}: {_WHOLE}")
