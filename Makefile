@@ -5,11 +5,12 @@ STAMP := $(VENV)/.memplan-installed
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup
+.PHONY: help demo test test-slow lint setup
 
 help:
 	@echo "make demo   fit and train a small language model inside a memory budget (about 4 minutes on 2 cores)"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests (under 10 minutes on 2 cores)"
+	@echo "make test-slow   run those that train for minutes or start several processes"
 	@echo "make lint   ruff and mypy"
 
 demo: setup
@@ -17,7 +18,10 @@ demo: setup
 
 # One thread a worker: two workers with two threads each would fight over the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,11 +12,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_SECONDS = 900  # they take one minute by themselves; a busy machine may need more
 
 
-def output_of(name: str, folder: Path) -> str:
+def output_of(name: str, folder: Path, *launcher: str) -> str:
     """What an example prints. It has one thread and no way to the network."""
     offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, *launcher, str(EXAMPLES / name)],
         env={**os.environ, **offline},
         cwd=folder,
         capture_output=True,
@@ -36,6 +36,29 @@ def test_trainers_keep_to_their_budget(name: str, tmp_path: Path) -> None:
     peak, predicted, budget = (int(record[f"memplan/{name}_bytes"]) for name in ("peak", "predicted", "budget"))
     assert peak <= predicted <= budget
     assert "train_runtime" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        ("02_accelerate.py", ()),
+        ("05_lightning.py", ("-W", "ignore")),
+        ("06_fsdp2.py", ("-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")),
+    ],
+)
+def test_loops_train_by_a_plan_that_fits(name: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
+    said = output_of(name, tmp_path, *launcher)
+    assert "fits: " in said
+    assert " accumulated = " in said
+
+
+@pytest.mark.parametrize("name", ["02_accelerate.py", "05_lightning.py", "06_fsdp2.py"])
+def test_the_lines_that_memplan_takes_are_marked(name: str) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert text.count("\n") <= 60
+    code = text.split('"""')[2].splitlines()
+    assert all("# +" in line for line in code if "memplan" in line)
 
 
 @pytest.mark.parametrize("name", ["03_trainer.py", "04_sft_lora.py"])
