@@ -1,7 +1,8 @@
 """How fast and how good the solvers are: blocks x options -> milliseconds, gap, and the exact solver's answer.
 
-    python benchmarks/solver.py            prints the table (about two minutes)
-    python benchmarks/solver.py --write    and puts it into docs/solver.md
+    python benchmarks/solver.py                        prints the tables (about five minutes)
+    python benchmarks/solver.py --only "with copies"   measures the rows whose name has these words, keeps the others
+    python benchmarks/solver.py --write                and puts them into docs/solver.md
 
 The chains are synthetic and seeded, the budgets lie at shares of the way from the least that fits to what the fastest
 options need. Times are CPU time in one process, medians of repeated solves; the exact solver is asked once, where it is
@@ -12,7 +13,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,19 +27,19 @@ MIB = 2**20
 DOC = Path(__file__).parents[1] / "docs" / "solver.md"
 START, END = "<!-- benchmarks/solver.py writes from here", "<!-- to here -->"
 SHARES = (0.02, 0.1, 0.3, 0.6, 0.95)
-REPEATS = 9
+REPEATS = 9  # of a solve, but no further one after so many seconds:
+LONG_S = 1.0
 EXACT_UP_TO = 32 * 8  # blocks x options: HiGHS takes seconds to minutes above
 
 
-@dataclass(frozen=True)
-class Row:
-    shape: str
-    blocks: int
-    options: int
-    median_ms: float  # over all budgets
-    worst_ms: float  # the median at the slowest budget
-    worst_gap: float
-    exact: str
+CHAINS = """\
+| blocks are | blocks | options | median | slowest budget | worst gap | HiGHS |
+|---|--:|--:|--:|--:|--:|---|
+"""
+SEARCHES = """\
+| search over 12 micro-batches, 128 blocks, 24 options | CPU time | gap | taken |
+|---|--:|--:|--:|
+"""
 
 
 # --- the chains -----------------------------------------------------------------------------------------------------
@@ -68,6 +69,23 @@ def proportional(rng: random.Random, count: int) -> list[tuple[int, float]]:
 
 
 Points = Callable[[random.Random, int], list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row."""
+
+    shape: str
+    points: Points
+    blocks: int
+    options: int
+    identical: bool
+    copies: bool
+
+    @property
+    def name(self) -> str:
+        alike = "identical" if self.identical else "different"
+        return f"{self.shape}, {alike}{', with copies' if self.copies else ''}"
 
 
 def chain(points: Points, blocks: int, options: int, *, identical: bool) -> Problem:
@@ -146,8 +164,8 @@ class Scaled:
 
 
 def timed_ms(problem: Problem) -> tuple[float, Solution]:
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < LONG_S * 1e3:
         start = time.process_time()
         solution = SOLVERS["dp"](problem)
         times.append((time.process_time() - start) * 1e3)
@@ -164,9 +182,10 @@ def against_exact(problem: Problem, solution: Solution) -> tuple[float, float]:
     return solution.step_s / exact.step_s - 1, took_ms
 
 
-def measured(shape: str, points: Points, blocks: int, options: int, *, identical: bool, copies: bool = False) -> Row:
-    plain = chain(points, blocks, options, identical=identical)
-    problems = [with_share(with_copies(plain) if copies else plain, share) for share in SHARES]
+def measured(case: Case) -> str:
+    """A row of the first table: one chain at all budgets."""
+    plain = chain(case.points, case.blocks, case.options, identical=case.identical)
+    problems = [with_share(with_copies(plain) if case.copies else plain, share) for share in SHARES]
     results = [timed_ms(problem) for problem in problems]
     gaps = []
     for problem, (_, solution) in zip(problems, results, strict=True):
@@ -175,72 +194,80 @@ def measured(shape: str, points: Points, blocks: int, options: int, *, identical
         assert simulate(problem, solution.choice).fits
         gaps.append(solution.gap)
     exact = "not asked"
-    if blocks * options <= EXACT_UP_TO and points is not proportional and not copies:
+    if case.blocks * case.options <= EXACT_UP_TO and case.points is not proportional and not case.copies:
         pairs = [against_exact(p, solution) for p, (_, solution) in zip(problems, results, strict=True)]
         slower = max(pair[0] for pair in pairs)
         exact = f"{'same' if abs(slower) < 1e-9 else f'{slower:+.1e}'}, {statistics.median(p[1] for p in pairs):.0f} ms"
     times = [result[0] for result in results]
-    name = f"{shape}, {'identical' if identical else 'different'}{', with copies' if copies else ''}"
-    return Row(name, blocks, options, statistics.median(times), max(times), max(gaps), exact)
+    gap = "0" if max(gaps) == 0 else f"{max(gaps) * 100:.1g} %"
+    median_ms, worst_ms = statistics.median(times), max(times)
+    start = f"| {case.name} | {case.blocks} | {case.options} |"
+    return f"{start} {median_ms:.1f} ms | {worst_ms:.1f} ms | {gap} | {exact} |"
 
 
-def table(rows: list[Row]) -> str:
-    head = "| blocks are | blocks | options | median | slowest budget | worst gap | HiGHS |\n"
-    head += "|---|--:|--:|--:|--:|--:|---|\n"
-    return head + "".join(
-        f"| {row.shape} | {row.blocks} | {row.options} | {row.median_ms:.1f} ms | {row.worst_ms:.1f} ms | "
-        f"{'0' if row.worst_gap == 0 else f'{row.worst_gap * 100:.1g} %'} | {row.exact} |\n"
-        for row in rows
-    )
-
-
-def searched(shape: str, points: Points, *, identical: bool, copies: bool) -> str:
+def searched(case: Case) -> str:
     """A row of the second table: the whole outer search, over the 12 splits of a batch of 60."""
-    plain = chain(points, 128, 24, identical=identical)
-    whole = with_copies(plain) if copies else plain
+    plain = chain(case.points, case.blocks, case.options, identical=case.identical)
+    whole = with_copies(plain) if case.copies else plain
     link = {"link_bytes_s": whole.link_bytes_s, "host_bytes": whole.host_bytes}
     start = time.process_time()
     found = search(Scaled(whole), with_share(plain, 0.1).budget_bytes, Strategy("any"), effective_batch=60, **link)
     took = time.process_time() - start
     assert isinstance(found, Outcome)
     gap = "0" if found.gap == 0 else f"{found.gap * 100:.1g} %"
-    name = f"{shape}, {'identical' if identical else 'different'}{', with copies' if copies else ''}"
-    return f"| {name} | {took:.2f} s | {gap} | {found.micro_batch} x {found.accumulation} |\n"
+    return f"| {case.name} | {took:.2f} s | {gap} | {found.micro_batch} x {found.accumulation} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/solver.md")
-    write = parser.parse_args().write
-    cases: list[tuple[str, Points, tuple[tuple[int, int], ...]]] = [
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+
+def cases() -> Iterator[Case]:
+    """Of the first table."""
+    shapes: list[tuple[str, Points, tuple[tuple[int, int], ...]]] = [
         ("keep or recompute", keep_or_recompute, ((32, 2), (64, 2), (128, 2))),
         ("selective", selective, ((32, 8), (32, 24), (128, 24))),
         ("scattered", scattered, ((32, 8), (32, 24), (128, 24))),
         ("proportional", proportional, ((32, 8), (128, 24))),
     ]
-    rows = [
-        measured(shape, points, blocks, options, identical=identical)
-        for shape, points, sizes in cases
-        for identical in (True, False)
-        for blocks, options in sizes
-    ]
-    rows += [
-        measured(shape, points, blocks, options, identical=identical, copies=True)
-        for shape, points, sizes in cases[:3]
-        for identical in (True, False)
-        for blocks, options in sizes[::2]
-    ]
-    text = table(rows)
-    text += "\n| search over 12 micro-batches, 128 blocks, 24 options | CPU time | gap | taken |\n|---|--:|--:|--:|\n"
-    for shape, points, _ in cases[1:]:
+    for copies in (False, True):
+        for shape, points, sizes in shapes[:3] if copies else shapes:
+            for identical in (True, False):
+                for blocks, options in sizes[::2] if copies else sizes:
+                    yield Case(shape, points, blocks, options, identical, copies)
+
+
+def searches() -> Iterator[Case]:
+    """Of the second."""
+    for shape, points in (("selective", selective), ("scattered", scattered), ("proportional", proportional)):
         for identical in (True, False):
             for copies in (False, True):
-                text += searched(shape, points, identical=identical, copies=copies)
-    print(text)
-    if write:
-        before, rest = DOC.read_text(encoding="utf-8").split(START)
-        line, after = rest.split("\n", 1)[0], rest.split(END)[1]
-        DOC.write_text(f"{before}{START}{line}\n\n{text}\n{END}{after}", encoding="utf-8")
+                yield Case(shape, points, 128, 24, identical, copies)
+
+
+def table(cases: Iterable[Case], row: Callable[[Case], str], only: str, known: list[str], keys: int) -> str:
+    """The rows, those without the words `only` in their name as they were; `keys` cells tell them apart."""
+    lines = []
+    for case in cases:
+        start = f"| {case.name} |" + "".join(f" {size} |" for size in (case.blocks, case.options)[: keys - 1])
+        kept = [] if only in case.name else [line for line in known if line.startswith(start)]
+        lines += kept[:1] if kept else [row(case)]
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/solver.md")
+    parser.add_argument("--only", default="", help="words in the names of the rows to measure; others stay as they are")
+    given = parser.parse_args()
+    before, rest = DOC.read_text(encoding="utf-8").split(START)
+    line, after = rest.split("\n", 1)[0], rest.split(END)[1]
+    chains, _, whole = rest.partition("| search over")
+    solved = table(cases(), measured, given.only, chains.splitlines(), 3)
+    found = table(searches(), searched, given.only, whole.splitlines(), 1)
+    text = f"{CHAINS}{solved}\n\n{SEARCHES}{found}"
+    if given.write:
+        DOC.write_text(f"{before}{START}{line}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Each is tried with every variant whose levers the strategy allows. Sizes are byt
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import isclose
+from math import inf, isclose
 from typing import Protocol
 
 from memplan.batches import splits
@@ -31,6 +31,7 @@ from memplan.strategy import Strategy
 
 GIB = 2**30
 FRONTIER_POINTS = 8
+ROUGH = 0.01  # share of a step by which those may be slower than need be
 
 
 class Profile(Protocol):
@@ -62,9 +63,7 @@ class Outcome:
     problem: Problem  # `solution.choice` counts its options: those that the strategy allows
     solution: Solution
     timeline: Timeline
-    slowdown: (
-        float  # step / plain step with every block's fastest option at this micro-batch - 1; below 0: it is faster
-    )
+    slowdown: float  # step / plain step with every block's fastest option at this micro-batch - 1; below 0: faster
     gap: float  # share of the step that another plan could save at most; see `search`
     shadow_price_s_per_gib: float  # seconds per step that 1 GiB more would save at this micro-batch and variant
     frontier: tuple[tuple[int, float], ...]  # (peak bytes, seconds per step) of those two, from the least peak
@@ -100,6 +99,10 @@ class _Size:
     @property
     def samples(self) -> int:
         return self.micro_batch * self.accumulation
+
+    def asking(self, at_most_s: float = inf, enough: float = 0.0) -> "_Size":
+        """The same, with what the solver is told to be of no interest: see `Problem`."""
+        return replace(self, problem=replace(self.problem, at_most_s=at_most_s, enough=enough))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +191,21 @@ class _Task:
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            if self.is_quick(self.solved(size, middle)):
-                high = middle
-            else:
-                low = middle
+            low, high = (low, middle) if self.is_quick(self.solved(size, middle)) else (middle, high)
         return high
+
+
+def _judged(problem: Problem, solution: Solution) -> Timeline:
+    """The simulator's walk; the planner takes nothing that the simulator does not accept."""
+    if solution.choice is None:
+        raise RuntimeError("internal error: the solver found nothing where the smallest budget says that a choice fits")
+    timeline = simulate(problem, solution.choice)
+    if not timeline.fits or solution.step_s is None or not isclose(timeline.step_s, solution.step_s, rel_tol=1e-9):
+        raise RuntimeError(
+            f"internal error: the solver's choice needs {timeline.peak_bytes} of {problem.budget_bytes} bytes and "
+            f"{timeline.step_s} s by the simulator, not {solution.peak_bytes} bytes and {solution.step_s} s"
+        )
+    return timeline
 
 
 def search(
@@ -244,14 +257,13 @@ def _found(task: _Task, effective_batch: int | None, micro_batch: int | None) ->
         return _no_plan(task, min(sizes, key=lambda size: size.smallest_bytes))
     taken, bound_s = best
     step_s = taken.timeline.step_s
-    problem = replace(taken.size.problem, budget_bytes=task.budget_bytes)
     return Outcome(
         micro_batch=taken.size.micro_batch,
         accumulation=taken.size.accumulation,
         variant=taken.size.variant,
-        problem=problem,
+        problem=replace(taken.size.asking().problem, budget_bytes=task.budget_bytes),
         solution=taken.solution,
-        timeline=_judged(problem, taken.solution),
+        timeline=taken.timeline,
         slowdown=taken.slowdown,
         gap=max(0.0, (step_s - bound_s) / step_s) if step_s > 0 else 0.0,
         shadow_price_s_per_gib=_shadow_price(task, taken),
@@ -268,9 +280,8 @@ def _given(profile: Profile, effective_batch: int | None, micro_batch: int | Non
     pairs = splits(effective_batch, micro_batch, profile.can_split)
     covered = [(n, k) for n, k in pairs if n <= profile.largest_micro_batch]
     if not covered:
-        raise BadBatch(
-            f"a micro-batch of {pairs[0][0]} is beyond the {profile.largest_micro_batch} that this profile covers"
-        )
+        most = profile.largest_micro_batch
+        raise BadBatch(f"a micro-batch of {pairs[0][0]} is beyond the {most} that this profile covers")
     return covered
 
 
@@ -338,10 +349,11 @@ def _quickest(task: _Task, sizes: list[_Size]) -> tuple[_Solved, float] | None:
     plans: list[_Solved] = []
     bounds: list[tuple[int, float]] = []  # (samples, seconds) of each size; a step of other samples bounds nothing
     for size in sorted(sizes, key=lambda size: (size.allowed_s / size.samples, -size.micro_batch)):
-        if plans and size.samples < max(plan.rate for plan in plans) * share * size.allowed_s:
+        slowest = max((plan.rate for plan in plans), default=0.0) * share
+        if size.samples < slowest * size.allowed_s:
             bounds.append((size.samples, size.allowed_s))
             continue
-        plan = task.plan(size)
+        plan = task.plan(size.asking(at_most_s=size.samples / slowest if slowest > 0 else inf))
         if plan is not None:
             plans.append(plan)
             bounds.append((size.samples, plan.bound_s))
@@ -354,17 +366,14 @@ def _quickest(task: _Task, sizes: list[_Size]) -> tuple[_Solved, float] | None:
 
 def _shadow_price(task: _Task, taken: _Solved) -> float:
     """Seconds per step that 1 GiB above the plan's own budget would save, at the same micro-batch."""
-    richer = task.solved(taken.size, _budget_of(task, taken) + GIB)
+    own_bytes = taken.timeline.peak_bytes if task.strategy.objective == "peak" else task.budget_bytes
+    richer = task.solved(taken.size.asking(), own_bytes + GIB)
     return max(0.0, taken.timeline.step_s - richer.timeline.step_s)
-
-
-def _budget_of(task: _Task, taken: _Solved) -> int:
-    return taken.timeline.peak_bytes if task.strategy.objective == "peak" else task.budget_bytes
 
 
 def _frontier(task: _Task, taken: _Solved) -> tuple[tuple[int, float], ...]:
     """Peak against time from the smallest budget to the fastest options, and the plan taken; each step buys time."""
-    size = taken.size
+    size = taken.size.asking(enough=ROUGH)
     low, high = size.smallest_bytes, simulate(size.problem, fastest(size.problem)).peak_bytes
     budgets = {low + (high - low) * k // (FRONTIER_POINTS - 1) for k in range(FRONTIER_POINTS)}
     timelines = [task.solved(size, budget).timeline for budget in sorted(budgets)] + [taken.timeline]
@@ -382,19 +391,3 @@ def _no_plan(task: _Task, size: _Size) -> NoPlan:
     else:
         reason = "every choice that fits is slower than the strategy's max_slowdown allows"
     return NoPlan(size.micro_batch, size.accumulation, task.least_bytes(size), reason)
-
-
-# --- small pieces ---------------------------------------------------------------------------------------------------
-
-
-def _judged(problem: Problem, solution: Solution) -> Timeline:
-    """The simulator's walk; the planner takes nothing that the simulator does not accept."""
-    if solution.choice is None:
-        raise RuntimeError("internal error: the solver found nothing where the smallest budget says that a choice fits")
-    timeline = simulate(problem, solution.choice)
-    if not timeline.fits or solution.step_s is None or not isclose(timeline.step_s, solution.step_s, rel_tol=1e-9):
-        raise RuntimeError(
-            f"internal error: the solver's choice needs {timeline.peak_bytes} of {problem.budget_bytes} bytes and "
-            f"{timeline.step_s} s by the simulator, not {solution.peak_bytes} bytes and {solution.step_s} s"
-        )
-    return timeline

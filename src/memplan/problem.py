@@ -16,7 +16,7 @@ micro-batch on, the gradients are already inside the constants. All times are se
 """
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 from memplan.link import FORWARD_SHARE, staging_bytes, waits_s
 from memplan.strategy import Lever
@@ -105,6 +105,8 @@ class Problem:
     accumulation: int = 1
     link_bytes_s: float | None = None  # of the link to the host, each way at once; None: nothing may be copied
     host_bytes: int | None = None  # limit on what lies on the host at once; None: no limit is stated, so nothing may
+    at_most_s: float = inf  # a slower step is of no interest: a solver that finds no faster one may stop looking
+    enough: float = 0.0  # so may one whose choice misses its bound by no more than this share of the blocks' time
 
     def __post_init__(self) -> None:
         if len(self.gaps) != len(self.blocks) + 1:

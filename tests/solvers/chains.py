@@ -1,6 +1,7 @@
 """Chains to solve: strategies for small ones, a seeded generator for large ones, and the brute-force oracle."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -13,17 +14,23 @@ from memplan.solvers import smallest_budget
 MIB = 2**20
 
 
+def choices(problem: Problem) -> Iterator[Choice]:
+    return product(*(range(len(block.options)) for block in problem.blocks))
+
+
+def accepted(problem: Problem) -> list[Choice]:
+    """Every choice that the simulator accepts."""
+    return [choice for choice in choices(problem) if simulate(problem, choice).fits]
+
+
 def brute_force(problem: Problem) -> Choice | None:
     """The fastest choice that the simulator accepts, by trying every one."""
-    choices = product(*(range(len(block.options)) for block in problem.blocks))
-    accepted = [choice for choice in choices if simulate(problem, choice).fits]
-    return min(accepted, key=problem.step_s, default=None)
+    return min(accepted(problem), key=problem.step_s, default=None)
 
 
 def least_peak(problem: Problem) -> int:
     """The smallest peak of all choices, by trying every one."""
-    choices = product(*(range(len(block.options)) for block in problem.blocks))
-    timelines = (simulate(replace(problem, budget_bytes=10**15), choice) for choice in choices)
+    timelines = (simulate(replace(problem, budget_bytes=10**15), choice) for choice in choices(problem))
     return min(timeline.peak_bytes for timeline in timelines if timeline.fits)
 
 

@@ -49,6 +49,23 @@ def test_answers_the_same_twice(solver: Solver, problem: Problem) -> None:
     assert solver(problem) == solver(problem)
 
 
+@given(
+    problem=offloading_problems(),
+    share=st.sampled_from([0.5, 0.99, 1.0, 1.01, 2.0]),
+    enough=st.sampled_from([0.0, 0.1]),
+)
+@settings(deadline=None, max_examples=80)
+def test_what_is_of_no_interest_takes_nothing_from_the_proof(problem: Problem, share: float, enough: float) -> None:
+    optimum = brute_force(problem)
+    if optimum is not None:
+        least_s = problem.step_s(optimum)
+        solution = SOLVERS["dp"](replace(problem, at_most_s=least_s * share, enough=enough))
+        assert solution.choice is not None
+        assert simulate(problem, solution.choice).fits
+        assert solution.bound_s is not None
+        assert solution.bound_s <= least_s * (1 + ULP)
+
+
 @given(problem=offloading_problems())
 @settings(deadline=None, max_examples=80)
 def test_being_allowed_to_copy_is_never_slower(problem: Problem) -> None:
@@ -120,6 +137,18 @@ def test_the_host_limit_is_shared_by_all_blocks(solver: Solver) -> None:
     assert free.choice is not None
     assert held.choice is not None
     assert held.choice.count(2) <= 5 < free.choice.count(2)
+
+
+@pytest.mark.parametrize("host_bytes", [240, 280, 300, 320])
+def test_a_plan_is_found_where_only_copies_fit_and_the_host_limit_binds(host_bytes: int) -> None:
+    less = Option("offload-less", 40, 110, 120, 3.2, link_bytes=60, recompute_s=0.2)
+    problem = blocks_of(5, budget_bytes=1, bytes_s=1000.0, host_bytes=host_bytes)
+    blocks = tuple(replace(block, options=(KEEP, OFFLOAD, less)) for block in problem.blocks)
+    problem = replace(problem, blocks=blocks)
+    problem = replace(problem, budget_bytes=smallest_budget(problem))
+    optimum, solution = brute_force(problem), SOLVERS["dp"](problem)
+    assert optimum is not None
+    assert solution.step_s == pytest.approx(problem.step_s(optimum))
 
 
 @pytest.mark.parametrize("bytes_s", [1e10, 2.5e10, 1e11])

@@ -58,9 +58,11 @@ class _Copies:
 
 
 @dataclass(frozen=True, slots=True)
-class _Optimum:
-    x: NDArray[np.float64]
-    bound_s: float  # proven, of all blocks, once
+class Relaxed:
+    """The optimum of the programme, in which copies wait for the link no longer than they keep it busy."""
+
+    choice: Choice
+    bound_s: float  # proven by HiGHS: in one micro-step the blocks of no choice take less
 
 
 def solve(problem: Problem) -> Solution:
@@ -69,22 +71,28 @@ def solve(problem: Problem) -> Solution:
     Raises:
         UsageError: highspy is not installed.
     """
+    found = relaxed(problem)
+    if found is None:
+        return Solution.infeasible()
+    over = peak_bytes(problem, found.choice) - problem.budget_bytes
+    if over > 0:
+        raise RuntimeError(f"internal error: HiGHS exceeded the budget by {over} bytes")
+    step_s = problem.step_s(found.choice)
+    bound_s = problem.accumulation * (found.bound_s + problem.rest_s) + problem.optimizer_s
+    return Solution.of(problem, found.choice, step_s if step_s - bound_s <= TOLERANCE * step_s else bound_s)
+
+
+def relaxed(problem: Problem) -> Relaxed | None:
+    """The optimum of the programme above, to TOLERANCE; None if nothing fits.
+
+    Raises:
+        UsageError: highspy is not installed.
+    """
     highspy = _highspy()
     programme = _programme(problem)
     if (programme.room < 0).any():
-        return Solution.infeasible()
-    if not problem.blocks:
-        return Solution.of(problem, (), bound_s=problem.step_s(()))
-    found = _optimum(highspy, programme, _copies(problem))
-    if found is None:
-        return Solution.infeasible()
-    choice = _choice(programme, found.x)
-    over = peak_bytes(problem, choice) - problem.budget_bytes
-    if over > 0:
-        raise RuntimeError(f"internal error: HiGHS exceeded the budget by {over} bytes")
-    step_s = problem.step_s(choice)
-    bound_s = problem.accumulation * (found.bound_s + problem.rest_s) + problem.optimizer_s
-    return Solution.of(problem, choice, step_s if step_s - bound_s <= TOLERANCE * step_s else bound_s)
+        return None
+    return _optimum(highspy, programme, _copies(problem)) if problem.blocks else Relaxed((), 0.0)
 
 
 def _highspy() -> Any:
@@ -140,8 +148,7 @@ def _copies(problem: Problem) -> _Copies:
     )
 
 
-def _optimum(highspy: Any, programme: _Programme, copies: _Copies) -> _Optimum | None:
-    """None if there is no x at all."""
+def _optimum(highspy: Any, programme: _Programme, copies: _Copies) -> Relaxed | None:
     columns = programme.first[-1]
     scale = ROWS_ABOUT / 2.0 ** float(
         np.ceil(np.log2(max(int(programme.rows.max()), 1)))
@@ -173,7 +180,8 @@ def _optimum(highspy: Any, programme: _Programme, copies: _Copies) -> _Optimum |
         return None
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
         raise RuntimeError(f"internal error: HiGHS ended with {solver.modelStatusToString(solver.getModelStatus())}")
-    return _Optimum(np.array(solver.getSolution().col_value), float(solver.getInfo().mip_dual_bound) / pace)
+    x = np.array(solver.getSolution().col_value)
+    return Relaxed(_choice(programme, x), float(solver.getInfo().mip_dual_bound) / pace)
 
 
 def _add_copies(highspy: Any, solver: Any, copies: _Copies, scale: float, pace: float) -> None:
