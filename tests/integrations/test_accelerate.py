@@ -4,6 +4,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from torch.utils.data import IterableDataset
 
 from integrations import scripts
@@ -127,3 +130,44 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     off = train(planned())
     assert not hasattr(off.accelerator, "memplan")
     assert off.differs_by(train(None)) == 0
+
+
+class Notebook(GeneralTracker):
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[dict[str, Any]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.records
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """A run's arguments."""
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.records.append(values)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_trackers_are_told_the_plan(early: bool) -> None:
+    with scripts.fresh_accelerate():
+        notebook = Notebook()
+        accelerator = Accelerator(cpu=True, log_with=[notebook])
+        planned()(accelerator)
+        model = scripts.make_model("llama")
+        objects = (
+            model,
+            torch.optim.AdamW(model.parameters()),
+            scripts.DataLoader(scripts.Texts(16), scripts.BATCH, collate_fn=scripts.padded),
+        )
+        if early:
+            accelerator.init_trackers("run")
+        accelerator.prepare(*objects)
+        if not early:
+            accelerator.init_trackers("run")
+        (record,) = notebook.records
+        assert record["memplan/micro_batch"] == 2
+        assert record["memplan/predicted_peak_gib"] > 0

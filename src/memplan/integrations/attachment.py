@@ -159,7 +159,17 @@ class Attachment:
                 "memplan runs this model by a plan (memplan.attach(accelerator, enabled=False) turns it off)\n%s",
                 plan.describe(),
             )
+        self._tell_trackers()
         return prepared
+
+    def _init_trackers(self, *args: Any, **options: Any) -> None:
+        self._own["init_trackers"](*args, **options)
+        self._tell_trackers()
+
+    def _tell_trackers(self) -> None:
+        """Once there are both a plan and trackers, whichever comes first."""
+        if self.plan is not None and self._accelerator.trackers:
+            self._accelerator.log(self.record(), step=0)
 
     def _driven(self, objects: tuple[Any, ...], at: int, plan: Plan, split: Split, options: dict[str, Any]) -> Any:
         """The objects, prepared by Accelerate, with the loader in micro-batches and the optimizers in step with it."""
@@ -289,6 +299,7 @@ class Attachment:
 
 _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
     "prepare": Attachment._prepare,
+    "init_trackers": Attachment._init_trackers,
     "backward": Attachment._backward,
     "clip_grad_norm_": Attachment._clip_grad_norm_,
     "clip_grad_value_": Attachment._clip_grad_value_,
