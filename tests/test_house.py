@@ -77,6 +77,7 @@ FLOORS = {
     "summary": 7,
     "integrations": 14,
     "cli": 15,
+    "__main__": 15,
 }
 TORCH_AND_ITS_LIKE = {"accelerate", "peft", "pynvml", "torch", "transformers", "trl"}
 

@@ -45,6 +45,7 @@ def test_environment_texts_become_values(tmp_path: Path) -> None:
         ({}, {"MEMPLAN_CARD": "x"}, "", "set 'card', which is no setting of memplan: enabled, gpu"),
         ({}, {}, "micro_batch = true", "memplan.toml set micro_batch = True"),
         ({}, {}, "gpu = ", "cannot read the settings in"),
+        ({}, {}, "micro_batch = -2", "micro_batch = -2, which has to be at least 1"),
     ],
 )
 def test_what_cannot_be_used(

@@ -78,6 +78,7 @@ _KINDS: Final = {
     "risk": (float, "a number such as 0.01"),
     "normalise": (str, "a text such as 'tokens'"),
 }
+_LEAST: Final = {"micro_batch": 1, "risk": 0}
 assert set(_KINDS) == {field.name for field in fields(Settings)}
 
 
@@ -125,5 +126,7 @@ def _checked(name: str, value: object, source: str) -> object:
     if kind is float and type(value) is int:
         return float(value)
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if name in _LEAST and not value >= _LEAST[name]:  # type: ignore[operator]  # a number
+            raise UsageError(f"{source} set {name} = {value!r}, which has to be at least {_LEAST[name]}")
         return value
     raise UsageError(f"{source} set {name} = {value!r}, which has to be {example}")

@@ -53,10 +53,16 @@ def plan_for(
     if settings.micro_batch not in (None, micro_batch):
         raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
     strategy = load_strategy(settings.strategy)
+    asked = replace(
+        strategy,
+        budget_share=strategy.budget_share * share,
+        risk=strategy.risk if settings.risk is None else settings.risk,
+    )
     session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
-    plan = session.plan(replace(strategy, budget_share=strategy.budget_share * share), effective, micro_batch)
+    plan = session.plan(asked, effective, micro_batch)
     if plan.verdict is Verdict.DOES_NOT_FIT:
-        raise DoesNotFit(plan.describe(), plan.smallest_bytes)
+        why = "" if can_split else f"\n  the batch of {own_rows} is not split: {_WHOLE}"
+        raise DoesNotFit(plan.describe() + why, plan.smallest_bytes)
     return plan
 
 

@@ -52,8 +52,14 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     except torch.OutOfMemoryError:  # the very reason for a plan
         return None
     half = recipe.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    if abs(sum(parts) - whole) <= (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole):
+    tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole)
+    if abs(sum(parts) - whole) <= tolerance:
         return None
+    if abs(sum(parts) / 2 - whole) <= tolerance:
+        return (
+            "its loss is a mean over each micro-batch, although the model takes the number of items to divide by, so "
+            "that transformers adds those means up instead of averaging them"
+        )
     return (
         f"its loss couples the rows of a batch: two rows have {whole:.6g}, and by themselves {sum(parts):.6g} together"
     )

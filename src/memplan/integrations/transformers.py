@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from memplan.blocks import is_batch_coupled
-from memplan.errors import BadBatch, UsageError
+from memplan.errors import BadBatch, DoesNotFit, UsageError
 from memplan.fitting import Fit
 from memplan.gpus import Gpu
 from memplan.integrations.trainer_arguments import autocast_of, check, optimizer_of, set_arguments
@@ -70,8 +70,10 @@ def autofit_trainer(
             data=rows.data,
             risk=risk,
         )
-    except BaseException:
+    except BaseException as error:
         trainer.optimizer = had
+        if isinstance(error, DoesNotFit) and why:
+            raise DoesNotFit(f"{error}\n  {why[0]}", error.smallest_bytes) from None
         raise
     undo_model, undo_trainer = fit._undo, _written(trainer, fit, had)
     assert undo_model is not None
