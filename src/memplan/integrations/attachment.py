@@ -95,7 +95,10 @@ class Attachment:
         }
 
     def undo(self) -> None:
-        """Give the model its own functions back, and the accelerator its own methods. Loaders keep their batches."""
+        """Give the model its own functions back, and the accelerator its own methods.
+
+        The prepared loader goes on handing out micro-batches: prepare the plain one anew.
+        """
         if self.fit is not None:
             self.fit.undo()
         for name, own in self._own.items():
