@@ -68,6 +68,7 @@ def measured(folder: Path, view: bool, accumulation: int) -> list[int]:
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("view", [False, True])
 def test_the_peak_of_replicas(view: bool, accumulation: int, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from integrations import scripts
 from integrations.scripts import BATCH, Texts, fresh_accelerate, make_model, padded
 from memplan.integrations.accelerate import attach
 
+pytestmark = pytest.mark.slow
+
 
 def run(plan: str | None, folder: Path | None, save_at: int | None) -> list[Tensor]:
     """One epoch of 5 steps over 37 rows. Saves and stops after so many steps, or goes on from a folder."""

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 RANK = Path(__file__).with_name("guarded_rank.py")
 BOUND_S = 500  # for both processes, with all that they do
 STEPS = 6

@@ -17,7 +17,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
     from lightning.pytorch import LightningModule, Trainer, seed_everything
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning"),
+]
 
 
 class Module(LightningModule):

@@ -25,6 +25,8 @@ from memplan.integrations.trainer_loss import TrainerLoss, coupling
 from memplan.integrations.trainer_words import evaluation
 from memplan.recorder import Recipe
 
+pytestmark = pytest.mark.slow
+
 WHOLE = {"gpu": "cpu:100MiB", "strategy": "huggingface"}  # every block is recomputed, and nothing has to be searched
 
 

@@ -16,7 +16,10 @@ from memplan.integrations.trainer_loss import TrainerLoss, coupling
 from memplan.recorder import Recipe
 
 # TRL 1.16 sets the old name of activation_checkpointing, which transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+]
 
 PACKED = {"packing": True, "max_length": 24, "per_device_train_batch_size": 4}
 
