@@ -105,6 +105,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "flash, short": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(20),) * 3),
     "flash, long": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(900),) * 3),
     "flash, low": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(64, BF16),) * 3),
+    "flash, low, long": lambda: (A._scaled_dot_product_flash_attention_for_cpu.default, (heads(700, BF16),) * 3),
     "flash backward": lambda: flash_backward(300),
     "flash backward, another layout": lambda: flash_backward(64, dense=False),
     "safe softmax": lambda: (A._safe_softmax.default, (ones(8, 32, 64), -1)),

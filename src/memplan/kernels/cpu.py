@@ -35,6 +35,12 @@ def workspace_bytes(func: torch._ops.OpOverload, args: Sequence[object], outputs
     return _promotion(args, outputs, in_place=func._schema.is_mutable) if torch.Tag.pointwise in func.tags else 0
 
 
+_PACKS: Final[dict[torch.dtype, Callable[[], bool]]] = {
+    torch.bfloat16: lambda: bool(torch.cpu._is_amx_tile_supported()),
+    torch.float16: lambda: bool(getattr(torch.cpu, "_is_amx_fp16_supported", bool)()),
+}
+
+
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -44,7 +50,34 @@ def _flash_forward(args: Sequence[object], _: Sequence[Tensor]) -> int:
     q, kv = _query_split(query.shape[2]), min(_KV_SPLIT, key.shape[2])
     threads = torch.get_num_threads()
     size = threads * (q * kv + 2 * q + q * query.shape[3]) * 4
-    return size + (threads * q * kv * query.element_size() if query.element_size() < 4 else 0)
+    if query.element_size() >= 4:
+        return size
+    return size + threads * q * kv * query.element_size() + _packed(query, key, q, any(a is True for a in args))
+
+
+def _packed(query: Tensor, key: Tensor, q_split: int, is_causal: bool) -> int:
+    """Keys and values in the layout of AMX, where the processor has it and there is enough to multiply with them.
+
+    cpu_flash_attention (FlashAttentionKernel.cpp), `need_pack`; what packs is told by cpublas::could_pack.
+    """
+    if query.dtype not in _PACKS or not _PACKS[query.dtype]():
+        return 0
+    (batch, heads, rows, width), (kv_heads, columns) = query.shape, key.shape[1:3]
+    least, ratio = (64, 4) if query.dtype == torch.bfloat16 else (16, 1)
+    threads = torch.get_num_threads()
+    splits = -(-rows // q_split)
+    multiplied = (
+        (batch * heads * splits + threads - 1) // threads * q_split * (min(rows, columns) if is_causal else columns)
+    )
+    if min(rows, columns) < least or multiplied < ratio * batch * kv_heads * columns:
+        return 0
+    even = width + width % 2
+    kv = min(_KV_SPLIT, columns)
+    tail = (columns - 1) % kv + 1
+    padded = (columns - 1) // kv * (kv + kv % 2) + tail + tail % 2
+    own = kv * width + (q_split * even if width % 2 else 0)  # of a thread: a block to turn round, padded queries
+    packed = batch * kv_heads * (even * columns + padded * width) + threads * own
+    return packed * query.element_size()
 
 
 def _flash_backward(args: Sequence[object], _: Sequence[Tensor]) -> int:
