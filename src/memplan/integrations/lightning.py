@@ -9,6 +9,7 @@ training loader come in micro-batches then; as many optimizer steps are taken, w
 Lightning divides the loss of each micro-batch by their number, so each is multiplied by its part of the step before.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -170,7 +171,8 @@ def _weighted(training_step: Callable[..., Any], trainer: Trainer, loader: _Weig
 
 def _step_loss(module: nn.Module, batch: object) -> Tensor:
     assert isinstance(module, LightningModule)
-    output = module.training_step(batch, 0)
+    wanted = (batch, 0) if "batch_idx" in inspect.signature(module.training_step).parameters else (batch,)
+    output = module.training_step(*wanted)
     return output["loss"] if isinstance(output, Mapping) else output  # type: ignore[return-value]  # checked by memplan
 
 
