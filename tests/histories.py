@@ -8,6 +8,7 @@ end.
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,18 @@ def run(events: Events, settings_: Settings, cap_bytes: int | None = None) -> Ca
     allocator = CachingAllocator(settings_, cap_bytes)
     streams = np.zeros_like(events.ids) if events.streams is None else events.streams
     for identity, size, stream in zip(events.ids.tolist(), events.sizes.tolist(), streams.tolist(), strict=True):
-        if size > FREE:
-            allocator.allocate(identity, size, stream)
-        elif size == FREE:
-            allocator.free(identity)
-        else:
-            allocator.request_free(identity)
+        step(allocator, identity, size, stream)
     return allocator
+
+
+def step(allocator: Any, identity: int, size: int, stream: int) -> None:
+    """One event, to an allocator or an oracle of one."""
+    if size > FREE:
+        allocator.allocate(identity, size, stream)
+    elif size == FREE:
+        allocator.free(identity)
+    else:
+        allocator.request_free(identity)
 
 
 def check_repeated(path: Path) -> None:

@@ -70,7 +70,7 @@ def sharded(trace: Trace, units: Sequence[Unit], shards: int, rounded: Callable[
         for size in unit.part_bytes:
             events.always("params", size)
     for number, step in enumerate(trace.steps):
-        runs = [run for run in step.blocks if by_path.get(run.path) is not None]
+        runs = [run for run in step.blocks if run.path in by_path]
         _forward(events, step, runs, by_path, rest)
         _backward(events, step, runs, by_path, rest, keep=number == 0, shards=shards)
     return events.trace(shards)
@@ -103,13 +103,13 @@ def _backward(
     back = sorted((r for r in runs if r.backward.stop > r.backward.start), key=lambda r: r.backward.start)
     fetched = (step.backward.start, _GATHER)
     last = step.backward.stop - 1
-    scattered = [(run.backward.stop - 1, _SCATTER) for run in back] + [(last, _SCATTER)]
-    for at, run in enumerate(back):
-        unit, start, stop = units[run.path], run.backward.start, run.backward.stop - 1
+    ends = [*(run.backward.stop - 1 for run in back), last]
+    for run, stop, following in zip(back, ends, ends[1:], strict=False):
+        unit, start = units[run.path], run.backward.start
         events.add("temporaries", unit.gathered_bytes, fetched, (start, _FREE_GATHERED))
         for size in unit.whole_bytes:
             events.add("params", size, (start, _COPY_OUT), (stop, _RESHARD))
-        events.scatter(unit, run.backward, (scattered[at + 1][0], _FREE_LAST_SCATTERED), keep=keep, shards=shards)
+        events.scatter(unit, run.backward, (following, _FREE_LAST_SCATTERED), keep=keep, shards=shards)
         fetched = (start, _PREFETCH)
     events.scatter(rest, step.backward, (last, _FREE_SCATTERED), keep=keep, shards=shards)
 

@@ -5,11 +5,12 @@ from types import ModuleType
 
 import pytest
 from allocator_oracle import Oracle
+from histories import step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from request_streams import MIB, SETTINGS, STEPS, events_of, seeded
 
-from memplan.allocator import FREE, CachingAllocator, Events, OutOfMemory, Settings, caching
+from memplan.allocator import CachingAllocator, Events, OutOfMemory, Settings, caching
 
 EVERY_SETTING = pytest.mark.parametrize("name", SETTINGS)
 
@@ -27,15 +28,6 @@ def play(events: Events, allocator: CachingAllocator | Oracle) -> list[int]:
                     raise
                 refused.append(row[0])
     return refused
-
-
-def step(allocator: CachingAllocator | Oracle, identity: int, size: int, stream: int) -> None:
-    if size > FREE:
-        allocator.allocate(identity, size, stream)
-    elif size == FREE:
-        allocator.free(identity)
-    else:
-        allocator.request_free(identity)
 
 
 def layout(allocator: CachingAllocator) -> list[tuple[int, bool, tuple[tuple[int, str], ...]]]:

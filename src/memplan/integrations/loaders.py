@@ -23,7 +23,7 @@ _KEPT: Final = (
     "generator",
     "pin_memory_device",
 )
-_OF_WORKERS: Final = ("multiprocessing_context", "prefetch_factor", "persistent_workers")
+_OF_WORKERS: Final = ("multiprocessing_context", "prefetch_factor", "persistent_workers", "in_order")
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -83,17 +83,18 @@ class MicroBatches(BatchSampler):
     @property
     def sampler(self) -> Any:
         """Of single rows: the innermost."""
-        inner = self.batch_sampler
-        while hasattr(inner, "batch_sampler"):
-            inner = inner.batch_sampler
-        return inner.sampler
+        return self._innermost.sampler
 
     @sampler.setter
     def sampler(self, sampler: Any) -> None:
+        self._innermost.sampler = sampler
+
+    @property
+    def _innermost(self) -> Any:
         inner = self.batch_sampler
         while hasattr(inner, "batch_sampler"):
             inner = inner.batch_sampler
-        inner.sampler = sampler
+        return inner
 
 
 def cut(loader: DataLoader[Any], own_batches: int, micro_batch: int) -> DataLoader[Any]:
@@ -107,7 +108,7 @@ def cut(loader: DataLoader[Any], own_batches: int, micro_batch: int) -> DataLoad
     """
     arguments: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
     if loader.num_workers:
-        arguments |= {name: getattr(loader, name) for name in (*_OF_WORKERS, "in_order") if hasattr(loader, name)}
+        arguments |= {name: getattr(loader, name) for name in _OF_WORKERS if hasattr(loader, name)}
     if isinstance(loader.dataset, IterableDataset):
         arguments |= {"batch_size": micro_batch, "drop_last": loader.drop_last}
     else:
