@@ -1,4 +1,4 @@
-"""What both CUDA benchmarks share: the command, measuring processes, the file of results, the time limit, marks."""
+"""What both CUDA benchmarks share: the command, measuring processes, the file of results, the time limit."""
 
 import argparse
 import json
@@ -15,9 +15,10 @@ from threading import Timer
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from pages import DOCS, written
+
 MEASURE = Path(__file__).with_name("cuda_measure.py")
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "cuda.md"
 DRY = ROOT / "build" / "cuda-dry"
 
 Answer = dict[str, Any]
@@ -222,16 +223,6 @@ def forget_failures(store: Store) -> None:
             del store.results[name]
 
 
-def written(part: str, text: str, page: Path = PAGE) -> None:
-    """Put a text between the marks of a part of a page. SystemExit if the page has no such marks."""
-    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
-    whole = page.read_text() if page.exists() else ""
-    if begin not in whole or end not in whole:
-        raise SystemExit(f"{page} has no marks {begin!r} and {end!r}")
-    before, _, rest = whole.partition(begin)
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}")
-
-
 def machine_text(machine: Answer) -> str:
     """One line: card, driver, versions."""
     if not machine:
@@ -305,5 +296,5 @@ def run_command(
     text = document(store)
     print(text)
     if args.write:
-        written(part, text)
+        written(part, text, DOCS / "cuda.md")
     return text

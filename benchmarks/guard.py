@@ -9,9 +9,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from pages import DOCS, written
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,9 +19,6 @@ import memplan
 from memplan.guard import Guard
 from memplan.plan_record import Plan
 from memplan.strategy import Strategy
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "guard.md"
-MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 ROUNDS = 40
 WARM_UP = 5
@@ -157,9 +154,7 @@ def main() -> None:
     found = table(measure())
     print(found)
     if asked.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        PAGE.write_text(f"{before}{MARKS[0]}\n{found}\n{MARKS[1]}{after}", encoding="utf-8")
+        written("table", found, DOCS / "guard.md")
 
 
 if __name__ == "__main__":

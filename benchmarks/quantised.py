@@ -10,14 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from pages import DOCS, written
 from torch import nn
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantised.md"
-MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 HEAD = "lm_head"  # what transformers leaves as it is
 
@@ -165,9 +162,7 @@ def main() -> None:
         print(case.name, results[case.name], flush=True)
     print(table(results))
     if asked.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}", encoding="utf-8")
+        written("table", table(results), DOCS / "quantised.md")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ CASES = {
 }
 WITH_DROPOUT = {"kept": ("gpt2", "keep", 2), "made-again": ("gpt2", "recompute", 2)}
 STEPS = 3
+MEASURED = 6
 
 
 def decided(model: nn.Module, option: str) -> dict[str, str]:
@@ -76,7 +77,8 @@ def main() -> None:
         torch.save(whole, folder / os.environ["RANK"])
     else:
         step()
-        (folder / os.environ["RANK"]).write_text(str(meter()(step)))
+        # gloo's thread may hold on to gradients for a moment after they are scattered, on a busy machine more: the least
+        (folder / os.environ["RANK"]).write_text(str(min(meter()(step) for _ in range(MEASURED))))
     destroy_process_group()
 
 

@@ -15,8 +15,9 @@ import cuda_runs
 import pytest
 import torch
 from cuda_report import AT_FULL, CAPPED, FULL, FULL_CAPPED, LAPS, NONE, named
-from cuda_runs import Answer, Here, Job, Store, Workers, run_all, written
+from cuda_runs import Answer, Here, Job, Store, Workers, run_all
 from histories import check_repeated
+from pages import written
 
 from memplan.allocator import Events
 from memplan.gpus import find_gpu

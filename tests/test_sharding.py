@@ -50,12 +50,7 @@ def test_a_plan_changes_nothing_with_dropout_on(tmp_path: Path) -> None:
 def test_two_ranks_need_what_is_predicted(tmp_path: Path, case: str) -> None:
     predicted = recorded(case, 2).peak_bytes
     peaks = [int(file.read_text()) for file in run(tmp_path, case)]
-    assert len(peaks) == 2
-    assert min(peaks) == pytest.approx(predicted, rel=ERROR / 2)
-    # gloo's thread may hold on to some blocks' gradients for a moment after they are scattered, on a busy machine more
-    model = shards.MODELS[shards.CASES[case][0]]()[0]
-    held = max(unit.grad_bytes for unit in units(model, find_blocks(model), 2))
-    assert max(peaks) <= predicted * (1 + ERROR) + 3 * held
+    assert peaks == pytest.approx([predicted] * 2, rel=ERROR)
 
 
 def test_a_rank_holds_its_part() -> None:

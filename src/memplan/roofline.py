@@ -68,12 +68,14 @@ class StepTimes:
     Attributes:
         blocks: (path, option) -> micro-batch -> seconds.
         rest: variant -> micro-batch -> seconds of a micro-step outside the blocks.
+        doubt: share by which measured times of one thing differed; see `laps.Laps`.
     """
 
     blocks: Mapping[tuple[str, str], Mapping[int, float]]
     rest: Mapping[str, Mapping[int, float]]
     optimizer_s: float
     how: str = field(default="estimate")  # or "measured"
+    doubt: float = 0.0
 
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         return _affine(self.blocks[path, option], micro_batch)

@@ -1,9 +1,9 @@
-"""Seconds of each distinct block under each option, measured on the device: medians of real forwards and backwards."""
+"""Seconds of each distinct block under each option, measured on the device by real forwards and backwards."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from memplan.blocks import alike
 from memplan.device import Device
 from memplan.errors import ModelFailed, PlanNotFollowed
 from memplan.graph import BlockGraph
+from memplan.laps import by_turns
 from memplan.levers.select import capturing
 from memplan.menu import Menu
 from memplan.problem import KEEP, RECOMPUTE
@@ -32,7 +33,6 @@ from memplan.skipping import skipped
 _REPEATS = 3
 _LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
 _MOST_SCALED = 3.0  # single operators run colder than among others; by more than this, noise is measured
-_ENOUGH_S = 2.0  # what takes this long is run twice only, and needs no warming up
 
 
 def captured(
@@ -74,10 +74,11 @@ def measured(
     seconds: dict[tuple[str, str], dict[int, float]] = {}
     scales: dict[int, float] = {}
     around: Mapping[str, float] = {}
+    doubts: list[float] = []
     with preserved(model):
         to_training(model)
         for sample in samples:
-            clock = _Clock(model, recipe, sample.to(device.torch_device), device)
+            clock = _Clock(model, recipe, sample.to(device.torch_device), device, doubts)
             size = sample.batch_size
             if head and not around:
                 around = clock.around(menu, head)
@@ -89,7 +90,8 @@ def measured(
             scales[size] = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
     rest = _scaled(estimate.rest, scales, around)
     blocks = {**_guessed(seconds, menu, estimate), **_steadied(seconds, estimate), **_selected(seconds, menu)}
-    return StepTimes(blocks, rest, estimate.optimizer_s * scales[samples[-1].batch_size], how="measured")
+    optimizer_s = estimate.optimizer_s * scales[samples[-1].batch_size]
+    return StepTimes(blocks, rest, optimizer_s, how="measured", doubt=max(doubts, default=0.0))
 
 
 def _scaled(
@@ -204,6 +206,7 @@ class _Clock:
     recipe: Recipe
     batch: Sample
     device: Device
+    doubts: list[float] = field(default_factory=list)  # of each group of laps; see `Laps`
 
     def times(self, menu: Menu) -> Mapping[tuple[str, str], float]:
         """(path, option) -> seconds of one forward and backward; of the selections only the least and the most."""
@@ -217,7 +220,7 @@ class _Clock:
                 found.update({(path, option): seconds[option] for path in group for option in options})
         return found
 
-    def around(self, menu: Menu, head: Mapping[str, str]) -> dict[str, float]:
+    def around(self, menu: Menu, head: Mapping[str, str]) -> Mapping[str, float]:
         """Variant of the loss head -> seconds of a forward and backward without the blocks' work."""
         (option,) = head.values()
         blocks = tuple(menu.options)
@@ -230,7 +233,7 @@ class _Clock:
                 raise
             except Exception:  # what lies around the blocks wants more than they hand on, as a router's loss does
                 return {}
-            return self._interleaved({KEEP: partial(self._step_lap, {}), option: partial(self._step_lap, head)})
+            return self._by_turns({KEEP: partial(self._step_lap, {}), option: partial(self._step_lap, head)})
 
     def graphs(self, blocks: Sequence[str]) -> dict[str, tuple[BlockGraph, list[float]]]:
         with self._own_errors():
@@ -279,7 +282,7 @@ class _Clock:
             loss_of(self.model, self.batch, self.recipe.loss)
         return calls
 
-    def _block(self, path: str, call: _Call, options: Sequence[str], menu: Menu) -> dict[str, float]:
+    def _block(self, path: str, call: _Call, options: Sequence[str], menu: Menu) -> Mapping[str, float]:
         block = self.model.get_submodule(path)
 
         def lap(option: str) -> float:
@@ -288,21 +291,14 @@ class _Clock:
                     self._lap(block, call)  # the first forward is captured
                 return self._lap(block, call)
 
-        return self._interleaved({option: partial(lap, option) for option in options})
+        return self._by_turns({option: partial(lap, option) for option in options})
 
-    def _interleaved(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-        """Median seconds of each, in turn, so that a busy moment of the machine hits all alike; the first warms up."""
-        laps: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(_REPEATS + 1):
-            for name, run in runs.items():
-                seconds = run()
-                if turn or seconds > _ENOUGH_S:
-                    laps[name].append(seconds)
-            if all(found[1:] and found[0] > _ENOUGH_S for found in laps.values()):
-                break
+    def _by_turns(self, ways: Mapping[str, Callable[[], float]]) -> Mapping[str, float]:
+        laps = by_turns(ways)
         for parameter in self.model.parameters():
             parameter.grad = None
-        return {name: median(found) for name, found in laps.items()}
+        self.doubts.append(laps.doubt)
+        return laps.seconds
 
     def _lap(self, block: nn.Module, call: _Call) -> float:
         self.device.synchronize()
