@@ -126,7 +126,7 @@ class _Events:
         self.born = np.where(trace.born == 0, -1, trace.born * _STRIDE + _EVENT)
         self.died = np.where(trace.died >= trace.ticks, self._end, trace.died * _STRIDE + _EVENT)
         self._added: list[tuple[int, int, int, int]] = []  # category, bytes, born, died
-        self._firsts: dict[str, tuple[int, NDArray[np.int64]]] = {}  # start of a unit's backward, rows of its gradients
+        self._firsts: dict[str, tuple[Span, NDArray[np.int64]]] = {}  # a unit's first backward, rows of its gradients
         self._is_grad = (trace.storage_category == _CODE["grads"]) & (trace.died >= trace.ticks) & (trace.born > 0)
 
     def always(self, category: str, size: int) -> None:
@@ -147,7 +147,7 @@ class _Events:
         if keep:
             mine = np.flatnonzero(self._is_grad & (born >= backward.start) & (born < backward.stop))
             self._is_grad[mine] = False
-            self._firsts[unit.path] = (backward.start, mine)
+            self._firsts[unit.path] = (backward, mine)
         else:
             mine = self._like_the_first(unit.path, backward)
         self.died[mine] = last * _STRIDE + _FREE_GRADS
@@ -155,16 +155,26 @@ class _Events:
         self.add("grads", unit.grad_bytes // shards, (last, _KEEP), None if keep else (last, _FREE_SCATTERED))
 
     def _like_the_first(self, path: str, backward: Span) -> NDArray[np.int64]:
-        """What the trace has added to the first gradients as it came: of each one's size, born about as late."""
-        start, firsts = self._firsts[path]
+        """What the trace has added to the first gradients as it came: of each one's size, born in its turn or near.
+
+        Ticks would not do: an addition lets go of what was added, which is an event more.
+        """
+        span, firsts = self._firsts[path]
         old, found = self._trace, []
-        inside = np.flatnonzero((old.born >= backward.start) & (old.born < backward.stop) & (old.died < old.ticks))
-        for first in firsts:
-            like = [row for row in inside[old.storage_bytes[inside] == old.storage_bytes[first]] if row not in found]
-            late = old.born[first] - start
+        inside = self._born_in(backward)
+        turns = np.searchsorted(old.born[self._born_in(span)], old.born[firsts])
+        for first, turn in zip(firsts, turns, strict=True):
+            alike = (old.storage_bytes[inside] == old.storage_bytes[first]) & (old.died[inside] < old.ticks)
+            like = [at for at in np.flatnonzero(alike) if at not in found]
             if like:
-                found.append(min(like, key=lambda row: abs(int(old.born[row]) - backward.start - late)))
-        return np.array(found, dtype=np.int64)
+                found.append(min(like, key=lambda at: abs(int(at) - int(turn))))
+        return inside[np.array(found, dtype=np.int64)]
+
+    def _born_in(self, span: Span) -> NDArray[np.int64]:
+        """Rows, in the order of their birth."""
+        born = self._trace.born
+        rows = np.flatnonzero((born >= span.start) & (born < span.stop))
+        return rows[np.argsort(born[rows])]
 
     def trace(self, shards: int) -> Trace:
         """All rows in order, every event a tick of its own."""

@@ -1,0 +1,105 @@
+"""Run by two processes (`torch.distributed.run`): the training script under FSDP2, with and without memplan.
+
+python -m torch.distributed.run --standalone --nproc_per_node=2 sharded_rank.py FOLDER
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import tiny
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from accuracy import meter
+from torch.utils.data import DataLoader
+
+import memplan
+from integrations.scripts import Texts, fresh_accelerate, train
+
+PLUGIN = memplan.MemplanFSDPPlugin()
+ROWS = 21  # for two ranks and batches of 8: ragged
+MEASURED = 4
+SPLIT = {"gpu": "cpu:640KiB", "micro_batch": 2, "strategy": "huggingface"}
+WHOLE = {"gpu": "cpu:1300KiB", "micro_batch": 8}
+WIDE = {"gpu": "cpu:16MiB", "micro_batch": 2}
+
+
+def sparse() -> Texts:
+    """Half of the rows of one token, which nothing predicts: some micro-batches have no label that counts."""
+    texts = Texts(ROWS)
+    texts.rows[: ROWS // 2] = [row[:1] for row in texts.rows[: ROWS // 2]]
+    return texts
+
+
+def as_on_cards(accelerator: Accelerator, then: Callable[[Accelerator], object] | None = None) -> None:
+    """Accelerate leaves its FSDP plugin out where there are no cards."""
+    for state in (accelerator.state, PartialState()):  # the one is made like the other every now and then
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = PLUGIN
+    if then is not None:
+        then(accelerator)
+
+
+def trained(model: str, wishes: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    line = partial(as_on_cards, then=None if wishes is None else partial(memplan.attach, **wishes))
+    ran = train(line, rows=ROWS, model=model, accelerator={"fsdp_plugin": PLUGIN}, **options)
+    return {
+        "weights": [w.full_tensor().tolist() for w in ran.weights],  # type: ignore[attr-defined]  # they are DTensors
+        "rates": ran.rates,
+        "losses": ran.losses,
+        "plan": None if wishes is None else ran.accelerator.memplan.plan.model_dump_json(),
+    }
+
+
+def peaks() -> dict[str, int]:
+    """Of a step as people write it, predicted and measured. gloo may hold on to gradients for a moment: the least."""
+    with fresh_accelerate():
+        accelerator = Accelerator(cpu=True, fsdp_plugin=PLUGIN)
+        as_on_cards(accelerator, partial(memplan.attach, **WIDE))
+        sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
+        model, batch = tiny.llama(layers=6, rows=16, length=64, **sizes)
+        rows = [{name: value[at] for name, value in batch.items()} for at in range(16)]
+        optimizer = torch.optim.AdamW(model.parameters())
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=4, shuffle=True))
+        batches = chain.from_iterable(repeat(loader))
+        output: Any = None
+
+        def step() -> None:
+            nonlocal output
+            for _ in range(accelerator.gradient_accumulation_steps):
+                with accelerator.accumulate(model):
+                    output = model(**next(batches))
+                    accelerator.backward(output.loss)
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        step()
+        measured = min(meter()(step) for _ in range(MEASURED))
+        return {"predicted": accelerator.memplan.plan.peak_bytes, "measured": measured}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ran = {
+        "peaks": peaks(),  # first: what other runs leave behind would be counted
+        "llama": trained("llama", None, accumulate=True, dataset=sparse()),
+        "llama-planned": trained("llama", SPLIT, accumulate=True, dataset=sparse()),
+        "gpt2": trained("gpt2", None),
+        "gpt2-planned": trained("gpt2", WHOLE),
+    }
+    (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(ran))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
