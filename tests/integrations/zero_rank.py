@@ -1,0 +1,85 @@
+"""Run by two processes (`torch.distributed.run`): the training script on DeepSpeed, with and without memplan.
+
+python -m torch.distributed.run --standalone --nproc_per_node=2 zero_rank.py FOLDER
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import tiny
+import torch
+from accelerate import Accelerator
+from accuracy import meter
+from torch.utils.data import DataLoader
+
+import memplan
+from integrations.engines import with_engine
+from integrations.scripts import fresh_accelerate, train
+
+ROWS = 21  # for two ranks and batches of 8: ragged
+MEASURED = 3
+SPLIT = {"gpu": "cpu:1MiB", "micro_batch": 2}
+WIDE = {"gpu": "cpu:26MiB", "micro_batch": 2}
+ZERO = {"reduce_bucket_size": 300_000}
+
+
+def trained(wishes: dict[str, Any] | None) -> dict[str, Any]:
+    line = partial(with_engine, then=None if wishes is None else partial(memplan.attach, **wishes))
+    ran = train(line, rows=ROWS, accumulate=True)
+    plan = None if wishes is None else ran.accelerator.memplan.plan.model_dump_json()
+    weights = [weight.tolist() for weight in ran.weights]
+    return {"weights": weights, "rates": ran.rates, "losses": ran.losses, "plan": plan}
+
+
+def peaks(**config: Any) -> dict[str, int]:
+    """Of a step as people write it, predicted and measured."""
+    with fresh_accelerate():
+        accelerator = with_engine(Accelerator(cpu=True), partial(memplan.attach, **WIDE), ZERO, **config)
+        sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
+        model, batch = tiny.llama(layers=6, rows=64, length=64, **sizes)
+        rows = [{name: value[at] for name, value in batch.items()} for at in range(64)]
+        optimizer = torch.optim.AdamW(model.parameters())
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=4, shuffle=True))
+        batches = chain.from_iterable(repeat(loader))
+        output: Any = None
+
+        def step() -> None:
+            nonlocal output
+            for _ in range(accelerator.gradient_accumulation_steps):
+                with accelerator.accumulate(model):
+                    output = model(**next(batches))
+                    accelerator.backward(output.loss)
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        step()
+        measured = min(meter()(step) for _ in range(MEASURED))
+        accelerator.free_memory()  # or the next engine would be measured beside this one
+        return {"predicted": accelerator.memplan.plan.peak_bytes, "measured": measured}
+
+
+def main() -> None:
+    import deepspeed  # type: ignore[import-not-found]  # no dependency
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo itself; this one is compiled first
+    ran = {
+        "peaks": {"no": peaks(), "bf16": peaks(bf16={"enabled": True})},
+        "plain": trained(None),
+        "planned": trained(SPLIT),
+    }
+    (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(ran))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
