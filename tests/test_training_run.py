@@ -109,8 +109,10 @@ def test_what_the_loop_holds_longer_goes_when_the_next_forward_has_returned() ->
 
 def test_reserved_is_what_a_settled_run_reserves() -> None:
     trace = traced(Recipe(keeps_output=True), layers=3)
-    usage = usage_of(trace, Settings())
+    usage = usage_of(trace, Settings(), completes=True)
+    assert usage.completes_bytes is not None
     assert usage == replace(replayed(events_of(trace, 12), Settings()), completes_bytes=usage.completes_bytes)
+    assert usage_of(trace, Settings()) == replace(usage, completes_bytes=None)
     assert trace.peak_bytes <= usage.peak_allocated_bytes <= usage.completes_bytes
     assert usage.completes_bytes <= usage.fits_bytes == usage.peak_reserved_bytes
 

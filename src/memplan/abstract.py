@@ -59,12 +59,18 @@ class AbstractModel:
     Floating tensors become fake CPU tensors, also where they live on `meta` or on a card. Integers and booleans keep
     real values, in copies, since models read them; packed weights are fake too. `stand_in` maps the id of each original
     parameter to its fake. The scales beside packed weights, which are nowhere listed, are listed as buffers meanwhile.
+
+    `known` is filled with pairs of a parameter and its fake, by the former's id; with those of an earlier time, in the
+    same mode, a long model is entered at once.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode) -> None:
+    def __init__(
+        self, model: nn.Module, fake: FakeTensorMode, known: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
+    ) -> None:
         self.model = model
         self.fake = fake
         self.stand_in: dict[int, nn.Parameter] = {}
+        self._known = {} if known is None else known
         self._packed = packed.Imitation(fake)
         self._guard = untouched(model)
 
@@ -88,15 +94,23 @@ class AbstractModel:
             if parameter is None:
                 continue
             if id(parameter) not in self.stand_in:
-                fresh = self._packed.of(module, name, parameter)
-                if fresh is None:
-                    fresh = nn.Parameter(self.imitate(parameter), requires_grad=parameter.requires_grad)
-                self.stand_in[id(parameter)] = fresh
+                packed_one = self._packed.of(module, name, parameter)
+                self.stand_in[id(parameter)] = self._imitated(parameter) if packed_one is None else packed_one
             module._parameters[name] = self.stand_in[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = self.imitate(buffer)
         module._buffers.update(packed.scales_of(module))
+
+    def _imitated(self, parameter: nn.Parameter) -> nn.Parameter:
+        original, known = self._known.get(id(parameter), (None, None))
+        if known is not None and original is parameter and _form(known) == _form(parameter):
+            known.grad = None
+            return known
+        fresh = nn.Parameter(self.imitate(parameter), requires_grad=parameter.requires_grad)
+        if fresh.is_floating_point():  # others have values, which a run may change
+            self._known[id(parameter)] = parameter, fresh
+        return fresh
 
     def imitate(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape, strides and type: fake if floating, a real copy on the CPU if not."""
@@ -105,6 +119,10 @@ class AbstractModel:
             return torch.zeros_like(data, device="cpu") if data.is_meta else data.cpu().clone()
         with self.fake:
             return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu")
+
+
+def _form(parameter: nn.Parameter) -> tuple[object, ...]:
+    return parameter.shape, parameter.stride(), parameter.dtype, parameter.requires_grad
 
 
 def to_training(model: nn.Module) -> None:

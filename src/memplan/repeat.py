@@ -107,16 +107,23 @@ class _Insertion:
         self.op_places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ops")]
         self.place_of_row, self.offset = _locate(trace.born, self.places)
         self.death_place, self.death_offset = _locate(trace.died, self.places)
+        self.cuts, self.op_cuts = _cuts(self.places, self.copies), _cuts(self.op_places, self.copies)
+        # of each place: its number relative to the template, the template's place, that one's new first tick, and how
+        # far from there on each copy is
+        self.index = np.array([place.index for place in self.places])
+        ours = {(place.step, place.kind): at for at, place in enumerate(self.places) if place.index == 0}
+        self.template = np.array([ours[place.step, place.kind] for place in self.places])
+        self.first = _shift(np.array([place.span.start for place in self.places]), self.cuts)
+        self.stride = np.array([_length(p.span) * (1 if p.kind == "forward" else -1) for p in self.places])
 
     def result(self) -> Trace:
         self._check()
-        born, died = self._shift(self.trace.born), self._moved_deaths()
-        template = np.flatnonzero([p >= 0 and self.places[p].index == 0 for p in self.place_of_row])
-        rows = [np.arange(len(born)), *(template for _ in self.run.omitted)]
-        order = np.concatenate(rows)
+        born, died = _shift(self.trace.born, self.cuts), self._moved_deaths()
+        template = np.flatnonzero((self.place_of_row >= 0) & (self.index[self.place_of_row] == 0))
+        order = np.concatenate([np.arange(len(born)), np.tile(template, self.copies)])
         modules, renamed = self._modules()
-        new_born = [born, *(self._copied_births(template, k) for k in range(1, self.copies + 1))]
-        new_died = [died, *(self._copied_deaths(template, k) for k in range(1, self.copies + 1))]
+        copies = np.arange(1, self.copies + 1)[:, None]
+        births, deaths = self._copied_births(template, copies), self._copied_deaths(template, copies)
         owner = self.trace.storage_module
         new_owner = [owner, *(renamed[k][owner[template]] for k in range(self.copies))]
         ops, op_owner = self._operators(renamed)
@@ -126,14 +133,14 @@ class _Insertion:
             storage_bytes=self.trace.storage_bytes[order],
             storage_category=self.trace.storage_category[order],
             storage_module=np.concatenate(new_owner),
-            born=np.concatenate(new_born),
-            died=np.concatenate(new_died),
+            born=np.concatenate([born, births.ravel()]),
+            died=np.concatenate([died, deaths.ravel()]),
             op_name=self.trace.op_name[ops],
             op_module=op_owner,
             op_flops=self.trace.op_flops[ops],
             op_bytes=self.trace.op_bytes[ops],
             op_dtype=self.trace.op_dtype[ops],
-            ticks=int(self._shift(np.array([self.trace.ticks]))[0]),
+            ticks=_shifted(self.trace.ticks, self.cuts),
             steps=tuple(self._step(number, step) for number, step in enumerate(self.trace.steps)),
         )
 
@@ -166,52 +173,33 @@ class _Insertion:
 
     # -- ticks ---------------------------------------------------------------------------------------------------
 
-    def _shift(self, ticks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Old ticks to new ones: everything behind an insertion moves by its length."""
-        return _shift(ticks, self.places, self.copies)
-
-    def _start(self, place: int, copy: int) -> int:
-        """New first tick of copy `copy` (0: the template itself) of the template's region."""
-        region = self.places[place]
-        first = int(self._shift(np.array([region.span.start]))[0])
-        length = region.span.stop - region.span.start
-        return first + copy * length * (1 if region.kind == "forward" else -1)
-
-    def _template_place(self, place: int) -> int:
-        region = self.places[place]
-        return next(
-            i
-            for i, other in enumerate(self.places)
-            if (other.step, other.kind, other.index) == (region.step, region.kind, 0)
-        )
+    def _start(self, places: NDArray[np.intp], copies: NDArray[np.int64]) -> NDArray[np.int64]:
+        """New first ticks of copies (0: the template itself) of the template's regions, for places like these."""
+        places = self.template[places]
+        starts: NDArray[np.int64] = self.first[places] + copies * self.stride[places]
+        return starts
 
     def _moved_deaths(self) -> NDArray[np.int64]:
         """Deaths of the traced rows: one in the next block over is in the copy that now stands there."""
-        died = self._shift(self.trace.died)
-        for row in np.flatnonzero((self.place_of_row >= 0) & (self.death_place >= 0)):
-            home, end = self.places[self.place_of_row[row]].index, self.places[self.death_place[row]].index
-            if home <= 0 < end:
-                copy = 1
-            elif end <= 0 < home:
-                copy = self.copies
-            else:
-                continue
-            died[row] = self._start(self._template_place(self.death_place[row]), copy) + self.death_offset[row]
+        died = _shift(self.trace.died, self.cuts)
+        rows = np.flatnonzero((self.place_of_row >= 0) & (self.death_place >= 0))
+        home, end = self.index[self.place_of_row[rows]], self.index[self.death_place[rows]]
+        copy = np.where((home <= 0) & (end > 0), 1, np.where((end <= 0) & (home > 0), self.copies, 0))
+        rows, copy = rows[copy > 0], copy[copy > 0]
+        died[rows] = self._start(self.death_place[rows], copy) + self.death_offset[rows]
         return died
 
-    def _copied_births(self, rows: NDArray[np.intp], copy: int) -> NDArray[np.int64]:
-        starts = {place: self._start(place, copy) for place in set(self.place_of_row[rows])}
-        return np.array([starts[self.place_of_row[row]] + self.offset[row] for row in rows], dtype=np.int64)
+    def _copied_births(self, rows: NDArray[np.intp], copies: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Shape [copies, rows]."""
+        return self._start(self.place_of_row[rows], copies) + self.offset[rows]
 
-    def _copied_deaths(self, rows: NDArray[np.intp], copy: int) -> NDArray[np.int64]:
-        died = self._shift(self.trace.died[rows])
-        for i, row in enumerate(rows):
-            if self.death_place[row] < 0:
-                continue
-            target = copy + self.places[self.death_place[row]].index
-            if target <= self.copies:  # else: the traced block behind the last copy, which is where it dies already
-                died[i] = self._start(self._template_place(self.death_place[row]), target) + self.death_offset[row]
-        return died
+    def _copied_deaths(self, rows: NDArray[np.intp], copies: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Shape [copies, rows]."""
+        places = self.death_place[rows]
+        target = copies + self.index[places]
+        inside = self._start(places, target) + self.death_offset[rows]
+        # Beyond the last copy is the traced block behind it, which is where the row dies already.
+        return np.where((places >= 0) & (target <= self.copies), inside, _shift(self.trace.died[rows], self.cuts))
 
     # -- operators, modules, steps -------------------------------------------------------------------------------
 
@@ -252,10 +240,10 @@ class _Insertion:
 
     def _step(self, number: int, step: MicroStep) -> MicroStep:
         def ticks(span: Span) -> Span:
-            return _moved(span, self.places, self.copies)
+            return _moved(span, self.cuts)
 
         def ops(span: Span) -> Span:
-            return _moved(span, self.op_places, self.copies)
+            return _moved(span, self.op_cuts)
 
         blocks: list[BlockRun] = []
         for block in step.blocks:
@@ -313,21 +301,30 @@ def _locate(ticks: NDArray[np.int64], places: list[_Place]) -> tuple[NDArray[np.
     return found, offset
 
 
-def _shift(ticks: NDArray[np.int64], places: list[_Place], copies: int) -> NDArray[np.int64]:
+def _cuts(places: list[_Place], copies: int) -> list[tuple[int, int]]:
+    """Where the copies go, and how far what lies behind moves."""
+    template = [place for place in places if place.index == 0]
+    return [(p.span.stop if p.kind == "forward" else p.span.start, copies * _length(p.span)) for p in template]
+
+
+def _shift(ticks: NDArray[np.int64], cuts: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """Old ticks to new ones: everything behind an insertion moves by its length."""
     moved = ticks.copy()
-    for place in places:
-        if place.index == 0:
-            border = place.span.stop if place.kind == "forward" else place.span.start
-            moved += np.where(ticks >= border, copies * _length(place.span), 0)
+    for border, length in cuts:
+        moved += np.where(ticks >= border, length, 0)
     return moved
 
 
-def _moved(span: Span, places: list[_Place], copies: int) -> Span:
+def _shifted(tick: int, cuts: list[tuple[int, int]]) -> int:
+    return tick + sum(length for border, length in cuts if tick >= border)
+
+
+def _moved(span: Span, cuts: list[tuple[int, int]]) -> Span:
     """A span behind the insertions before it, longer by those inside it."""
-    first = int(_shift(np.array([span.start]), places, copies)[0])
+    first = _shifted(span.start, cuts)
     if span.stop <= span.start:
         return Span(first, first)
-    return Span(first, int(_shift(np.array([span.stop - 1]), places, copies)[0]) + 1)
+    return Span(first, _shifted(span.stop - 1, cuts) + 1)
 
 
 def _copy_of(block: BlockRun, path: str, copy: int, lengths: list[int]) -> BlockRun:

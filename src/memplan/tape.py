@@ -9,7 +9,7 @@ the number at each module entry and exit is enough to look the module up.
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -234,7 +234,7 @@ class Tape(TorchDispatchMode):
         if written:
             return self._write(func, args, kwargs, written)
         try:
-            with self.fake:
+            with nullcontext() if func is _ITEM else self.fake:  # a known value; the mode takes its time to refuse it
                 out = func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException:
             return func(*args, **kwargs)

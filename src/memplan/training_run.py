@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.allocator import FREE, CachingAllocator, Events, Settings, Usage, replayed
+from memplan.allocator import FREE, CachingAllocator, Events, Settings, Usage, replayed, usage_after
 from memplan.trace import CATEGORIES, Trace
 
 _QUIET_STEPS: Final = 2  # that have to reserve nothing more before a run is taken to have settled
@@ -28,11 +28,12 @@ _OPTIMIZER: Final = CATEGORIES.index("optimizer")
 _Part = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids, and sizes or FREE, of some events in order
 
 
-def usage_of(trace: Trace, settings: Settings) -> Usage:
+def usage_of(trace: Trace, settings: Settings, *, completes: bool = False) -> Usage:
     """What a run of the step needs of a card's allocator, of as many steps as it takes until no more is reserved.
 
     Free blocks fit a step less well than the one that left them, so reserved memory can grow for some steps. A run has
-    settled when two in a row reserve nothing new, or after 16.
+    settled when two in a row reserve nothing new, or after 16. Only with `completes` it is also searched for the least
+    cap under which it comes to its end.
     """
     allocator, parts, quiet = CachingAllocator(settings), list[_Part](), 0
     for part in islice(_Run(trace).parts(), _MOST_STEPS):
@@ -42,7 +43,8 @@ def usage_of(trace: Trace, settings: Settings) -> Usage:
         quiet = quiet + 1 if allocator.peak_reserved == before else 0
         if quiet == _QUIET_STEPS:
             break
-    return replayed(Events(*_joined(parts)), settings)
+    events = Events(*_joined(parts))
+    return replayed(events, settings) if completes else usage_after(allocator, events)
 
 
 def events_of(trace: Trace, steps: int) -> Events:

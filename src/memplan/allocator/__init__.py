@@ -11,7 +11,7 @@ here; where a setting came later it says so.
 from memplan.allocator.caching import CachingAllocator, OutOfMemory
 from memplan.allocator.events import FREE, REQUEST_FREE, Events
 from memplan.allocator.pools import Segment, SegmentEvent
-from memplan.allocator.replay import Usage, replayed
+from memplan.allocator.replay import Usage, replayed, usage_after
 from memplan.allocator.settings import Settings
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "Settings",
     "Usage",
     "replayed",
+    "usage_after",
 ]

@@ -1,4 +1,4 @@
-"""What a stream of requests needs of a card: `replayed(events, settings) -> Usage`.
+"""What a stream of requests needs of a card: `replayed(events, settings) -> Usage`, or `usage_after` a run of it.
 
 **Without a retry.** Let F be the largest total that the run without a cap would hold against one: reserved bytes plus a
 new segment's. Under a cap of F or more nothing is ever refused, so the run is the same, with no retry. Under a smaller
@@ -18,7 +18,7 @@ With garbage collection a run says nothing of other caps, and multiples of 2 MiB
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from memplan.allocator.caching import CachingAllocator, OutOfMemory
@@ -35,23 +35,28 @@ class Usage:
     peak_requested_bytes: int  # as asked for
     peak_allocated_bytes: int  # in blocks, rounded and with remainders not split off: torch.cuda.max_memory_allocated
     peak_reserved_bytes: int  # in segments, if memory is never short: torch.cuda.max_memory_reserved
-    completes_bytes: int  # the smallest cap under which it runs to its end, however often it has to retry
-    fits_bytes: int  # the smallest cap under which it does so with nothing refused, hence no retry
+    fits_bytes: int  # the smallest cap under which it runs to its end with nothing refused, hence no retry
+    completes_bytes: int | None  # under which it does, however often it has to retry; None: nobody asked, it takes long
 
 
 def replayed(events: Events, settings: Settings) -> Usage:
     """Play `events` on an empty allocator without a cap, and find the caps that would do. Deterministic."""
-    free_run, _ = _run(events, settings, None)
-    fits = free_run.largest_granted
+    usage = usage_after(_run(events, settings, None)[0], events)
+    return replace(usage, completes_bytes=_smallest(events, settings, usage.fits_bytes, lambda _: True))
+
+
+def usage_after(run: CachingAllocator, events: Events) -> Usage:
+    """What `events` need, from an allocator without a cap that has played them; not under which cap they complete."""
+    settings, fits = run.settings, run.largest_granted
     if settings.garbage_collection_threshold:
         fits = _up(int(fits / settings.garbage_collection_threshold) + 1)  # it never begins under this cap
         fits = _smallest(events, settings, fits, lambda run: run.retries == 0)
     return Usage(
         peak_requested_bytes=events.peak_requested_bytes,
-        peak_allocated_bytes=free_run.peak_allocated,
-        peak_reserved_bytes=free_run.peak_reserved,
-        completes_bytes=_smallest(events, settings, fits, lambda _: True),
+        peak_allocated_bytes=run.peak_allocated,
+        peak_reserved_bytes=run.peak_reserved,
         fits_bytes=fits,
+        completes_bytes=None,
     )
 
 

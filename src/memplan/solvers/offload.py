@@ -1,48 +1,48 @@
-"""Copies to the host in the default solver: prices on the link, found by crossing lines, then judged mixtures.
+"""Copies to the host in the default solver: bounds at the best prices on memory and link, then plans near those prices.
 
-At any price of the link the cheapest chain bounds every choice from below (`memplan.solvers.priced`). The choice at one
-price that overloads the link and the one at another that does not are two lines over the price; where they cross is the
-next price to ask at, and when nothing new lies below the crossing, that is the best bound. The plan itself is the best
-mixture of those two choices by `Problem.step_s`, which walks the queues: with many identical blocks either choice alone
-treats all of them alike. The bound knows how busy the link is, but not when: so plans are also built block by block
-with both queues in view (`memplan.solvers.beam`), and at the end the best is polished block by block.
-
-All this is done per size of the staging area; one that cannot beat the plan in hand ends at its first question.
+`memplan.solvers.bounds` has a bound for each size of the largest copy, and the prices at which it is highest. Sizes are
+asked in the order of their bounds until the least of all is one that was asked for: that is the bound. The bound knows
+how busy the link is, but not when. So plans are built block by block with both queues in view, at the prices of the
+sizes that promise most (`memplan.solvers.beam`), and at the end the best is polished block by block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import product
 from math import inf
 
 from memplan.problem import Choice, Problem
-from memplan.solvers.beam import promising
+from memplan.solvers.beam import copying
+from memplan.solvers.bounds import Bounds, Prices
 from memplan.solvers.labels import SLACK
-from memplan.solvers.priced import Priced, Prices, Use, groups_of
+from memplan.solvers.priced import Priced, sizes_of
 from memplan.solvers.solution import Solution
 from memplan.solvers.tables import Tables
 
-QUESTIONS = 12  # prices asked for in one group and direction; lines cross for good after 3 to 6
+QUESTIONS = 12  # sizes of the largest copy whose best prices are looked for; 2 to 5 settle it
+TRIED = 3  # sizes for which plans are built, the most promising
+APART = 0.03  # share by which they differ
 NEAR = 3  # blocks so far apart exchange their options at the end, for copies to be made a little earlier or later
-# On top of the bound's prices when plans are built: each was best on some of benchmarks/solver.py's own chains.
-MORE = (0.0, 0.03, 0.1)
+DEARER = (1.0, 1.15, 1.5, 3.0, 20.0)  # prices of memory, in those of the bound: dearer, more is copied
+GOOD = 3e-3  # share of the blocks' time by which a plan may miss the bound without others being built
 POLISHED = 0.03  # share of the blocks' time; polishing won 0.8 % on a chain of benchmarks/solver.py
 ENOUGH = 2e-4  # share of the blocks' time by which a plan may miss the bound without further questions
 
 
 def improved(problem: Problem, plain: Solution) -> Solution:
     """The solution, or a faster one that copies to the host; its bound is one on all choices."""
-    groups = groups_of(problem)
-    if not groups:
+    sizes = sizes_of(problem)
+    if not sizes:
         return plain
     search = _Search(problem, plain.choice)
     bound_s = inf if plain.bound_s is None else search.blocks_of(plain.bound_s)
-    asked = [(*search.group(least, most), least, most) for least, most in groups]
-    bound_s = min([bound_s, *(group_s for group_s, *_ in asked)])
-    for group_s, prices, least, most in sorted(asked, key=lambda group: group[0]):
-        if not (search.is_enough(group_s) or search.is_enough(bound_s)):
-            search.build(least, most, prices)
+    bounds = search.bounds()
+    bound_s = float(bounds.least_s.min(initial=bound_s))
+    for at in bounds.promising(TRIED, APART):
+        if not search.is_enough(bounds.least_s[at]):
+            search.build(bounds, at, bound_s)
+    if search.best is None:
+        search.fit(sizes)
     if search.best is None:
         return Solution.infeasible()
     search.polish(bound_s)
@@ -56,7 +56,7 @@ def least_peak(problem: Problem, plain: int) -> int:
     Exact unless the host limit binds: then the least budget at which the choice of the fewest bytes copied obeys it.
     """
     search = _Search(problem, None)
-    return min([plain, *(search.least_peak(most, plain) for _, most in groups_of(problem))])
+    return min([plain, *(search.least_peak(most, plain) for most in sizes_of(problem))])
 
 
 class _Search:
@@ -82,104 +82,45 @@ class _Search:
     def tables(self) -> Tables:
         return Tables.of(self.problem)
 
-    # -- one size of the staging area ------------------------------------------------------------------------------
+    # -- prices and plans --------------------------------------------------------------------------------------------
 
-    def group(self, least: int, most: int) -> tuple[float, Prices]:
-        """A bound on the choices whose largest copy is between these, and its prices; betters the plan in hand."""
-        asked = self.asked(Prices(), least, most)
-        if asked is None:
-            return inf, Prices()
-        bound_s, use = asked
-        prices = Prices()
-        for axis in ("host", "out", "back"):
-            if use is None or self.is_enough(bound_s):
-                return bound_s, prices
-            if self.excess_s(use, axis) <= 0:
-                continue
-            found = self.raised(prices, axis, use, least, most)
-            if found is None:
-                return inf, prices
-            better_s, prices, use = found
-            bound_s = max(bound_s, better_s)
-        return bound_s, prices
-
-    def build(self, least: int, most: int, prices: Prices) -> None:
-        """Judge choices made block by block: with copies between these sizes only, and with all up to the largest."""
-        for smallest, more in product(dict.fromkeys((least, 1)), MORE):
-            raised = Prices(min(1.0, prices.out + more), min(1.0, prices.back + more), prices.host)
-            for choice in promising(self.priced, raised, smallest, most):
-                self.judge(choice)
-
-    def raised(
-        self, prices: Prices, axis: str, over: Use, least: int, most: int
-    ) -> tuple[float, Prices, Use | None] | None:
-        """Raise one price until the link is no longer too busy: (best bound, prices, choice there).
-
-        None: even the least that can be copied is above the host limit.
-        """
-        if axis == "host":
-            under, is_proven = self.sparest(least, most)
-            if self.excess_s(under, axis) > 0:
-                return None if is_proven else (0.0, prices, None)
-            best_s, highest = 0.0, inf
-        else:
-            top = replace(prices, **{axis: 1.0})
-            asked = self.asked(top, least, most)
-            assert asked is not None  # the same chain fitted at other prices
-            best_s, at_one = asked
-            if at_one is None or self.excess_s(at_one, axis) > 0:
-                return best_s, top, at_one
-            under, highest = at_one, 1.0
-        for _ in range(QUESTIONS):
-            steep, flat = self.excess_s(over, axis), self.excess_s(under, axis)
-            base_s = self.priced.value_s(under, prices) - self.priced.value_s(over, prices)
-            # Choices are the cheapest by all but `enough`, so that their lines may cross where no price may be.
-            crossing = replace(prices, **{axis: min(max(0.0, base_s / (steep - flat)), highest)})
-            asked = self.asked(crossing, least, most)
-            assert asked is not None
-            bound_s, use = asked
-            best_s = max(best_s, bound_s)
-            if use is None or self.is_enough(best_s):
-                return best_s, crossing, None
-            over_s = self.priced.value_s(over, crossing)
-            if over_s - self.priced.value_s(use, crossing) <= self.enough * abs(over_s):
+    def bounds(self) -> Bounds:
+        """The bounds of all sizes of the largest copy, the least of them at its best prices."""
+        bounds = Bounds(self.problem, len(self.problem.blocks) - 1)
+        asked, at = set[int](), len(bounds.sizes) - 1
+        while len(bounds.sizes) and at not in asked and len(asked) < QUESTIONS:
+            bounds.ask(at)
+            asked.add(at)
+            at = bounds.lowest
+            if self.is_enough(bounds.least_s[at]):
                 break
-            over, under = (use, under) if self.excess_s(use, axis) > 0 else (over, use)
-        self.mix(over.choice, under.choice)
-        return best_s, crossing, under
+        return bounds
 
-    def excess_s(self, use: Use, axis: str) -> float:
-        return use.excess_s(axis, self.priced.host_s)
+    def build(self, bounds: Bounds, at: int, bound_s: float) -> None:
+        """Judge choices whose copies are made with the queues in view, the largest of size number `at`."""
+        own = bounds.prices[at]
+        for dearer in DEARER:
+            if self.is_enough(bound_s, GOOD):
+                return
+            prices = replace(own, inside=own.inside * dearer, loss=own.loss * dearer)
+            self.complete(copying(bounds, at, prices), own)
 
-    def asked(self, prices: Prices, least: int, most: int) -> tuple[float, Use | None] | None:
-        """A bound on the step's blocks and the choice at these prices; None if nothing fits.
+    def complete(self, pattern: Sequence[int], own: Prices) -> None:
+        """Judge the choices that copy what these options do, or less where the link is too busy for that."""
+        for prices in (Prices(), own):
+            found = self.priced.completed(pattern, prices, self.to_beat_s)
+            if found is None or found.choice is None:
+                return
+            self.judge(found.choice)
+            if self.best_s <= found.time_s * (1 + SLACK):  # it does not wait
+                return
 
-        The choice is None when no choice is faster than the plan in hand by more than the bound leaves open.
-        """
-        found = self.priced.cheapest(prices, least, most, self.to_beat_s, self.enough)
-        if found is None:
-            return None
-        if found.choice is None:
-            return found.bound_s, None
-        if not self.judge(found.choice) and least < most:
-            roomy = self.priced.cheapest(prices, most, most, self.to_beat_s, self.enough)
-            if roomy is not None and roomy.choice is not None:
-                self.judge(roomy.choice)
-        return found.bound_s, self.priced.used(found.choice)
-
-    def sparest(self, least: int, most: int) -> tuple[Use, bool]:
-        """The choice that copies the fewest bytes of a group that fits, and whether none obeys the host limit."""
-        if least < most:  # the larger area, where it fits, for a plan; the smaller for the bound
-            roomy = self.priced.sparest(most, most, self.problem.budget_bytes)
-            if roomy is not None and roomy.choice is not None:
-                self.judge(roomy.choice)
-        found = self.priced.sparest(least, most, self.problem.budget_bytes)
-        assert found is not None  # the same chain fitted at a price
-        assert found.choice is not None  # no limit was set
-        self.judge(found.choice)
-        return self.priced.used(found.choice), found.bound_s > self.priced.host_s * (1 + SLACK)
-
-    # -- plans -----------------------------------------------------------------------------------------------------
+    def fit(self, sizes: Sequence[int]) -> None:
+        """Judge the choices that copy the fewest bytes, for when nothing else fits."""
+        for most in sizes:
+            sparest = self.priced.sparest(most, self.problem.budget_bytes)
+            if sparest is not None and sparest.choice is not None:
+                self.judge(sparest.choice)
 
     def judge(self, choice: Choice) -> bool:
         """Take the choice, as it is or spread, if it is faster than the plan in hand; False if it does not fit."""
@@ -197,19 +138,6 @@ class _Search:
         if blocks_s < self.best_s:
             self.best, self.best_s = choice, blocks_s
         return True
-
-    def mix(self, one: Choice, other: Choice) -> None:
-        """Judge choices that are one here and the other there: spread evenly, or one first, or the other first."""
-        differ = [i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]]
-        count = len(differ)
-        for k in range(1, count):
-            even = [i for at, i in enumerate(differ) if (at + 1) * k // count > at * k // count]
-            for ones in (even, differ[:k], differ[count - k :]):
-                mixed = list(other)
-                for i in ones:
-                    mixed[i] = one[i]
-                if self.tables.sum_s(tuple(mixed)) < self.to_beat_s:
-                    self.judge(tuple(mixed))
 
     def polish(self, bound_s: float) -> None:
         """Better the plan in hand by one block's option, or by an exchange of two, until none is faster."""
@@ -243,12 +171,10 @@ class _Search:
         links = (link for link, _, _ in self.priced.options)
         return [dict(zip(link.index.tolist(), link.time.tolist(), strict=True)) for link in links]
 
-    def is_enough(self, bound_s: float) -> bool:
-        return self.to_beat_s < inf and self.to_beat_s - bound_s <= self.enough * self.to_beat_s
-
-    @cached_property
-    def enough(self) -> float:
-        return max(ENOUGH, self.problem.enough)
+    def is_enough(self, bound_s: float, share: float = ENOUGH) -> bool:
+        """Whether the plan in hand, or what it has to beat, misses a bound by no more than this share."""
+        share = max(share, self.problem.enough)
+        return self.to_beat_s < inf and self.to_beat_s - bound_s <= share * self.to_beat_s
 
     # -- the smallest budget ---------------------------------------------------------------------------------------
 
@@ -269,7 +195,7 @@ class _Search:
         every = [copies[copies <= most].max() for _, copies, _ in self.priced.options]
         if sum(map(int, every)) <= (self.problem.host_bytes or 0):
             return True  # whatever is chosen
-        found = self.priced.sparest(most, most, budget)
+        found = self.priced.sparest(most, budget)
         assert found is not None  # nobody asks below the least need
         assert found.choice is not None
-        return self.excess_s(self.priced.used(found.choice), "host") <= 0
+        return sum(o.link_bytes for o in self.problem.chosen(found.choice)) <= (self.problem.host_bytes or 0)

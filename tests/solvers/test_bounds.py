@@ -1,22 +1,25 @@
-"""The bounds of chains that copy to the host, not cut short by a plan in hand, against every choice there is."""
+"""The bounds of chains that copy to the host, at prices on memory and link, against every choice there is."""
 
 from dataclasses import replace
 
 import pytest
-from chains import accepted, choices, offloading_problems, with_share
+from chains import accepted, chain, choices, offloading, offloading_problems, with_share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.link import staging_bytes
 from memplan.problem import Block, Choice, Gap, Option, Problem
-from memplan.simulator import simulate
 from memplan.solvers import smallest_budget
+from memplan.solvers.bounds import NEAR, Bounds, Prices
 from memplan.solvers.exact import relaxed
-from memplan.solvers.priced import Priced, Prices, groups_of
 
 ROUNDING = 1e-9  # relative; HiGHS proves to as much
 COPIED = st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0.0, 1.0)
-PRICES = st.builds(Prices, COPIED, COPIED, st.just(0.0) | st.floats(0.0, 4.0))
+MEMORY = st.just(0.0) | st.floats(0.0, 1.0) | st.floats(0.0, 1e-9)
+PRICES = st.builds(Prices, COPIED, COPIED, st.just(0.0) | st.floats(0.0, 4.0), MEMORY, MEMORY)
+CHAIN = with_share(offloading(chain(16, 6, seed=5, same=False), seed=1, bytes_s=2.5e10), 0.3)
+ASKED = Bounds(CHAIN, 15)
+for number in range(len(ASKED.sizes)):
+    ASKED.ask(number)
 
 
 @st.composite
@@ -64,22 +67,31 @@ def rounding_s(problem: Problem, prices: Prices) -> float:
     return ROUNDING * (prices.host * host_s + blocks_s + copies_s / (problem.link_bytes_s or 1.0))
 
 
-@given(problem=forced() | tight(), prices=PRICES)
+def bounds_of(problem: Problem, pressing: int) -> Bounds:
+    return Bounds(problem, pressing % len(problem.blocks))
+
+
+@given(problem=forced() | tight(), prices=PRICES, pressing=st.integers(0, 4))
 @settings(deadline=None, max_examples=200)
-def test_at_any_price_no_choice_of_a_group_is_below_its_bound(problem: Problem, prices: Prices) -> None:
-    every = accepted(problem)
-    for least, most in groups_of(problem):
-        steps = [problem.step_s(c) for c in every if least <= largest_copy(problem, c) <= most]
-        found = Priced(problem).cheapest(prices, least, most)
-        if steps:
-            assert found is not None
-            assert found.bound_s <= min(steps) + rounding_s(problem, prices)
+def test_at_any_price_no_choice_of_a_size_is_below_its_bound(problem: Problem, prices: Prices, pressing: int) -> None:
+    if not problem.blocks:
+        return
+    bounds = bounds_of(problem, pressing)
+    bounds.take(prices)
+    found = dict(zip(bounds.sizes.tolist(), bounds.least_s.tolist(), strict=True))
+    for choice in accepted(problem):
+        size = largest_copy(problem, choice)
+        if size:
+            assert found[size] <= problem.step_s(choice) + rounding_s(problem, prices)
 
 
 @given(problem=forced() | tight(), prices=PRICES)
 @settings(deadline=None, max_examples=80)
-def test_the_bound_is_the_cheapest_of_all_choices_beside_the_staging_area(problem: Problem, prices: Prices) -> None:
+def test_without_a_price_on_memory_a_bound_is_the_cheapest_of_all_choices(problem: Problem, prices: Prices) -> None:
+    if not problem.blocks:
+        return
     assert problem.link_bytes_s is not None
+    prices = replace(prices, inside=0.0, loss=0.0)
     host_s = (problem.host_bytes or 0) / problem.link_bytes_s
 
     def cost_s(options: list[Option]) -> float:
@@ -90,33 +102,22 @@ def test_the_bound_is_the_cheapest_of_all_choices_beside_the_staging_area(proble
         waited_s = prices.out * excess_s[0] + prices.back * excess_s[1] + prices.host * excess_s[2]
         return forward_s + backward_s + waited_s
 
-    for least, most in groups_of(problem):
-        roomy = beside(problem, staging_bytes([least]))
-        allowed = [
-            problem.chosen(choice)
-            for choice in choices(problem)
-            if largest_copy(problem, choice) <= most and simulate(roomy, choice).fits
-        ]
-        found = Priced(problem).cheapest(prices, least, most)
-        assert (found is None) == (not allowed)
-        if found is not None:
-            least_s = min(map(cost_s, allowed))
-            assert found.bound_s == pytest.approx(least_s, rel=0.0, abs=rounding_s(problem, prices))
+    bounds = bounds_of(problem, 0)
+    bounds.take(prices)
+    every = [problem.chosen(choice) for choice in choices(problem)]
+    every = [options for options in every if all(map(problem.allows, options))]
+    for size, bound_s in zip(bounds.sizes.tolist(), bounds.least_s.tolist(), strict=True):
+        least_s = min(cost_s(options) for options in every if all(option.link_bytes <= size for option in options))
+        assert bound_s == pytest.approx(least_s, rel=0.0, abs=3 * rounding_s(problem, prices))
 
 
-def beside(problem: Problem, staging: int) -> Problem:
-    """The same without a link, the staging area lying wherever copies may be in flight."""
-    blocks = tuple(
-        replace(
-            block,
-            base_bytes=block.base_bytes + staging,
-            options=tuple(replace(option, link_bytes=0) for option in block.options),
-        )
-        for block in problem.blocks
-    )
-    first, *between, last = problem.gaps
-    raised = (Gap(gap.forward_bytes + staging, gap.backward_bytes + staging) for gap in between)
-    return replace(problem, blocks=blocks, gaps=(first, *raised, last), link_bytes_s=None, host_bytes=None)
+@given(prices=st.builds(Prices, COPIED, COPIED, st.just(0.0), *[st.floats(0.0, 1e-10)] * 2))
+@settings(deadline=None, max_examples=40)
+def test_at_no_price_the_bound_that_was_asked_for_is_higher(prices: Prices) -> None:
+    for at in range(len(ASKED.sizes)):
+        other = Bounds(CHAIN, 15)
+        other.take(prices)
+        assert other.least_s[at] <= ASKED.least_s[at] * (1 + 2 * NEAR)
 
 
 @given(problem=forced() | tight())
@@ -129,7 +130,9 @@ def test_no_choice_is_below_the_bound_of_the_exact_solver(problem: Problem) -> N
         assert found.bound_s <= min(steps) + 10 * rounding_s(problem, Prices())
 
 
-@pytest.mark.parametrize("wrong", [{"out": 1.01}, {"back": 1.01}, {"out": -0.01}, {"back": -0.01}, {"host": -0.01}])
+@pytest.mark.parametrize(
+    "wrong", [{"out": 1.01}, {"back": 1.01}, {"out": -0.01}, {"back": -0.01}, {"host": -0.01}, {"loss": -0.01}]
+)
 def test_a_price_that_bounds_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="bounds nothing"):
         Prices(**wrong)
