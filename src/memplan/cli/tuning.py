@@ -1,0 +1,79 @@
+"""`memplan tune`: the fastest plan by measurement, on this machine, of a model with random weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memplan.cli.options import (
+    Autocast,
+    AutocastOption,
+    ClipOption,
+    ConfigOption,
+    DtypeOption,
+    LoraRankOption,
+    Method,
+    ModelArgument,
+    OptimizerOption,
+    SeqLenOption,
+    build,
+    one_model,
+)
+from memplan.cli.terminal import JsonOption, errors_as_exit_codes, progress, stderr_console
+from memplan.errors import UsageError
+
+
+def tune(
+    gpu: Annotated[str, typer.Option(help="A device of this machine: cuda, cuda:1, cpu, cpu:2GiB, or auto.")],
+    effective_batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")],
+    model: ModelArgument = None,
+    config: ConfigOption = None,
+    method: Annotated[Method, typer.Option(help="full or lora.")] = Method.FULL,
+    lora_rank: LoraRankOption = 16,
+    dtype: DtypeOption = None,
+    seq_len: SeqLenOption = None,
+    optimizer: OptimizerOption = "adamw",
+    autocast: AutocastOption = Autocast.NONE,
+    clip_grad_norm: ClipOption = False,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Plans that are run at most. Default: a third of those that fit.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Where the study is kept, to be gone on with or shared: tune.log, sqlite:///tune.db, ..."),
+    ] = None,
+    study: Annotated[str, typer.Option(help="Its name there.")] = "memplan",
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the most promising plans for a few steps each, and take the fastest."""
+    console = stderr_console()
+    with errors_as_exit_codes():
+        from memplan.device import resolve_gpu
+
+        if method is Method.QLORA:
+            raise UsageError("--method qlora: a quantised base has to be loaded; do that, and call memplan.tune on it")
+        _, device = resolve_gpu(gpu)
+        place = "meta" if device is None else str(device.torch_device)  # a card that is elsewhere is refused below
+        built = build(console, one_model(model, config), method, lora_rank, dtype, place)
+        with progress(console, f"measuring on {gpu}"):
+            from memplan.tuning import tune as run_trials
+
+            found = run_trials(
+                built,
+                gpu,
+                effective_batch=effective_batch,
+                optimizer=optimizer,
+                autocast=autocast.dtype(),
+                clip_grad_norm=clip_grad_norm,
+                seq_len=seq_len,
+                n_trials=trials,
+                storage=storage,
+                study=study,
+            )
+    console.print(found.describe(), soft_wrap=True)
+    if as_json:
+        typer.echo(found.plan.model_dump_json(indent=1))
+    if save is not None:
+        with errors_as_exit_codes():
+            found.plan.save(save)

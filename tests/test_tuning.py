@@ -1,0 +1,278 @@
+"""Real steps of a small model. Whatever happens in a trial, the model is afterwards what it was before."""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import tuners
+from imprint import Imprint
+from torch import nn
+
+import memplan
+from memplan import tuning
+from memplan.bench import Bench, Failure, _Apart
+from memplan.device import CpuDevice
+from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, PlanMismatch, UsageError
+from memplan.fitting import Fit, Live
+from memplan.plan_record import Budget, Measured, Plan
+from memplan.recorder import Recipe
+from memplan.samples import Sample
+from memplan.strategy import Strategy, load_strategy
+from memplan.trials import Candidate
+from memplan.tuning import Tuned, tune
+
+ROWS = 2
+BUDGET = "cpu:600KiB"
+
+
+def model_and_batch() -> tiny.Made:
+    return tiny.llama(layers=2, rows=ROWS, use_cache=False)
+
+
+def tuned(model: nn.Module, storage: Path | None, **more: Any) -> Tuned:
+    arguments: dict[str, Any] = {"sample": model_and_batch()[1], "effective_batch": ROWS, "budget_shares": (1.0, 0.8)}
+    return tune(model, BUDGET, storage=storage, **(arguments | more))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tuned]:
+    """A study of which one trial was run. A copy of its file goes on without planning.
+
+    The plans are the planner's, but predicted to be almost equally fast, so that the clock decides which are let go.
+    """
+    planned = tuning._candidates
+
+    def alike(*asked: Any) -> list[Candidate]:
+        return [
+            replace(one, plan=one.plan.model_copy(update={"step_s": 0.02 + 1e-5 * place}))
+            for place, one in enumerate(planned(*asked))
+        ]
+
+    file = tmp_path_factory.mktemp("study") / "tune.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "_candidates", alike)
+        return file, tuned(model_and_batch()[0], file, n_trials=1)
+
+
+@pytest.fixture
+def study(first: tuple[Path, Tuned], tmp_path: Path) -> Path:
+    return Path(shutil.copy(first[0], tmp_path / "tune.log"))
+
+
+def states(found: Tuned) -> list[str]:
+    return [trial.state for trial in found.trials]
+
+
+def test_the_best_is_measured_within_the_budget(first: tuple[Path, Tuned]) -> None:
+    _, found = first
+    assert states(found).count("complete") == 1
+    assert states(found).count("waiting") == len(found.trials) - 1 >= 2
+    assert {trial.micro_batch for trial in found.trials} == {1, 2}
+    assert found.measured.peak_bytes <= found.plan.budget.usable_bytes
+    assert found.measured == next(trial.measured for trial in found.trials if trial.plan == found.plan)
+    assert found.gap == 1  # one run says nothing of the others
+    text = found.describe()
+    assert f"measured 1 of {len(found.trials)} plans" in text
+    assert f"{found.plan.micro_batch} x {found.plan.accumulation} accumulated" in text
+
+
+def test_it_goes_on_and_leaves_the_model_as_it_was(study: Path) -> None:
+    model, _ = model_and_batch()
+    before = Imprint(model)
+    more = tuned(model, study, n_trials=2)
+    assert before.differences() == []
+    assert states(more).count("complete") == 2
+    best = min((trial.measured for trial in more.trials if trial.measured), key=lambda one: one.step_s)
+    assert more.measured == best
+    assert tuned(model, study, n_trials=1).measured == best  # nothing more to run
+    with more.apply(model) as fit:
+        assert fit.measured == best
+        assert fit.plan.decisions == more.plan.decisions
+
+
+Spoil = Callable[[type[BaseException], int], None]
+
+
+@pytest.fixture
+def made() -> tiny.Made:
+    """A model in the middle of a run: with gradients."""
+    model, batch = model_and_batch()
+    model(**batch).loss.backward()
+    return model, batch
+
+
+@pytest.fixture
+def spoil(made: tiny.Made, monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """Makes runs change all that they can reach and then raise; the first few run as ever."""
+
+    def install(error: type[BaseException], good: int) -> None:
+        measure, left = Fit.measure, iter(range(good))
+
+        def spoilt(fit: Fit, steps: int) -> Measured:
+            if next(left, None) is not None:
+                return measure(fit, steps)
+            with torch.no_grad():
+                for tensor in (*made[0].parameters(), *made[0].buffers()):
+                    tensor.mul_(-3)
+            torch.rand(1)
+            random.random()
+            np.random.rand()
+            raise error("spoilt")
+
+        monkeypatch.setattr(Fit, "measure", spoilt)
+
+    return install
+
+
+def test_after_ctrl_c_the_model_is_restored_and_the_study_goes_on(
+    made: tiny.Made, spoil: Spoil, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Imprint(made[0])
+    spoil(KeyboardInterrupt, 0)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(made[0], study, n_trials=2)
+    assert before.differences() == []
+    monkeypatch.undo()
+    found = tuned(made[0], study, n_trials=2)
+    assert states(found).count("complete") == 2
+    assert "running" not in states(found)
+
+
+@pytest.mark.parametrize(("error", "state"), [(MemoryError, "pruned"), (ValueError, "fail")])
+def test_a_trial_that_fails_costs_that_trial_alone(
+    error: type[Exception], state: str, made: tiny.Made, spoil: Spoil, study: Path
+) -> None:
+    before = Imprint(made[0])
+    spoil(error, 0)
+    found = tuned(made[0], study, n_trials=2)
+    assert before.differences() == []
+    assert [trial.state for trial in found.trials if trial.why == f"{error.__name__}: spoilt"] == [state]
+    assert states(found).count("complete") == 1
+
+
+def test_where_none_can_be_measured_that_is_said(
+    made: tiny.Made, spoil: Spoil, first: tuple[Path, Tuned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_candidates", lambda *_: first[1].trials[:2])
+    spoil(ValueError, 0)
+    with pytest.raises(ModelFailed, match=r"none of 2 plans could be measured.*ValueError: spoilt"):
+        tuned(made[0], None)
+
+
+def test_the_optimizer_in_use_is_put_back_to_the_bit(
+    first: tuple[Path, Tuned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_and_batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**batch).loss.backward()
+    optimizer.step()
+    state = optimizer.state[next(model.parameters())]
+    state["exp_avg"][0, :3] = torch.tensor([torch.nan, 0.0, -0.0])
+    before = state["exp_avg"].clone()
+
+    def spoilt(fit: Fit, steps: int) -> Measured:
+        state["exp_avg"].zero_()
+        state["step"].add_(steps)
+        return measure(fit, steps)
+
+    measure = Fit.measure
+    monkeypatch.setattr(Fit, "measure", spoilt)
+    with Bench(model, Recipe(optimizer=optimizer), Sample.of(batch), CpuDevice()) as bench:
+        assert isinstance(bench.run(first[1].plan), Measured)
+    assert torch.equal(state["exp_avg"].view(torch.int32), before.view(torch.int32))
+    assert state["step"] == 1
+
+
+@pytest.mark.slow  # starts two processes
+def test_in_a_process_of_its_own_a_crash_is_a_failure(
+    first: tuple[Path, Tuned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_and_batch()
+    recipe, sample = Recipe(loss=tuners.loss_or_exit), Sample.of(batch)
+    before = Imprint(model)
+    with Bench(model, recipe, sample, CpuDevice()) as bench:
+        bench._apart = _Apart(model, Live(recipe, sample))  # as on a card
+        monkeypatch.setenv(tuners.EXIT, "3")
+        assert bench.run(first[1].plan) == Failure("its process ended by itself, with exit code 3", memory=False)
+        monkeypatch.delenv(tuners.EXIT)
+        found = bench.run(first[1].plan)
+    assert isinstance(found, Measured)
+    assert found.peak_bytes == pytest.approx(first[1].measured.peak_bytes, abs=2048)
+    assert found.budget_bytes == first[1].plan.budget_bytes
+    assert before.differences() == []
+
+
+def test_a_loss_that_no_other_process_can_have_is_refused(first: tuple[Path, Tuned]) -> None:
+    model, batch = model_and_batch()
+    recipe, sample = Recipe(loss=lambda model, batch: model(**batch).loss), Sample.of(batch)
+    with pytest.raises(UsageError, match="make the loss a function of a module"):
+        _Apart(model, Live(recipe, sample)).run(first[1].plan)
+
+
+def test_a_study_of_another_model_is_refused(study: Path) -> None:
+    with pytest.raises(PlanMismatch, match="was made for signature"):
+        tuned(tiny.llama(layers=3, use_cache=False)[0], study)
+    with pytest.raises(PlanMismatch, match=r"budget_shares \[1.0, 0.8\], not \[0.5\]"):
+        tuned(model_and_batch()[0], study, budget_shares=(0.5,))
+
+
+def test_what_cannot_be_tuned_is_refused(first: tuple[Path, Tuned], tmp_path: Path) -> None:
+    model, _ = model_and_batch()
+    with pytest.raises(NoDevice, match="its weights are on meta"):
+        tuned(model_and_batch()[0].to("meta"), None)
+    with pytest.raises(NoDevice, match="rtx-4090"):
+        tune(model, "rtx-4090", effective_batch=ROWS)
+    with pytest.raises(UsageError, match="at least one strategy"):
+        tuned(model, None, strategies=())
+    with pytest.raises(UsageError, match="and one trial"):
+        tuned(model, None, n_trials=0)
+    with pytest.raises(DoesNotFit, match="below what is always there"):
+        tune(model, "cpu:10KiB", effective_batch=ROWS)
+    with memplan.apply(model, first[1].plan), pytest.raises(AlreadyApplied, match="call undo"):
+        tuned(model, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the candidates -------------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Stands in for a session: its plans take all of the budget that helps, and what pulls no lever needs 800 bytes."""
+
+    def __init__(self, option: str) -> None:
+        self.model, self.option, self.asked = nn.Linear(1, 1), option, list[tuple[int, float]]()
+
+    def plan(self, strategy: Strategy, effective_batch: int, micro_batch: int) -> Plan:
+        assert effective_batch == 8
+        self.asked.append((micro_batch, strategy.budget_share))
+        usable = int(tuners.BUDGET_BYTES * strategy.budget_share)
+        budget = Budget(gpu="cpu", total_bytes=usable, others_bytes=0, context_bytes=0, margin_bytes=0)
+        decisions = {"block": self.option if usable < 800 else "keep"}
+        return tuners.plan_of(1.0, micro_batch, budget=budget, decisions=decisions, peak_bytes=min(usable, 800))
+
+
+def test_a_smaller_share_is_planned_for_where_it_changes_the_plan() -> None:
+    planner = Planner("recompute")
+    found = tuning._candidates(planner, [load_strategy("recompute-only")], [1.0, 0.9, 0.7, 0.5], 8)  # type: ignore[arg-type]
+    assert planner.asked == [(size, share) for size in (1, 2, 4, 8) for share in (1.0, 0.7, 0.5)]
+    assert [(one.micro_batch, one.budget_share) for one in found] == [
+        (size, share)
+        for size in (1, 2, 4, 8)
+        for share in (1.0, 0.7)  # that for 0.5 does the same as that for 0.7
+    ]
+    assert {one.whole_bytes for one in found} == {tuners.BUDGET_BYTES}
+
+
+def test_levers_that_a_strategy_has_not_are_not_pulled() -> None:
+    planner, nothing = Planner("chunked-512"), Strategy(name="nothing", levers=())
+    (found,) = {one.budget_share for one in tuning._candidates(planner, [nothing], [1.0, 0.7], 8)}  # type: ignore[arg-type]
+    assert found == 1.0
+    with pytest.raises(DoesNotFit, match=r"no plan by the levers of nothing fits 700 B.*it would take loss-head too"):
+        tuning._candidates(planner, [nothing], [0.7], 8)  # type: ignore[arg-type]
