@@ -5,13 +5,14 @@ STAMP := $(VENV)/.memplan-installed
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint setup
+.PHONY: help demo test test-slow lint docs setup
 
 help:
 	@echo "make demo   fit and train a small language model inside a memory budget (about 4 minutes on 2 cores)"
 	@echo "make test   run the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow   run those that train for minutes or start several processes"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the pages into build/site"
 
 demo: setup
 	$(BIN)/python examples/01_autofit.py
@@ -27,6 +28,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: $(STAMP)
 

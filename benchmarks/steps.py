@@ -7,12 +7,15 @@ Nothing outlives the step but what training needs: weights, optimizer state and 
 the loss is kept, and only until its backward has run.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import nn
+
+os.environ.setdefault("MEMPLAN_CACHE", "off")  # what one benchmark measures must not change the plans of another
 
 OptimizerName = Literal["adamw", "adamw-foreach-false", "sgd-momentum"]
 

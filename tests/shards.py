@@ -77,7 +77,8 @@ def main() -> None:
         torch.save(whole, folder / os.environ["RANK"])
     else:
         step()
-        # gloo's thread may hold on to gradients for a moment after they are scattered, on a busy machine more: the least
+        # gloo's thread may hold on to gradients for a moment after they are scattered, so that of a few steps the least
+        # says what a step needs
         (folder / os.environ["RANK"]).write_text(str(min(meter()(step) for _ in range(MEASURED))))
     destroy_process_group()
 

@@ -108,7 +108,7 @@ def apply_misfit(scene: Scene) -> None:
 
 
 def load_other_version(scene: Scene) -> None:
-    text = scene.plan().model_dump_json().replace('"schema_version":2', '"schema_version":99')
+    text = scene.plan().model_dump_json().replace('"schema_version":3', '"schema_version":99')
     memplan.Plan.load(scene.file(text, "plan.json"))
 
 

@@ -383,8 +383,8 @@ def test_a_loaded_plan_does_not_know_a_nested_sample(tmp_path: Path) -> None:
         ("not JSON", "no schema_version"),
         ("[]", "no schema_version"),
         ("{}", "no schema_version"),
-        ('{"schema_version": 99}', "schema version 99; this memplan reads version 2"),
-        ('{"schema_version": 2}', "is a damaged plan"),
+        ('{"schema_version": 99}', "schema version 99; this memplan reads version 3"),
+        ('{"schema_version": 3}', "is a damaged plan"),
     ],
 )
 def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> None:

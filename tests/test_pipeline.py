@@ -153,6 +153,46 @@ def test_the_layers_say_what_is_decided_and_what_it_saves() -> None:
     assert all(layer.held_bytes == layer.keep_bytes for layer in plan.layers if layer not in changed)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_frontier_has_the_plan_in_it_and_what_each_block_does_at_every_point(name: str) -> None:
+    plan = tight(name)
+    (own,) = [point for point in plan.frontier if point.chosen]
+    assert (own.peak_bytes, own.step_s) == (plan.needs_bytes, plan.step_s)
+    assert own.options == tuple(layer.option for layer in plan.layers)
+    peaks = [point.peak_bytes for point in plan.frontier]
+    seconds = [point.step_s for point in plan.frontier]
+    assert peaks == sorted(set(peaks))
+    assert seconds == sorted(set(seconds), reverse=True)
+    for point in plan.frontier:
+        if (point.head, point.stepping) != (own.head, own.stepping):
+            continue
+        extra = [sum(layer.extra[o] for layer, o in zip(plan.layers, p.options, strict=True)) for p in (point, own)]
+        assert point.step_s - own.step_s == pytest.approx(plan.accumulation * (extra[0] - extra[1]), abs=1e-9)
+    for layer in plan.layers:
+        assert (layer.held[layer.option], layer.extra[layer.option]) == (layer.held_bytes, layer.extra_s)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_timelines_are_those_of_the_plan_and_of_the_model_as_it_stands(name: str) -> None:
+    plan = tight(name)
+    assert plan.timeline is not None
+    assert plan.unplanned_timeline is not None
+    assert max(plan.timeline.total) == plan.peak_bytes
+    assert max(plan.unplanned_timeline.total) == plan.unplanned_bytes
+    at_peak = plan.timeline.total.index(plan.peak_bytes)
+    assert plan.timeline.phase[at_peak] == plan.peak_phase
+
+
+def test_what_is_saved_is_against_the_model_as_it_stands_in_the_same_batch() -> None:
+    model, batch = LLAMA()
+    smallest = memplan.Strategy("smallest", levers=("recompute",), objective="peak")
+    plan = memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=4, strategy=smallest)
+    assert (plan.micro_batch, plan.accumulation) == (1, 4)
+    stands = memplan.predict(model, {name: rows[:1] for name, rows in batch.items()}, accumulation=4)
+    assert plan.unplanned_bytes == stands.peak_bytes
+    assert plan.unplanned_timeline == stands.timeline
+
+
 def test_more_memory_is_never_slower() -> None:
     model, batch = on_meta(LLAMA())
     strategy = memplan.Strategy("to the last sample", tolerance=0.0)

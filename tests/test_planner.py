@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.errors import BadBatch
-from memplan.planner import GIB, NoPlan, Outcome, search
+from memplan.planner import NoPlan, Outcome, search
 from memplan.problem import Block, Choice, Gap, Option, Problem
 from memplan.simulator import simulate
 from memplan.solvers import SOLVERS, Solution, smallest_budget
 from memplan.strategy import Strategy
+from memplan.tradeoff import GIB
 
 MIB = 2**20
 SPEED = Strategy(name="speed", tolerance=0.0)
@@ -299,12 +300,19 @@ def test_the_frontier_buys_time_with_memory() -> None:
     profile = Affine()
     budget = smallest_budget(profile.problem(8, 1, 1)) + 40 * MIB
     outcome = planned(search(profile, budget, SPEED, micro_batch=8))
-    peaks, times = zip(*outcome.frontier, strict=True)
+    peaks = [point.peak_bytes for point in outcome.frontier]
+    times = [point.step_s for point in outcome.frontier]
     assert list(peaks) == sorted(set(peaks))
     assert list(times) == sorted(set(times), reverse=True)
     assert peaks[0] == outcome.smallest_bytes
     assert times[-1] == profile.problem(8, 1, 1).step_s((0, 0, 0, 0))
-    assert (outcome.timeline.peak_bytes, outcome.timeline.step_s) in outcome.frontier
+    (own,) = [point for point in outcome.frontier if point.peak_bytes == outcome.timeline.peak_bytes]
+    assert own.options == tuple(option.name for option in outcome.problem.chosen(outcome.solution.choice or ()))
+    for point in outcome.frontier:
+        problem = profile.problem(8, 1, point.peak_bytes)
+        names = [[option.name for option in block.options] for block in problem.blocks]
+        choice = tuple(known.index(name) for known, name in zip(names, point.options, strict=True))
+        assert (simulate(problem, choice).peak_bytes, problem.step_s(choice)) == (point.peak_bytes, point.step_s)
 
 
 def test_the_same_twice() -> None:
@@ -403,6 +411,15 @@ def test_of_two_variants_none_is_better_by_the_objective(
             assert both.micro_batch >= one.micro_batch
         else:
             assert both.timeline.peak_bytes <= one.timeline.peak_bytes
+
+
+def test_the_frontier_and_the_price_of_memory_go_over_all_variants() -> None:
+    least = smallest_budget(RICH.problem(8, 1, 1, "chunked-512"))
+    outcome = planned(search(RICH, least, SPEED, micro_batch=8))
+    assert [outcome.frontier[i].variant for i in (0, -1)] == ["chunked-512", "keep"]
+    richer = planned(search(RICH, least + GIB, SPEED, micro_batch=8))
+    assert richer.variant == "keep"
+    assert outcome.shadow_price_s_per_gib == outcome.timeline.step_s - richer.timeline.step_s
 
 
 def test_a_strategy_s_levers_are_all_that_is_used() -> None:

@@ -393,6 +393,7 @@ def test_rows_are_made_longer_where_they_hold_tokens() -> None:
     shown = Sample.of(
         {"scale": torch.ones(2), "input_ids": ids, "states": torch.ones(2, 3, 4), "wide": torch.ones(2, 4)}
     )
+    assert shown.tokens == 3
     longer = shown.lengthened(5).content
     assert longer["input_ids"].tolist() == [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]]
     assert {name: tuple(t.shape) for name, t in longer.items() if name != "input_ids"} == {

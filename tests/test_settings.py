@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from memplan.errors import UsageError
-from memplan.settings import Settings
+from memplan.settings import Habits, Settings
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -39,6 +39,7 @@ def test_environment_texts_become_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environ", "toml", "words"),
     [
+        ({"cache": False}, {}, "", "the arguments set 'cache', which is for all runs: set MEMPLAN_CACHE"),
         ({"gpu": 24}, {}, "", "the arguments set gpu = 24, which has to be a text"),
         ({}, {"MEMPLAN_MICRO_BATCH": "four"}, "", "the environment set micro_batch = 'four', which has to be a whole"),
         ({}, {"MEMPLAN_ENABLED": "perhaps"}, "", "enabled = 'perhaps', which has to be true or false"),
@@ -54,3 +55,16 @@ def test_what_cannot_be_used(
     (tmp_path / "memplan.toml").write_text(toml)
     with pytest.raises(UsageError, match=words):
         Settings.found(arguments, environ, tmp_path)
+
+
+def test_habits_come_from_the_environment_before_a_file(tmp_path: Path) -> None:
+    assert Habits.found({}, tmp_path) == Habits(cache=True, cache_dir=None, banner=True)
+    (tmp_path / "memplan.toml").write_text('cache_dir = "/a"\nbanner = false\nrisk = 0.05\n')
+    assert Habits.found({"MEMPLAN_CACHE": "off", "MEMPLAN_CACHE_DIR": "/b"}, tmp_path) == Habits(False, "/b", False)
+    assert Settings.found({}, {"MEMPLAN_CACHE": "off"}, tmp_path) == Settings(risk=0.05)
+
+
+def test_habits_do_not_mind_what_else_is_set(tmp_path: Path) -> None:
+    assert Habits.found({"MEMPLAN_GPU": "", "MEMPLAN_OTHER": "x"}, tmp_path) == Habits()
+    with pytest.raises(UsageError, match="the environment set banner = 'perhaps', which has to be true or false"):
+        Habits.found({"MEMPLAN_BANNER": "perhaps"}, tmp_path)

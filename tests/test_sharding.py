@@ -18,7 +18,7 @@ from memplan.samples import Sample
 from memplan.sharding import padded_bytes
 from memplan.trace import CATEGORIES, Trace
 
-BOUND_S = 240  # nothing may hang
+BOUND_S = 400  # nothing may hang
 ERROR = 0.02
 
 

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from memplan.gpus import Gpu, find_gpu
     from memplan.guard import Guard
     from memplan.integrations.accelerate import MemplanPlugin, attach, prepare
+    from memplan.integrations.fsdp import MemplanFSDPPlugin
     from memplan.pipeline import apply, autofit, plan, predict
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
     from memplan.rungs import ladder
     from memplan.strategy import Strategy
+    from memplan.tuning import tune
     from memplan.world import World
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "Guard",
     "Measured",
     "MemplanError",
+    "MemplanFSDPPlugin",
     "MemplanPlugin",
     "Plan",
     "Prediction",
@@ -50,6 +53,7 @@ __all__ = [
     "plan",
     "predict",
     "prepare",
+    "tune",
 ]
 
 _HOMES: Final = {
@@ -59,6 +63,7 @@ _HOMES: Final = {
     "Guard": "memplan.guard",
     "Measured": "memplan.plan_record",
     "MemplanError": "memplan.errors",
+    "MemplanFSDPPlugin": "memplan.integrations.fsdp",
     "MemplanPlugin": "memplan.integrations.accelerate",
     "Plan": "memplan.plan_record",
     "Prediction": "memplan.prediction",
@@ -73,6 +78,7 @@ _HOMES: Final = {
     "plan": "memplan.pipeline",
     "predict": "memplan.pipeline",
     "prepare": "memplan.integrations.accelerate",
+    "tune": "memplan.tuning",
 }
 
 

@@ -1,6 +1,12 @@
 """How the samples of one optimizer step may be cut into micro-batches."""
 
+from collections.abc import Sequence
+from typing import Final
+
 from memplan.errors import BadBatch
+
+# Micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish.
+POINTS: Final = (2, 4)
 
 
 def splits(effective_batch: int | None, micro_batch: int | None, can_split: bool) -> list[tuple[int, int]]:
@@ -36,3 +42,11 @@ def splits(effective_batch: int | None, micro_batch: int | None, can_split: bool
             "layers that couple the samples of a batch (such as BatchNorm in training); leave micro_batch out"
         )
     return whole
+
+
+def profiled(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Micro-batches to profile at, of what `splits` gives: the only one, else two between which sizes are affine."""
+    sizes = sorted(micro_batch for micro_batch, _ in pairs)
+    if len(sizes) == 1 or sizes[-1] < POINTS[1]:
+        return tuple(sorted({sizes[0], sizes[-1]}))
+    return POINTS

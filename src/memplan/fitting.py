@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from memplan import levers, optimizers
+from memplan import __version__, cache, levers, optimizers
 from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
+from memplan.corrections import Run
 from memplan.device import Device, resolve_gpu
+from memplan.driver import driver_version
 from memplan.errors import AlreadyApplied, DoesNotFit, MemoryTaken, NoDevice, PlanMismatch, UsageError
 from memplan.levers import stepping
 from memplan.levers.host_memory import pooled_bytes
@@ -94,16 +96,19 @@ class Fit:
 
         The steps train nothing: the optimizer is a copy, at learning rate 0, and weights, gradients, buffers and the
         random state are as before. The peak counts what one step needs; other tensors on the device (gradients that
-        were there, the state of the optimizer in use, further batches) are taken off.
+        were there, the state of the optimizer in use, further batches) are taken off. What is measured corrects later
+        plans on this machine, unless a sample, loss or optimizer is given (`remember`).
 
         Args:
             steps: how many steps are timed.
-            sample, loss, optimizer: as for `memplan.plan`; what the plan was made with, if they are left out.
+            sample: as for `memplan.plan`; what the plan was made with, if it is left out.
+            loss: likewise.
+            optimizer: likewise.
 
         Raises:
             NoDevice: the plan is for a device that is not here, or the model's weights are not on it.
-            BadSample, BadOptimizer: the plan comes from a file, which keeps neither nested samples nor optimizers that
-                have no name: pass `sample` or `optimizer`.
+            UsageError: BadSample or BadOptimizer, if the plan comes from a file, which keeps neither nested samples
+                nor optimizers that have no name: pass `sample` or `optimizer`.
         """
         live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=_dtype(self.plan.autocast)), None)
         device = _device_of(self.plan, self.model)
@@ -123,15 +128,41 @@ class Fit:
             with training_step(self.model, micro, recipe, device) as step:
                 peak_bytes = device.peak_of(step) - others_bytes
                 seconds = sorted(device.seconds_of(step, steps))
+        step_s = seconds[len(seconds) // 2]
+        if sample is None and loss is None and optimizer is None:  # else it is no run of this plan
+            self.remember(peak_bytes, step_s)
         return Measured(
             peak_bytes=peak_bytes,
             predicted_bytes=self.plan.peak_bytes,
-            step_s=seconds[len(seconds) // 2],
+            step_s=step_s,
             predicted_s=self.plan.step_s,
             budget_bytes=self.plan.budget_bytes,
             device=device.name,
             steps=steps,
         )
+
+    def remember(self, peak_bytes: int, step_s: float | None = None) -> None:
+        """Keep what a step of this plan was measured to need, so that the next plan on this machine starts from it.
+
+        Args:
+            peak_bytes: as `measure` counts them.
+            step_s: seconds of a step, if they were measured.
+        """
+        plan, live = self.plan, self._live
+        if live is None or live.recipe.zero or live.recipe.replicas * live.recipe.shards > 1:
+            return  # a plan file does not say with what loss, and of several ranks one does not tell what it needs
+        try:
+            device = _device_of(plan, self.model)
+        except NoDevice:  # planned for a card that is elsewhere
+            return
+        run = Run(
+            seconds=plan.seconds,
+            times=plan.times,
+            step_s=None if plan.host_bytes else step_s,  # the link's share of it is no lever's
+            predicted_bytes=plan.peak_bytes,
+            peak_bytes=peak_bytes,
+        )
+        cache.remember(key_of(self.model, live.sample, live.recipe, device), run)
 
     def _sample(self, sample: object, live: "Live") -> Sample:
         if sample is not None:
@@ -148,6 +179,25 @@ class Live:
 
     def __init__(self, recipe: Recipe, sample: Sample | None) -> None:
         self.recipe, self.sample = recipe, sample
+
+
+def key_of(model: nn.Module, sample: Sample | None, recipe: Recipe, device: Device) -> cache.Key:
+    """Under which key the runs of a model on a device are kept."""
+    on_card = device.torch_device.type == "cuda"
+    fields = () if sample is None else sample.fields()
+    return cache.Key(
+        card=device.name if on_card else f"{cache.processor()}, {torch.get_num_threads()} threads",
+        driver=driver_version() if on_card else "",
+        torch=torch.__version__,
+        memplan=__version__,
+        model=type(model).__name__,
+        signature=signature(model),
+        sample=", ".join(f"{field.name}{list(field.shape)} {field.dtype}" for field in fields),
+        loss="" if recipe.loss is None else getattr(recipe.loss, "__qualname__", type(recipe.loss).__qualname__),
+        optimizer=optimizers.name_of(recipe.optimizer),
+        autocast=None if recipe.autocast is None else str(recipe.autocast),
+        ranks=f"{recipe.replicas} x {recipe.shards}",
+    )
 
 
 def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Fit:

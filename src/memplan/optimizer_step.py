@@ -5,7 +5,7 @@ optimizers skip a parameter without a gradient, and make no state for it; so onl
 gradient is stepped and counted, and state that a live optimizer has already.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -102,19 +102,29 @@ class PrimedOptimizer:
             self._drop_gradients()
         self._hosted = set() if backend.name == "cpu" else optimizers.on_host(optimizer, self.optimizer)
 
-    def part(self, stepped: Sequence[Parameter], *, done: bool = False, clips: bool = False) -> OptimizerPart:
+    def part(
+        self,
+        stepped: Sequence[Parameter],
+        *,
+        done: bool = False,
+        clips: bool = False,
+        make: Callable[[], None] | None = None,
+    ) -> OptimizerPart:
         """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before.
 
-        With `clips` the norm of the gradients is clipped first, by what torch takes on the device for it.
+        With `clips` the norm of the gradients is clipped first, by what torch takes on the device for it. With `make`
+        they are made first, as a part of the step.
         """
         before, made = self._state_of({id(parameter) for parameter in stepped})
         with self._tape():
-            self._give_gradients([] if done else stepped)
+            self._give_gradients([] if done or make else stepped)
         tape = self._tape()
         every = tensors_in(self.optimizer.state.values())
         for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *every):
             tape.pass_over(tensor)
         with tape:
+            if make:
+                make()
             if clips:
                 clip_grad_norm_(stepped, 1.0, foreach=self.backend.foreach)
             self.optimizer.step()
@@ -154,7 +164,8 @@ class PrimedOptimizer:
 
     def _give_gradients(self, parameters: Iterable[Parameter]) -> None:
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            with self.fake:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _drop_gradients(self) -> None:
         for parameter in self._trainable:

@@ -90,7 +90,10 @@ def plan(
     The model is not touched. With weights on a live device, blocks are timed there; else times are estimated.
 
     Args:
-        model, loss, optimizer, autocast: as for `predict`.
+        model: as for `predict`.
+        loss: as for `predict`.
+        optimizer: as for `predict`.
+        autocast: as for `predict`.
         clip_grad_norm: as for `predict`; a plan for a loop that clips never steps inside the backward.
         gpu: "auto", "cuda:1", a card's name ("rtx-4090"), a size ("24GiB"), "cpu", "cpu:2GiB", or a `Gpu`.
         sample: as for `predict`, of any batch size; transformers models may leave it out.
@@ -106,8 +109,10 @@ def plan(
     Raises:
         DoesNotFit: the budget is below what is always there. A plan that misses by less is returned with the verdict
             "does not fit", the smallest budget that would do, and the ways out.
-        BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy, UnknownGpu, NoDevice,
-        NothingToTrain, ModelFailed, CannotTrace: as named.
+        UsageError: an argument cannot be used: BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy,
+            UnknownGpu.
+        NoDevice: the device asked for is not on this machine.
+        ModelError: the model stands in the way: NothingToTrain, ModelFailed, CannotTrace.
     """
     recipe = _on_one_of(world, _recipe(loss, optimizer, autocast, clip_grad_norm))
     return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)()

@@ -8,9 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from memplan.errors import PlanSchema
+from memplan.prediction import Timeline
 from memplan.units import format_budget, format_bytes, format_seconds
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Verdict(StrEnum):
@@ -47,6 +48,19 @@ class Layer(_Record):
     keep_bytes: int = Field(description="held for backward if all that autograd saves is kept")
     held_bytes: int = Field(description="held for backward under the plan")
     extra_s: float = Field(description="extra seconds under the plan")
+    held: dict[str, int] = Field(default={}, description="option -> bytes held, for every option of the frontier")
+    extra: dict[str, float] = Field(default={}, description="option -> extra seconds, for every option of the frontier")
+
+
+class FrontierPoint(_Record):
+    """A plan for the same micro-batch and accumulation that needs more or less memory. Found, but not traced."""
+
+    peak_bytes: int = Field(description="what it needs, as `Plan.needs_bytes`; as much above the profile as the plan")
+    step_s: float
+    options: tuple[str, ...] = Field(description="one for each of `Plan.layers`, in their order")
+    head: str = Field(description='"keep", or the loss head\'s option')
+    stepping: str = Field(description="as `Plan.stepping`")
+    chosen: bool = Field(description="whether it is the plan itself")
 
 
 class Measured(_Record):
@@ -102,16 +116,22 @@ class Plan(_Record):
     reserved_bytes: int | None = Field(None, description="CUDA: the most that its allocator reserves")
     fits_bytes: int | None = Field(None, description="CUDA: the least cap on that without a retry")
     peak_phase: str
+    peak_module: str = Field("", description="the module that runs at the peak; empty for the model itself")
     breakdown: dict[str, int] = Field(description="bytes at the peak by category, as in Prediction")
     unplanned_bytes: int = Field(description="the peak at the same micro-batch with nothing recomputed")
     step_s: float
+    seconds: dict[str, float] = Field(
+        {}, description='of a step by lever, "keep" for all that is none\'s; before corrections by measured runs'
+    )
     samples_per_s: float
     slowdown: float = Field(description="step time against no recomputation at the same micro-batch, minus 1")
     gap: float = Field(description="relative distance of the step time to the proven lower bound")
     shadow_price: float = Field(description="seconds per step that one GiB more would save")
     times: str = Field(description='"measured" on this device, or "estimate" from the card\'s figures')
     smallest_bytes: int = Field(description="the least usable budget that any plan of this strategy would fit")
-    frontier: tuple[tuple[int, float], ...] = Field((), description="(peak bytes, step seconds) of other plans")
+    frontier: tuple[FrontierPoint, ...] = Field((), description="from the least memory to the least time")
+    timeline: Timeline | None = Field(None, description="bytes by category over the step as planned")
+    unplanned_timeline: Timeline | None = Field(None, description="the same with nothing done, as `unplanned_bytes`")
     ways_out: tuple[str, ...] = Field((), description="if it does not fit: the cheapest ways to make it fit")
     optimizer: str
     autocast: str | None
@@ -150,6 +170,25 @@ class Plan(_Record):
         """
         report = import_module("memplan.report.settings")  # it stands above this room
         text: str = report.settings_text(self, plan_file, framework=framework)
+        return text
+
+    def record(self) -> dict[str, float]:
+        """The plan as flat numbers, for TensorBoard, W&B and other trackers; bytes and seconds are predictions."""
+        return {
+            "memplan/micro_batch": self.micro_batch,
+            "memplan/accumulation": self.accumulation,
+            "memplan/changed_blocks": len(self.changed),
+            "memplan/budget_bytes": self.budget_bytes,
+            "memplan/predicted_peak_bytes": self.peak_bytes,
+            "memplan/unplanned_peak_bytes": self.unplanned_bytes,
+            "memplan/predicted_step_s": self.step_s,
+            "memplan/predicted_samples_per_s": self.samples_per_s,
+            "memplan/predicted_slowdown": self.slowdown,
+        }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        text: str = import_module("memplan.report.html").plan_html(self)  # it stands above this room
         return text
 
     @classmethod

@@ -1,6 +1,7 @@
 """`Prediction`: the memory of one training step as it stands, before anything is planned."""
 
 from functools import cached_property
+from importlib import import_module
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -84,6 +85,11 @@ class Prediction(BaseModel):
             f"on the card: fits in {format_bytes(self.fits_bytes)}, reserves {format_bytes(self.reserved_bytes)}, "
             f"completes in {format_bytes(self.completes_bytes)}"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        text: str = import_module("memplan.report.html").prediction_html(self)  # it stands above this room
+        return text
 
     def describe(self) -> str:
         """A few lines of plain text: the peak, where it is, and what it is made of."""

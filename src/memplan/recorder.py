@@ -52,6 +52,7 @@ from memplan.sharding import sharded
 from memplan.tape import Tape
 from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_bytes
+from memplan.zero import Zero, letting_go
 
 Loss = Callable[[nn.Module, object], Tensor]
 
@@ -85,6 +86,7 @@ class Recipe:
     replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
     bucket_view: bool = False  # its gradient_as_bucket_view
     shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
+    zero: Zero | None = None  # what DeepSpeed makes of it, in place of replicas and shards
 
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""
@@ -106,8 +108,7 @@ class Recorder:
                 "Set requires_grad on what is to be trained (a PEFT model: is_trainable=True), then call again."
             )
         self.model, self.recipe, self.backend = model, recipe, backend
-        self.accumulation = recipe.accumulation
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.accumulation, self.fake = recipe.accumulation, FakeTensorMode(allow_non_fake_inputs=True)
         check_stepping(recipe.stepping)
         if recipe.drops not in (AFTER_STEP, AFTER_FORWARD):
             raise UsageError(f"gradients are dropped {AFTER_STEP} or {AFTER_FORWARD}, got {recipe.drops!r}")
@@ -115,6 +116,7 @@ class Recorder:
             asked = f"replicas={recipe.replicas}, bucket_view={recipe.bucket_view}"
             raise UsageError(f"{asked}: there is one at least, and only several have buckets")
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
+        self._fakes: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # see `AbstractModel`
 
     def record(
         self,
@@ -137,11 +139,10 @@ class Recorder:
         """
         self.accumulation = accumulation or self.recipe.accumulation
         in_backward = self.recipe.stepping == IN_BACKWARD
-        why = not_in_backward(self.accumulation, self.recipe.clips, self.recipe.replicas) if in_backward else None
-        if why is not None:
+        if in_backward and (why := not_in_backward(self.accumulation, self.recipe.clips, self.recipe.replicas)):
             raise NoStepInBackward(why)
         try:
-            with AbstractModel(self.model, self.fake) as abstract, installed():
+            with AbstractModel(self.model, self.fake, self._fakes) as abstract, installed():
                 to_training(self.model)
                 primed = self._primed(abstract) if in_backward else None
                 trace, stepped = self._traced(sample.map(abstract.imitate), primed)
@@ -156,6 +157,7 @@ class Recorder:
                 stepped = _places(self.model, graded)
             with AbstractModel(self.model, self.fake) as abstract:
                 part = self._part(abstract, stepped, None)
+        trace = trace if self.recipe.zero is None else self.recipe.zero.on_a_rank(trace, self.backend.rounded)
         trace = with_optimizer(self._with_state(trace, part), part.tape)
         if self.recipe.shards > 1:
             cut = units(self.model, find_blocks(self.model), self.recipe.shards)
@@ -228,7 +230,8 @@ class Recorder:
         views = buckets.views_for(self.model.parameters(), tape) if self.recipe.bucket_view else {}
         borders, grads = [], []
         held: list[object] = []  # the output of the last forward, if the loop keeps it
-        stepping = primed.in_backward(tape) if primed else nullcontext(Dropped())
+        without = nullcontext(Dropped()) if self.recipe.zero is None else letting_go(self.model, tape)
+        stepping = primed.in_backward(tape) if primed else without
         with tape, self.backend.kernels(), stepping as dropped:
             for later in reversed(range(min(self.accumulation, 2))):
                 with nullcontext() if later else buckets.filled(views, tape, dropped):
@@ -290,6 +293,8 @@ class Recorder:
 
     def _part(self, abstract: AbstractModel, stepped: tuple[int, ...], primed: PrimedOptimizer | None) -> OptimizerPart:
         """What the optimizer adds when these of the model's parameters are stepped; with `primed` they were already."""
+        if self.recipe.zero is not None:
+            return self.recipe.zero.part(self.fake, self.backend, self.recipe.optimizer)
         if stepped not in self._parts:
             parameters = list(self.model.parameters())
             optimizer = primed or self._primed(abstract)

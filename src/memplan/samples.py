@@ -84,17 +84,21 @@ class Sample:
 
         return Sample(_map_tensors(resize, self.content), batch_size)
 
+    @property
+    def tokens(self) -> int | None:
+        """Of a row: the second dimension of the first integer tensor that has two; None where there is no such."""
+        found = (t.shape[1] for t in self.tensors() if t.dim() == 2 and not t.is_floating_point())
+        return next(found, None)
+
     def lengthened(self, tokens: int) -> "Sample":
         """The same rows with so many tokens each, repeated in order where there are fewer.
 
-        The tokens of a row are the second dimension of the first integer tensor that has two, and of all tensors whose
-        second dimension is the same.
+        That is in all tensors whose second dimension is `tokens`.
 
         Raises:
             BadSample: no tensor holds tokens.
         """
-        found = (t.shape[1] for t in self.tensors() if t.dim() == 2 and not t.is_floating_point())
-        length = next(found, None)
+        length = self.tokens
         if not length:
             raise BadSample("the sample has no tensor of tokens, integers [rows, tokens], that could be made longer")
 

@@ -8,16 +8,19 @@ import psutil
 import torch
 from torch import nn
 
-from memplan import optimizers, packed
+from memplan import cache, optimizers, packed
 from memplan.advice import ways_out
 from memplan.allocator import Settings
-from memplan.batches import splits
+from memplan.batches import POINTS, profiled, splits
 from memplan.blocks import is_batch_coupled, signature
+from memplan.checking import checked
+from memplan.corrections import Corrections, seconds_by_lever
 from memplan.device import CudaDevice, Device, memory_parts
 from memplan.errors import DoesNotFit
-from memplan.fitting import Live
+from memplan.fitting import Live, key_of
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
+from memplan.laps import doubted
 from memplan.levers.host_memory import usable_bytes as usable_host_bytes
 from memplan.levers.offload import measured_link
 from memplan.levers.stepping import ASSUMPTION
@@ -27,14 +30,14 @@ from memplan.planner import NoPlan, Outcome, search
 from memplan.prediction import Prediction
 from memplan.problem import KEEP
 from memplan.profile import Profile
+from memplan.progress import shown
 from memplan.recorder import AFTER_STEP, Recipe, Recorder
 from memplan.risk import usable_bytes
 from memplan.roofline import StepTimes, is_nominal
 from memplan.samples import Sample
-from memplan.simulator import simulate
 from memplan.strategy import Strategy
 from memplan.study import Planned, Study
-from memplan.summary import layers_of, module_at, peak_of, reason_for, saved_of, timeline_of, unseen_bytes
+from memplan.summary import frontier_of, layers_of, module_at, peak_of, reason_for, saved_of, timeline_of, unseen_bytes
 from memplan.trace import Trace
 from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
@@ -48,11 +51,6 @@ LOADED_LATER_BYTES = 18 * 2**20
 
 # Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
 CPU_MARGIN = 0.1
-
-_POINTS = (2, 4)  # micro-batches between which sizes are taken as affine; at 1, strides degenerate and copies vanish
-_CORRECTIONS = 4
-_FAR = 1e-2  # of the budget: by more than this the profile is off only where it is no straight line
-_NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Session:
         """What the model needs as it stands."""
         trace = self.recorder.record(self.sample)
         tick = trace.peak_tick
-        usage = None if self.gpu.kind == "cpu" else usage_of(trace, self._allocator)
+        usage = None if self.gpu.kind == "cpu" else usage_of(trace, self._allocator, completes=True)
         peak_bytes, breakdown = peak_of(trace, usage)
         return Prediction(
             peak_bytes=peak_bytes,
@@ -107,17 +105,18 @@ class Session:
 
     # -- plan ----------------------------------------------------------------------------------------------------
 
+    @shown("planning")
     def plan(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
         """The best plan, checked by a trace of the model as planned.
 
         "uncertain" is a plan that takes more than the budget, but not so much that it surely fails (see `risk`).
         """
         pairs = splits(effective_batch, micro_batch, self._can_split)
-        points = _points(pairs) if effective_batch or micro_batch else _POINTS
+        points = profiled(pairs) if effective_batch or micro_batch else POINTS
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
         budget = self._budget(strategy, study.plain)
         self._refuse_below_static(study.plain, budget)
-        profile = study.profile
+        profile = self._corrected(study.profile)
 
         def ask(usable: int) -> Outcome | NoPlan:
             return search(
@@ -138,7 +137,7 @@ class Session:
             (budget.usable_bytes, Verdict.FITS),
             (self._room(strategy, study.plain)[1], Verdict.UNCERTAIN),
         ):
-            found = _checked(study, ask, learn, usable)
+            found = checked(study, ask, learn, usable)
             if found is not None:
                 return self._record(study, profile, *found, budget, strategy, verdict)
         return self._misfit(study, profile, ask, budget, strategy)
@@ -165,6 +164,17 @@ class Session:
         return usable_host_bytes(strategy.host_bytes(total))
 
     @cached_property
+    def _learned(self) -> Corrections:
+        """What earlier runs of this model on this machine teach."""
+        if self.device is None:
+            return Corrections()
+        return Corrections(cache.runs_of(key_of(self.model, self.sample, self.recipe, self.device)))
+
+    def _corrected(self, profile: Profile) -> Profile:
+        assert isinstance(profile.times, StepTimes)
+        return replace(profile, times=self._learned.applied(profile.times))
+
+    @cached_property
     def _can_split(self) -> bool:
         return not is_batch_coupled(self.model)
 
@@ -185,7 +195,7 @@ class Session:
         """What a plan may be predicted to need, to fit and not to be ruled out: the room less what is kept free of it.
 
         That is on a card for the error of predictions, on a CPU for small tensors that no trace shows, and where no
-        budget is given for everything but tensors.
+        budget is given for everything but tensors; and on both at least what earlier runs needed beyond theirs.
         """
         total, others, context = memory_parts(self.gpu, self.device)
         room = total - others - context
@@ -197,6 +207,7 @@ class Session:
             fits, possible = room - unseen_bytes(trace) - packed.kept_bytes(self.model), room
         else:
             fits, possible = room - int(total * CPU_MARGIN), room
+        fits = min(fits, room - self._learned.excess_bytes)
         return int(fits * strategy.budget_share), int(possible * strategy.budget_share)
 
     @cached_property
@@ -253,8 +264,8 @@ class Session:
     ) -> Plan:
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
         decisions, trace = planned.decisions, planned.trace
-        kept = set(decisions.values()) <= {KEEP}
-        unplanned = 0 if kept else simulate(whole, (0,) * len(whole.blocks)).peak_bytes
+        kept = set(decisions.values()) <= {KEEP} and planned.stepping == self.recipe.stepping
+        unplanned = trace if kept else study.unplanned(outcome)
         usage, phase = planned.usage, trace.phase_of(trace.peak_tick)
         peak_bytes, breakdown = peak_of(trace, usage)
         fits = verdict is not Verdict.DOES_NOT_FIT
@@ -262,6 +273,7 @@ class Session:
         smallest = smallest if fits else max(smallest, planned.needs_bytes)
         times = profile.times
         assert isinstance(times, StepTimes)
+        frontier = frontier_of(outcome, study.stepping_of, planned.needs_bytes - outcome.timeline.peak_bytes)
         plan = Plan(
             verdict=verdict,
             reason=reason or reason_for(decisions, planned.needs_bytes, budget),
@@ -274,21 +286,31 @@ class Session:
             selections=dict(planned.dropped),
             stepping=planned.stepping,
             host_bytes=outcome.timeline.host_bytes,
-            layers=layers_of(whole, decisions),
+            layers=layers_of(whole, decisions, frontier),
             peak_bytes=peak_bytes,
             reserved_bytes=None if usage is None else usage.peak_reserved_bytes,
             fits_bytes=None if usage is None else usage.fits_bytes,
             peak_phase=phase,
+            peak_module=module_at(trace, trace.peak_tick),
             breakdown=breakdown,
-            unplanned_bytes=max(unplanned, peak_bytes),
+            unplanned_bytes=max(unplanned.peak_bytes, peak_bytes),
             step_s=outcome.timeline.step_s,
+            seconds=seconds_by_lever(
+                study.profile.times,
+                {block.path: decisions[block.path] for block in whole.blocks},
+                outcome.variant,
+                outcome.micro_batch,
+                outcome.accumulation,
+            ),
             samples_per_s=outcome.samples_per_s,
             slowdown=outcome.slowdown,
             gap=outcome.gap,
             shadow_price=outcome.shadow_price_s_per_gib,
             times=times.how,
             smallest_bytes=smallest,
-            frontier=outcome.frontier,
+            frontier=frontier,
+            timeline=timeline_of(trace),
+            unplanned_timeline=timeline_of(unplanned),
             ways_out=() if fits else ways_out(breakdown, phase, smallest, budget, outcome.micro_batch, self._can_split),
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
@@ -296,7 +318,15 @@ class Session:
             model=type(self.model).__name__,
             signature=signature(self.model),
             sample=self.sample.fields(),
-            assumptions=self._assumptions(trace, (*self._refusals(study, strategy), *_said_of(planned.stepping))),
+            assumptions=self._assumptions(
+                trace,
+                (
+                    *self._refusals(study, strategy),
+                    *_said_of(planned.stepping),
+                    *self._learned.describe(times.how),
+                    *doubted(times.doubt),
+                ),
+            ),
         )
         plan._live = Live(self.recipe, self.sample)
         return plan
@@ -348,47 +378,8 @@ class Session:
         return tuple(lines)
 
 
-def _checked(
-    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], budget_bytes: int
-) -> tuple[Outcome, Planned] | None:
-    """The best plan whose own trace is within a budget.
-
-    What a trace shows beyond the profile, and a card's allocator beyond the trace, is taken off the budget; where the
-    former is much, the profile learns from traces at that micro-batch, for another moment has become the peak.
-    """
-    asked, taken, seen = budget_bytes, None, set()
-    for _ in range(_CORRECTIONS):
-        outcome = ask(asked)
-        if isinstance(outcome, NoPlan):
-            break
-        key = (outcome.micro_batch, outcome.accumulation, outcome.variant, outcome.solution.choice)
-        if key in seen:
-            break
-        seen.add(key)
-        planned = study.traced(outcome)
-        better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
-        if better and planned.needs_bytes <= budget_bytes:
-            taken = outcome, planned
-        surprise = planned.trace.peak_bytes - outcome.timeline.peak_bytes
-        if abs(surprise) <= _NEGLIGIBLE * budget_bytes and taken is not None:
-            break
-        if abs(surprise) > _FAR * budget_bytes:
-            learn(outcome.micro_batch)
-            surprise = 0
-        asked = budget_bytes - surprise - (planned.needs_bytes - planned.trace.peak_bytes)
-    return taken
-
-
 def _said_of(stepping: str) -> tuple[str, ...]:
     return (ASSUMPTION,) if stepping == IN_BACKWARD else ()
-
-
-def _points(pairs: Sequence[tuple[int, int]]) -> Sequence[int]:
-    """Micro-batches to profile at: the only one, else two between which sizes are affine."""
-    sizes = sorted(micro_batch for micro_batch, _ in pairs)
-    if len(sizes) == 1 or sizes[-1] < _POINTS[1]:
-        return sorted({sizes[0], sizes[-1]})
-    return _POINTS
 
 
 def _name(dtype: torch.dtype | None) -> str | None:

@@ -3,7 +3,7 @@
     MEMPLAN_GPU=24GiB accelerate launch train.py
 
 Of the files, the first that is found from the working directory upwards counts, `memplan.toml` before `pyproject.toml`.
-A flag of the command line is an argument.
+A flag of the command line is an argument. `Habits` are what memplan does whatever is run; they are no arguments.
 """
 
 import os
@@ -65,10 +65,39 @@ class Settings:
             ("the arguments", {name: value for name, value in (arguments or {}).items() if value is not None}),
         ):
             for name, value in said.items():
+                if source == "the arguments" and name in _HABITS:
+                    raise UsageError(f"{source} set {name!r}, which is for all runs: set MEMPLAN_{name.upper()}")
                 values[name] = _checked(name, value, source)
+        return cls(**{name: value for name, value in values.items() if name not in _HABITS})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What memplan does on this machine, whatever is run.
+
+    Attributes:
+        cache: whether measured runs are kept, and correct later plans.
+        cache_dir: where; None: in the user's cache folder.
+        banner: whether a run begins with a few lines on its plan.
+    """
+
+    cache: bool = True
+    cache_dir: str | None = None
+    banner: bool = True
+
+    @classmethod
+    def found(cls, environ: Mapping[str, str] = os.environ, folder: Path | None = None) -> "Habits":
+        """The habits in force, from the environment, a file or by default. Raises UsageError as `Settings.found`."""
+        values: dict[str, object] = {}
+        for source, said in (
+            _file_values(folder or Path.cwd()),
+            ("the environment", _environment_values(environ)),
+        ):
+            values |= {name: _checked(name, value, source) for name, value in said.items() if name in _HABITS}
         return cls(**values)  # type: ignore[arg-type]  # each is checked above
 
 
+_HABITS: Final = frozenset(field.name for field in fields(Habits))
 _KINDS: Final = {
     "enabled": (bool, "true or false"),
     "gpu": (str, "a text such as '24GiB'"),
@@ -77,9 +106,12 @@ _KINDS: Final = {
     "micro_batch": (int, "a whole number"),
     "risk": (float, "a number such as 0.01"),
     "normalise": (str, "a text such as 'tokens'"),
+    "cache": (bool, "true or false"),
+    "cache_dir": (str, "the path of a folder"),
+    "banner": (bool, "true or false"),
 }
 _LEAST: Final = {"micro_batch": 1, "risk": 0}
-assert set(_KINDS) == {field.name for field in fields(Settings)}
+assert set(_KINDS) == {field.name for kind in (Settings, Habits) for field in fields(kind)}
 
 
 def _environment_values(environ: Mapping[str, str]) -> dict[str, object]:

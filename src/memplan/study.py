@@ -32,6 +32,7 @@ from memplan.optimizer_step import IN_BACKWARD, SINGLE
 from memplan.planner import Outcome
 from memplan.problem import KEEP, RECOMPUTE, lever_of
 from memplan.profile import Level, Profile
+from memplan.progress import stage
 from memplan.proof import difference, gradients
 from memplan.recorder import Recipe, Recorder
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
@@ -117,6 +118,7 @@ class Study:
         accumulation: int | None = None,
         recorder: Recorder | None = None,
     ) -> Trace:
+        stage("tracing")
         sample = self.sample.resized(micro_batch)
         return (recorder or self.recorder).record(sample, installed, accumulation or self.accumulation)
 
@@ -206,10 +208,25 @@ class Study:
                 yield
                 dropped.update(found_in(self.model, decisions))
 
-        recorder = next((r for name, r in self.steppings.items() if name in outcome.variant.split("+")), self.recorder)
+        recorder = self._recorder_of(outcome.variant)
         trace = self._recorded(outcome.micro_batch, installed, outcome.accumulation, recorder)
         usage = None if self.gpu.kind == "cpu" else usage_of(trace, self.allocator)
         return Planned(decisions, dropped, recorder.recipe.stepping, trace, usage)
+
+    def unplanned(self, outcome: Outcome) -> Trace:
+        """The model with nothing done, in the batch of the plan."""
+        micro_batch, accumulation = outcome.micro_batch, outcome.accumulation
+        if (micro_batch, min(accumulation, 2)) == (self.points[0], self.accumulation):
+            return self.plain  # a trace has two micro-steps at most
+        installed = self._as_it_is(self.blocks)
+        return self._recorded(micro_batch, lambda: levers.decided(self.model, installed), accumulation)
+
+    def stepping_of(self, variant: str) -> str:
+        """How the optimizer steps in a variant."""
+        return self._recorder_of(variant).recipe.stepping
+
+    def _recorder_of(self, variant: str) -> Recorder:
+        return next((r for name, r in self.steppings.items() if name in variant.split("+")), self.recorder)
 
     def decisions(self, outcome: Outcome) -> dict[str, str]:
         """Module path -> option, the loss head's last."""
@@ -356,6 +373,7 @@ class Study:
         if not self.blocks or not self._can_time:
             return estimate
         assert self.device is not None
+        stage("timing")
         samples = [self.sample.resized(b) for b in levels]
         try:
             return measured(self.model, self.recipe, samples, self.device, self.menu, self.head, estimate)

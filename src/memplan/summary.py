@@ -1,12 +1,12 @@
 """What traces and outcomes say, in the terms of the records: pure sums over their tables."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from memplan.allocator import Usage
-from memplan.plan_record import Budget, Layer
+from memplan.plan_record import Budget, FrontierPoint, Layer
 from memplan.planner import Outcome
 from memplan.prediction import Timeline
 from memplan.problem import KEEP, Problem, lever_of
@@ -27,21 +27,49 @@ def decisions_of(outcome: Outcome) -> dict[str, str]:
     return {block.path: block.options[k].name for block, k in zip(outcome.problem.blocks, choice, strict=True)}
 
 
-def layers_of(problem: Problem, decisions: Mapping[str, str]) -> tuple[Layer, ...]:
+def layers_of(problem: Problem, decisions: Mapping[str, str], frontier: Sequence[FrontierPoint]) -> tuple[Layer, ...]:
+    """The table of the blocks, each with what its options of the frontier cost. The problem has all of its options."""
     rows = []
-    for block in problem.blocks:
+    for i, block in enumerate(problem.blocks):
         options = {option.name: option for option in block.options}
-        keep, chosen = options[KEEP], options[decisions[block.path]]
+        held = {name: option.hold_bytes for name, option in options.items()}
+        extra = {name: max(0.0, option.step_s - options[KEEP].step_s) for name, option in options.items()}
+        chosen = decisions[block.path]
+        named = {chosen, *(point.options[i] for point in frontier)}
         rows.append(
             Layer(
                 path=block.path,
-                option=chosen.name,
-                keep_bytes=keep.hold_bytes,
-                held_bytes=chosen.hold_bytes,
-                extra_s=max(0.0, chosen.step_s - keep.step_s),
+                option=chosen,
+                keep_bytes=held[KEEP],
+                held_bytes=held[chosen],
+                extra_s=extra[chosen],
+                held={name: held[name] for name in options if name in named},
+                extra={name: extra[name] for name in options if name in named},
             )
         )
     return tuple(rows)
+
+
+def frontier_of(outcome: Outcome, stepping: Callable[[str], str], above_bytes: int) -> tuple[FrontierPoint, ...]:
+    """The frontier as it stands in a plan.
+
+    Args:
+        outcome: the planner's answer.
+        stepping: how the optimizer steps in a variant.
+        above_bytes: what the plan turned out to need above the profile; the others are taken to need it too.
+    """
+    own = (outcome.variant, tuple(decisions_of(outcome).values()))
+    return tuple(
+        FrontierPoint(
+            peak_bytes=point.peak_bytes + above_bytes,
+            step_s=point.step_s,
+            options=point.options,
+            head=next((part for part in point.variant.split("+") if lever_of(part) == "loss-head"), KEEP),
+            stepping=stepping(point.variant),
+            chosen=(point.variant, point.options) == own,
+        )
+        for point in outcome.frontier
+    )
 
 
 def reason_for(decisions: Mapping[str, str], needs_bytes: int, budget: Budget) -> str:

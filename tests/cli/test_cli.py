@@ -307,8 +307,8 @@ class TestUsage:
             (("predict", "./missing"), "memplan: ./missing: there is no such file or folder"),
             (("predict", "x", "--batch", "0"), "--batch"),
             (("predict", "x", "--autocast", "int8"), "--autocast"),
-            (("predict", "x", "--method", "qlora"), "--method"),
-            (("fit",), "fit"),
+            (("predict", "x", "--method", "rlhf"), "--method"),
+            (("refit",), "refit"),
         ],
     )
     def test_bad_usage_exits_with_2(self, arguments: tuple[str, ...], message: str) -> None:
@@ -363,9 +363,9 @@ class TestProcess:
 
     def test_a_terminal_has_colour_unless_no_color_is_set(self) -> None:
         code = (
-            "from memplan.cli.app import _console\n"
+            "from memplan.cli.terminal import stderr_console\n"
             "from rich.text import Text\n"
-            "_console().print(Text('word', style='bold red'))"
+            "stderr_console().print(Text('word', style='bold red'))"
         )
         terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
         assert "\x1b[" in self.python(code, **terminal, NO_COLOR="").stderr

@@ -8,6 +8,7 @@ import torch
 
 from memplan.cli.models import build_model
 from memplan.errors import UsageError
+from memplan.packed import bits_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -69,6 +70,27 @@ def test_lora_says_how_to_install_peft(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"pip install 'memplan\[peft\]'"):
         build_model(written(tmp_path), lora_rank=4)
+
+
+def test_qlora_trains_adapters_on_layers_of_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = build_model(written(tmp_path, torch_dtype="bfloat16"), lora_rank=4, quantised=True)
+    packed = [parameter for parameter in model.parameters() if bits_of(parameter) == 4]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(packed) == 2 * 7
+    assert len(trained) == 2 * 7 * 2
+    assert all("lora_" in name for name in trained)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+    assert layer.compute_dtype == torch.bfloat16
+    assert bits_of(model.get_output_embeddings().weight) is None
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_qlora_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"needs bitsandbytes and peft: pip install 'memplan\[quantised\]'"):
+        build_model(written(tmp_path), lora_rank=4, quantised=True)
 
 
 def test_lora_needs_linear_layers(tmp_path: Path) -> None:

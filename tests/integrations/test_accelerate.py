@@ -152,7 +152,7 @@ class Notebook(GeneralTracker):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_trackers_are_told_the_plan(early: bool) -> None:
+def test_trackers_are_told_the_plan(early: bool, capsys: pytest.CaptureFixture[str]) -> None:
     with scripts.fresh_accelerate():
         notebook = Notebook()
         accelerator = Accelerator(cpu=True, log_with=[notebook])
@@ -169,5 +169,8 @@ def test_trackers_are_told_the_plan(early: bool) -> None:
         if not early:
             accelerator.init_trackers("run")
         (record,) = notebook.records
+        assert record == accelerator.memplan.plan.record()
         assert record["memplan/micro_batch"] == 2
-        assert record["memplan/predicted_peak_gib"] > 0
+        said = capsys.readouterr().err
+        assert "2 x 4 accumulated = 8 per step (was 8 x 1)" in said
+        assert "memplan.attach(accelerator, enabled=False)" in said

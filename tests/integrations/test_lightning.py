@@ -16,6 +16,7 @@ from memplan.integrations.lightning import MemplanCallback
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
     from lightning.pytorch import LightningModule, Trainer, seed_everything
+    from lightning.pytorch.loggers import Logger
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,10 +56,24 @@ def fit(callback: MemplanCallback | None, rows: int = 40, model: str = "llama", 
         "enable_model_summary": False,
     }
     options = {"max_epochs": EPOCHS, "accelerator": "cpu", "accumulate_grad_batches": own, "gradient_clip_val": 1.0}
-    lightning = Trainer(callbacks=[] if callback is None else [callback], **quiet, **{**options, **trainer})
+    lightning = Trainer(callbacks=[] if callback is None else [callback], **{**quiet, **options, **trainer})
     seed_everything(3, verbose=False)
     lightning.fit(module, loader)
     return module
+
+
+class Notebook(Logger):
+    name, version = "notebook", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.records.append(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """A run's arguments."""
 
 
 def difference(a: Module, b: Module) -> float:
@@ -74,6 +89,16 @@ def test_same_weights(rows: int, own: int) -> None:
     assert callback.plan.accumulation == 4 * own
     assert difference(plain, ours) <= 1e-5
     assert ours.rates == plain.rates
+
+
+def test_the_plan_is_said_and_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    callback, notebook = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface"), Notebook()
+    fit(callback, 8, logger=notebook)
+    assert callback.plan is not None
+    assert notebook.records[0] == callback.plan.record()
+    said = capsys.readouterr().err
+    assert "2 x 4 accumulated = 8 per step (was 8 x 1)" in said
+    assert "MemplanCallback(enabled=False)" in said
 
 
 def test_dropout_where_the_batch_is_not_split() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import memplan
 from integrations.trainers import BATCH, Run, collated, dataset, rows, run, trainer
+from memplan import cache
 from memplan.errors import BadBatch, PlanMismatch, UsageError
 from memplan.integrations.trainer_arguments import optimizer_of
 from memplan.integrations.trainer_data import rows_of
@@ -62,7 +63,7 @@ def test_the_weights_are_those_of_the_run_without_a_plan(make: Any, capsys: pyte
     assert "2 rows of 23 tokens" in said
     assert "fit.undo()" in said
     (record,) = (r for r in used.state.log_history if "memplan/peak_bytes" in r)
-    assert record["memplan/predicted_bytes"] == fit.plan.peak_bytes
+    assert record["memplan/predicted_peak_bytes"] == fit.plan.peak_bytes
     assert 0.5 * fit.plan.peak_bytes < record["memplan/peak_bytes"] <= fit.plan.peak_bytes
 
 
@@ -85,7 +86,7 @@ def test_micro_batches_may_be_larger_than_the_trainer_s_own(make: Any) -> None:
     check_same(run(several, lambda t: memplan.autofit(t, **WHOLE, micro_batch=8)), run(several))
 
 
-def test_a_real_run_needs_what_was_predicted_in_half_precision_too(make: Any) -> None:
+def test_a_real_run_needs_what_was_predicted_in_half_precision_too(make: Any, cache_folder: Path) -> None:
     alike = [row for row in rows(64) if len(row["input_ids"]) >= 16]
     alike = [{name: ids[:16] for name, ids in row.items()} for row in alike] * 2
     made = make(bf16=True, max_steps=3, train_dataset=alike)
@@ -94,6 +95,9 @@ def test_a_real_run_needs_what_was_predicted_in_half_precision_too(make: Any) ->
     (record,) = (r for r in made.state.log_history if "memplan/peak_bytes" in r)
     assert fit.plan.autocast == "bfloat16"
     assert record["memplan/peak_bytes"] == pytest.approx(fit.plan.peak_bytes, rel=0.01)
+    ((first, second),) = cache.all_runs().values()  # the next plan learns from autofit's own step, and from the run
+    assert first.step_s is not None
+    assert (second.step_s, second.peak_bytes) == (None, record["memplan/peak_bytes"])
 
 
 def test_native_arguments_repeat_the_run_without_memplan(make: Any) -> None:

@@ -1,6 +1,7 @@
 """Models for the command line: built from a config, with shapes and dtypes but without weights."""
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,15 +14,23 @@ from memplan.errors import UsageError
 _DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
-def build_model(named: str, *, dtype: str | None = None, lora_rank: int | None = None) -> nn.Module:
-    """The model of a local folder, a config.json or a hub id, on the meta device and in training mode.
+def build_model(
+    named: str,
+    *,
+    dtype: str | None = None,
+    lora_rank: int | None = None,
+    quantised: bool = False,
+    device: str = "meta",
+) -> nn.Module:
+    """The model of a local folder, a config.json or a hub id, in training mode; on a device with random weights.
 
     Its class is the one that the config names, or a causal language model if it names none. `dtype` is that of the
     weights, by default the config's own, else float32. With a `lora_rank`, LoRA adapters are put on every linear layer
-    but the head, and all else is frozen.
+    but the head, and all else is frozen. If `quantised`, the linear layers but the head are of 4 bits by then.
 
     Raises:
-        UsageError: no config there, a class that this transformers does not have, an unknown dtype, or no peft.
+        UsageError: no config there, a class that this transformers does not have, an unknown dtype, no peft or no
+            bitsandbytes.
     """
     config = _read_config(named)
     for part in {id(config): config, id(text := config.get_text_config()): text}.values():
@@ -30,9 +39,11 @@ def build_model(named: str, *, dtype: str | None = None, lora_rank: int | None =
     before = torch.get_default_dtype()
     torch.set_default_dtype(_take_dtype(config, dtype))
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other packages' deprecations are not the reader's to mend
             model = _instance(config)
+            if quantised:
+                model = _in_four_bits(model)
             return (model if lora_rank is None else _with_lora(model, lora_rank)).train()
     finally:
         torch.set_default_dtype(before)
@@ -81,6 +92,34 @@ def _instance(config: Any) -> nn.Module:
             f"{made} cannot be built from this config: {type(error).__name__}: {_first_line(error)}"
         ) from error
     return model
+
+
+def _in_four_bits(model: Any) -> nn.Module:
+    """As `from_pretrained` makes it for QLoRA, and peft prepares it: NF4 with double quantisation, norms in float32.
+
+    Layers compute in the type of the checkpoint where that is a half, else in bfloat16.
+    """
+    try:
+        import_module("bitsandbytes")
+        import peft
+    except ImportError as error:
+        raise UsageError("--method qlora needs bitsandbytes and peft: pip install 'memplan[quantised]'") from error
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    own = next(model.parameters()).dtype
+    layers = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=own if own in (torch.bfloat16, torch.float16) else torch.bfloat16,
+    )
+    *_, (last, _) = model.named_parameters()
+    heads = [path for path, module in model.named_modules() if module is model.get_output_embeddings()]
+    replace_with_bnb_linear(model, modules_to_not_convert=[*heads, last.rpartition(".")[0]], quantization_config=layers)
+    model.is_loaded_in_4bit = True  # peft asks
+    prepare: Any = peft.prepare_model_for_kbit_training
+    prepared: nn.Module = prepare(model, use_gradient_checkpointing=False)
+    return prepared
 
 
 def _with_lora(model: nn.Module, rank: int) -> nn.Module:

@@ -1,7 +1,6 @@
 """memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
 
 import json
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from memplan.blocks import is_batch_coupled, signature
 from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.fitting import Fit, apply
+from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
+from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, longest_batch
 from memplan.integrations.parts import (
@@ -35,10 +36,9 @@ from memplan.integrations.planning import place_of, plan_for, room_in
 from memplan.integrations.scripts import is_dealt_out, model_and_loader, own_batch_size
 from memplan.plan_record import Plan
 from memplan.recorder import Loss, Recipe
+from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -83,16 +83,7 @@ class Attachment:
 
     def record(self) -> dict[str, float]:
         """The plan as flat numbers, for a tracker."""
-        plan = self._planned
-        return {
-            "memplan/micro_batch": plan.micro_batch,
-            "memplan/accumulation": plan.accumulation,
-            "memplan/predicted_peak_gib": plan.peak_bytes / 2**30,
-            "memplan/unplanned_peak_gib": plan.unplanned_bytes / 2**30,
-            "memplan/budget_gib": plan.budget_bytes / 2**30,
-            "memplan/predicted_slowdown": plan.slowdown,
-            "memplan/predicted_samples_per_s": plan.samples_per_s,
-        }
+        return self._planned.record()
 
     def undo(self) -> None:
         """Give the model its own functions back, and the accelerator its own methods.
@@ -119,8 +110,10 @@ class Attachment:
         accelerator, loader = self._accelerator, objects[at]
         batch_size = own_batch_size(accelerator, loader)
         optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
+        if is_deepspeed(accelerator):
+            settle(accelerator, model, batch_size)
         own_batches = accelerator.gradient_accumulation_steps
-        if accelerator.device_placement:
+        if accelerator.device_placement and not is_sharded(accelerator):
             model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
         recipe = Recipe(
             self._wishes.loss,
@@ -128,8 +121,10 @@ class Attachment:
             _PRECISIONS.get(accelerator.mixed_precision),
             keeps_output=True,
             clips=True,
-            **_replicas(accelerator),
+            **_ranks(accelerator),
         )
+        if is_deepspeed(accelerator):
+            recipe = as_the_engine_runs(recipe, accelerator, model)
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
             sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
             sample = Sample.of(sample)
@@ -152,16 +147,15 @@ class Attachment:
         self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
         try:
             split = Split(count or counter(SAMPLES), plan.accumulation, own_batches, batch_size)
-            prepared = self._driven(objects, at, plan, split, options)
+            with sharded(accelerator, model, optimizers) if is_sharded(accelerator) else nullcontext():
+                prepared = self._driven(objects, at, plan, split, options)
         except BaseException:
             self.fit.undo()
             raise
         self.plan = plan
         if accelerator.is_main_process:
-            _log.info(
-                "memplan runs this model by a plan (memplan.attach(accelerator, enabled=False) turns it off)\n%s",
-                plan.describe(),
-            )
+            off = "memplan.attach(accelerator, enabled=False)"
+            announce(banner(plan, (batch_size, own_batches), off, said=(said,) if said else ()))
         self._tell_trackers()
         return prepared
 
@@ -178,6 +172,8 @@ class Attachment:
         """The objects, prepared by Accelerate, with the loader in micro-batches and the optimizers in step with it."""
         accelerator, loader = self._accelerator, objects[at]
         accelerator.gradient_accumulation_steps = plan.accumulation
+        if is_deepspeed(accelerator):
+            write(accelerator, plan)
         prepared = self._own["prepare"](*objects, **options)
         self._group = group = Group(
             split,
@@ -201,9 +197,11 @@ class Attachment:
                 "accelerator.skip_first_batches(loader, n), not the function of that name."
             )
         group.backwards += 1
+        group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
         if not group.weight:  # its loss is a mean over nothing, which is no number
-            loss = _nothing_to_learn(group.models)
+            of_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
+            loss = _nothing_to_learn(loss, group.models, of_all)
         factor = group.weight * group.split.micro_batches  # by whose number Accelerate divides
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
 
@@ -326,13 +324,17 @@ def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
     optimizer.step, optimizer.zero_grad = step, zero_grad
 
 
-def _nothing_to_learn(models: list[nn.Module]) -> Tensor:
+def _nothing_to_learn(loss: Tensor, models: list[nn.Module], is_sharded: bool) -> Tensor:
     """A loss whose gradients are zeros: distributed training waits for those of every rank."""
+    if is_sharded:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
+        return loss.nan_to_num() * 0.0
     return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
 
-def _replicas(accelerator: Accelerator) -> dict[str, Any]:
-    """What DistributedDataParallel adds to a step."""
+def _ranks(accelerator: Accelerator) -> dict[str, Any]:
+    """What DistributedDataParallel or FSDP2 make of a step."""
+    if is_sharded(accelerator):
+        return {"shards": accelerator.num_processes}
     if accelerator.distributed_type not in _REPLICATED or accelerator.num_processes == 1:
         return {}
     handler = accelerator.ddp_handler

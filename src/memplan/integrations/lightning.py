@@ -10,7 +10,6 @@ Lightning divides the loss of each micro-batch by their number, so each is multi
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -29,10 +28,9 @@ from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
 from memplan.integrations.planning import plan_for
 from memplan.plan_record import Plan
 from memplan.recorder import AFTER_FORWARD, Recipe
+from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 _PRECISIONS: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -89,7 +87,9 @@ class MemplanCallback(Callback):
         self.plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         self._install(trainer, pl_module, loader, split, apply(pl_module, plan))
-        _log.info("memplan runs this module by a plan (enabled=False turns it off)\n%s", self.plan.describe())
+        announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=(said,)))
+        for logger in trainer.loggers:
+            logger.log_metrics(self.plan.record(), step=0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
         """Everything as it was."""

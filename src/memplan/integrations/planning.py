@@ -7,12 +7,13 @@ from torch import nn
 
 from memplan.device import memory_parts, resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
+from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
 from memplan.recorder import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
-from memplan.strategy import load_strategy
+from memplan.strategy import Strategy, load_strategy
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
@@ -48,13 +49,18 @@ def plan_for(
     if settings.plan is not None:
         plan = Plan.load(settings.plan)
         _check_batch(plan, effective, own_rows, can_split)
+        if recipe.zero is not None and plan.stepping != PLAIN:
+            raise PlanMismatch(
+                f'the plan has the optimizer step "{plan.stepping}", and DeepSpeed steps in a way of its own. Plan for '
+                "this run, without a file."
+            )
         return plan
     micro_batch = settings.micro_batch if can_split else own_rows
     if settings.micro_batch not in (None, micro_batch):
         raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
     strategy = load_strategy(settings.strategy)
     asked = replace(
-        strategy,
+        strategy if recipe.zero is None else _without_steps(strategy),
         budget_share=strategy.budget_share * share,
         risk=strategy.risk if settings.risk is None else settings.risk,
     )
@@ -75,6 +81,14 @@ def room_in(place: str) -> int:
     """Bytes for training there: what the device has, less what other processes and CUDA itself hold."""
     total, others, context = memory_parts(*resolve_gpu(place))
     return total - others - context
+
+
+def _without_steps(strategy: Strategy) -> Strategy:
+    """For DeepSpeed, which steps in a way of its own."""
+    steps = ("optimizer", "step-in-backward")
+    both = strategy.levers, strategy.levers_first
+    levers, first = (tuple(lever for lever in asked if lever not in steps) for asked in both)
+    return replace(strategy, levers=levers, levers_first=first)
 
 
 def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool) -> None:

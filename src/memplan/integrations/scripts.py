@@ -9,9 +9,11 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from memplan._compat import is_checkpointing_layer
 from memplan.errors import AlreadyApplied, UsageError
+from memplan.integrations.deepspeed import check_engine, is_deepspeed
+from memplan.integrations.fsdp import is_sharded, refuse_uncounted
 from memplan.integrations.loaders import batch_size_of
 
-_UNKNOWN_WORLDS: Final = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+_UNKNOWN_WORLDS: Final = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
@@ -53,12 +55,10 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
             f"memplan does not know what {accelerator.distributed_type.value} keeps in memory, so its plan could be "
             "wrong. Run with DistributedDataParallel or on one card."
         )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError(
-            "Accelerate shards embedding and head in a way of its own, which memplan does not count yet. Plan with "
-            "memplan.plan(model, gpu, world=memplan.World(shards=...)), apply the plan, and call torch's fully_shard "
-            "on each block and the model (examples/06_fsdp2.py)."
-        )
+    if is_sharded(accelerator):
+        refuse_uncounted(accelerator)
+    if is_deepspeed(accelerator):
+        check_engine(accelerator)
     state = accelerator.gradient_state
     if state.num_steps > 1 and not state.sync_with_dataloader:
         raise UsageError(

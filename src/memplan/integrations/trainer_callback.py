@@ -72,17 +72,10 @@ class PlanCallback(TrainerCallback):
 
     def _say(self, peak_bytes: int) -> None:
         plan = self.fit.plan
+        self.fit.remember(peak_bytes)
         due = self.trainer.control.should_log  # the trainer's own record of this step, which logging strikes out
         with metrics_aside(self.trainer):
-            self.trainer.log(
-                {
-                    "memplan/peak_bytes": peak_bytes,
-                    "memplan/predicted_bytes": plan.peak_bytes,
-                    "memplan/budget_bytes": plan.budget_bytes,
-                    "memplan/micro_batch": plan.micro_batch,
-                    "memplan/accumulation": plan.accumulation,
-                }
-            )
+            self.trainer.log({"memplan/peak_bytes": peak_bytes, **plan.record()})
         self.trainer.control.should_log = due
         text = (
             f"peak of the second step {format_bytes(peak_bytes)}, predicted {format_bytes(plan.peak_bytes)} for the "

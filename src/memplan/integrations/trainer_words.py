@@ -1,43 +1,14 @@
-"""What a planned trainer tells people: what was chosen and why, what evaluation may need, what to do out of memory."""
+"""What a planned trainer tells people beside its plan: what evaluation may need, what to do out of memory."""
 
 from typing import Any
 
 from memplan.levers.loss_head import find_head
-from memplan.plan_record import Plan, count_text, pace_text
-from memplan.report.settings import stride_of
+from memplan.plan_record import Plan
 from memplan.samples import Sample
 from memplan.units import format_budget, format_bytes
 
 _NEGLIGIBLE = 1000  # a thousandth of the budget
 _LOGITS = 3  # of float32: as the head makes them, cast for the loss, and their log-softmax
-
-
-def banner(plan: Plan, before: tuple[int, int], said: tuple[str, ...]) -> str:
-    """What was chosen, why, and how to turn it off, in a few lines.
-
-    Args:
-        before: the micro-batch and the accumulation that the trainer had.
-        said: what was assumed about the run.
-    """
-    batch = f"{plan.micro_batch} x {plan.accumulation} accumulated = {plan.effective_batch} per step"
-    was = "as before" if before == (plan.micro_batch, plan.accumulation) else f"was {before[0]} x {before[1]}"
-    blocks = f"{count_text(plan)}; {plan.reason}" if plan.layers else plan.reason
-    rows = [
-        (
-            "peak",
-            f"{format_bytes(plan.peak_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
-            f"{format_bytes(plan.unplanned_bytes)}",
-        ),
-        ("batch", f"{batch} ({was}); same steps, same learning rates"),
-        ("blocks", f"{blocks} (the trainer's own checkpointing is off)"),
-        ("time", f"{pace_text(plan.slowdown)} than keeping everything ({plan.times})"),
-        *(("assumed", text) for text in said),
-        ("off", "fit.undo(), or leave out the line memplan.autofit(trainer)"),
-    ]
-    if stride_of(plan) is not None:
-        rows.append(("alone", 'print(fit.plan.settings("trainer")) has the arguments that do this without memplan'))
-    lines = [f"memplan   {plan.model} on {plan.budget.gpu}, {plan.strategy}: {plan.verdict}"]
-    return "\n".join([*lines, *(f"  {name:<8}{text}" for name, text in rows)])
 
 
 def evaluation(trainer: Any, plan: Plan) -> tuple[str, ...]:

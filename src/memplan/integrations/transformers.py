@@ -6,7 +6,6 @@ is divided by the items of the whole step, as transformers' and TRL's losses are
 the weights after training are those of the unplanned run but for rounding.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from memplan.integrations.trainer_arguments import autocast_of, check, optimizer
 from memplan.integrations.trainer_callback import PlanCallback, attached
 from memplan.integrations.trainer_data import Rows, rows_of
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
-from memplan.integrations.trainer_words import banner, evaluation, fetched
+from memplan.integrations.trainer_words import evaluation, fetched
 from memplan.pipeline import autofit
 from memplan.recorder import Recipe
+from memplan.report.banner import announce, banner
+from memplan.report.settings import stride_of
 from memplan.strategy import Strategy
 
 
@@ -39,7 +40,9 @@ def autofit_trainer(
 
     Args:
         gpu: as for `memplan.plan`; "auto" is the trainer's own device.
-        strategy, micro_batch, risk: as for `memplan.plan`.
+        strategy: as for `memplan.plan`.
+        micro_batch: as for `memplan.plan`.
+        risk: as for `memplan.plan`.
 
     Returns:
         A `Fit` whose `undo` also gives the trainer its own arguments back.
@@ -47,7 +50,7 @@ def autofit_trainer(
     Raises:
         UsageError: arguments of the trainer contradict a plan.
         BadBatch: micro_batch would divide a batch that has to stay as it is.
-        What `memplan.autofit` raises for a model.
+        MemplanError: as `memplan.autofit` for a model.
     """
     check(trainer)
     args, had = trainer.args, trainer.optimizer
@@ -87,7 +90,11 @@ def autofit_trainer(
     fit.plan = fit.plan.model_copy(update={"assumptions": (*fit.plan.assumptions, *said)})
     if trainer.is_world_process_zero():
         data = () if rows.data is None else (rows.data.describe(fit.plan.micro_batch),)
-        print(banner(fit.plan, before, (*data, *said)), file=sys.stderr)  # noqa: T201  # the user asked for it
+        off = "fit.undo(), or leave out the line memplan.autofit(trainer)"
+        native = 'print(fit.plan.settings("trainer")) has the arguments that do this without memplan'
+        alone = "" if stride_of(fit.plan) is None else native
+        beside = " (the trainer's own checkpointing is off)"
+        announce(banner(fit.plan, before, off, beside=beside, said=(*data, *said), alone=alone))
     return fit
 
 

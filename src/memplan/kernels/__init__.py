@@ -10,6 +10,7 @@ from torch import Tensor
 from memplan.gpus import Gpu
 from memplan.kernels.cpu import CpuBackend
 from memplan.kernels.cuda import CudaBackend
+from memplan.kernels.cuda_attention import Capability
 
 # A bare size names no card; of what people train on, sm80 is the plainest that has every fused attention kernel.
 _CAPABILITY_OF_A_SIZE = (8, 0)
@@ -46,4 +47,9 @@ def backend_for(gpu: Gpu) -> Backend:
     """The backend of a card, of a bare size (taken as a card of compute capability 8.0) or of the CPU."""
     if gpu.kind == "cpu":
         return CpuBackend()
-    return CudaBackend(gpu.compute_capability or _CAPABILITY_OF_A_SIZE)
+    return CudaBackend(capability_of(gpu))
+
+
+def capability_of(gpu: Gpu) -> Capability:
+    """The compute capability by which a card's kernels are chosen; one that has none is taken as the plainest."""
+    return gpu.compute_capability or _CAPABILITY_OF_A_SIZE

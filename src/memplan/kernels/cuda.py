@@ -17,7 +17,7 @@ Not covered:
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from memplan.kernels import cuda_autocast
-from memplan.kernels.cuda_attention import Attention, Capability, attend
+from memplan.kernels.cuda_attention import Attention, Capability, attend, attention_kernel
 from memplan.kernels.cuda_workspaces import Operation, workspace_bytes
 
 _aten = torch.ops.aten
@@ -51,9 +51,10 @@ class CudaKernels(TorchFunctionMode):
     `Tensor.backward` is one of them: a checkpointed block is recomputed inside it, by the same operators as before.
     """
 
-    def __init__(self, capability: Capability) -> None:
+    def __init__(self, capability: Capability, alike: set[Capability] | None = None) -> None:
         super().__init__()
         self.capability = capability
+        self.alike = set() if alike is None else alike  # see `CudaBackend`
         self._bodies: dict[FunctionType, FunctionType | None] = {}
         self._entered: FunctionType | None = None
         self._replaced: dict[str, Callable[..., Any]] = {
@@ -107,6 +108,7 @@ class CudaKernels(TorchFunctionMode):
         call = Attention.of(*args, **kwargs)
         if any(t.is_nested for t in (call.query, call.key, call.value)):
             return scaled_dot_product_attention(*args, **kwargs)
+        _keep(self.alike, self.capability, lambda capability: attention_kernel(call, capability))
         return attend(call, self.capability)
 
 
@@ -191,22 +193,41 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
 # -- backend -------------------------------------------------------------------------------------------------------
 
 
+def _keep(alike: set[Capability], own: Capability, answer: Callable[[Capability], object]) -> None:
+    """Take those out for which the answer is not that for the card's own."""
+    if alike:
+        wanted = answer(own)
+        alike.difference_update([capability for capability in alike if answer(capability) != wanted])
+
+
 @dataclass(frozen=True, slots=True)
 class CudaBackend:
-    """A card of some compute capability, as far as the operators of a step depend on it."""
+    """A card of some compute capability, as far as the operators of a step depend on it.
+
+    Attributes:
+        alike: other capabilities. As steps run, those are taken out under which an operator would have run otherwise or
+            asked for another workspace; a trace holds for the rest, but for the size of `fixed_bytes`.
+    """
 
     compute_capability: Capability = (9, 0)
+    alike: set[Capability] = field(default_factory=set, compare=False)
 
     name: ClassVar[str] = "cuda"
     foreach: ClassVar[bool | None] = True  # torch's default for optimizers on CUDA (torch/optim/optimizer.py)
 
     def kernels(self) -> AbstractContextManager[object]:
         """A context in which functions run the card's operators."""
-        return CudaKernels(self.compute_capability)
+        return CudaKernels(self.compute_capability, self.alike)
 
     def workspace_bytes(self, func: torch._ops.OpOverload, args: Sequence[object], outputs: Sequence[Tensor]) -> int:
         """Bytes an operator takes and gives back while it runs, on top of its outputs; `args` are flat."""
-        return workspace_bytes(func._schema.name, Operation(args, outputs, self.compute_capability))
+        name = func._schema.name
+
+        def size(capability: Capability) -> int:
+            return workspace_bytes(name, Operation(args, outputs, capability))
+
+        _keep(self.alike, self.compute_capability, size)
+        return size(self.compute_capability)
 
     def wants_probe(self, func: torch._ops.OpOverload, args: Sequence[object]) -> bool:  # noqa: ARG002
         """No operator is run for its workspace: the card is elsewhere."""

@@ -10,6 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from memplan.cache import Key
+from memplan.corrections import Corrections, factors_text
 from memplan.gpus import Gpu
 from memplan.plan_record import Layer, Plan, Verdict, count_text
 from memplan.prediction import Prediction
@@ -67,6 +69,22 @@ def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
             _in_units(gpu.flops.get("float32"), 1e12),
             ".".join(map(str, gpu.compute_capability or ())),
             gpu.date.isoformat() if gpu.date else "",
+        )
+    return table
+
+
+def learned_table(learned: Mapping[Key, Corrections]) -> RenderableType:
+    """One row per model and machine: the runs, what times are multiplied by, and what is kept free at least."""
+    table = _table("", "Model", "Optimizer", "Card", "Runs", "Times", "Kept free", text=3)
+    for key, found in learned.items():
+        times = [f"{factors_text(found.factors(how))} ({how})" for how in ("measured", "estimate") if found.timed(how)]
+        table.add_row(
+            key.model,
+            key.optimizer,
+            key.card,
+            str(len(found.runs)),
+            "\n".join(times),
+            format_bytes(found.excess_bytes) if found.excess_bytes else "",
         )
     return table
 

@@ -1,0 +1,44 @@
+"""The search for a plan whose own trace, not only its profile, is within a budget."""
+
+from collections.abc import Callable
+
+from memplan.planner import NoPlan, Outcome
+from memplan.progress import stage
+from memplan.study import Planned, Study
+
+_CORRECTIONS = 4
+_FAR = 1e-2  # of the budget: by more than this the profile is off only where it is no straight line
+_NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
+
+
+def checked(
+    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], budget_bytes: int
+) -> tuple[Outcome, Planned] | None:
+    """The best plan whose own trace is within a budget.
+
+    What a trace shows beyond the profile, and a card's allocator beyond the trace, is taken off the budget; where the
+    former is much, the profile learns from traces at that micro-batch, for another moment has become the peak.
+    """
+    asked, taken, seen = budget_bytes, None, set()
+    for _ in range(_CORRECTIONS):
+        stage("solving")
+        outcome = ask(asked)
+        if isinstance(outcome, NoPlan):
+            break
+        key = (outcome.micro_batch, outcome.accumulation, outcome.variant, outcome.solution.choice)
+        if key in seen:
+            break
+        seen.add(key)
+        stage("checking")
+        planned = study.traced(outcome)
+        better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
+        if better and planned.needs_bytes <= budget_bytes:
+            taken = outcome, planned
+        surprise = planned.trace.peak_bytes - outcome.timeline.peak_bytes
+        if abs(surprise) <= _NEGLIGIBLE * budget_bytes and taken is not None:
+            break
+        if abs(surprise) > _FAR * budget_bytes:
+            learn(outcome.micro_batch)
+            surprise = 0
+        asked = budget_bytes - surprise - (planned.needs_bytes - planned.trace.peak_bytes)
+    return taken

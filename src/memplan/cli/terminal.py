@@ -1,0 +1,53 @@
+"""What all commands share: where they print, how they fail, and what they show while one waits.
+
+Tables go to stderr and the record's JSON to stdout, so that a pipe carries nothing else. Exit codes: 0 it fits, or what
+was asked for was found; 2 what was asked for cannot be used; 3 no plan fits.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from memplan.errors import DoesNotFit, MemplanError
+from memplan.progress import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_USAGE: Final = 2
+EXIT_DOES_NOT_FIT: Final = 3
+PLAIN_WIDTH: Final = 120  # columns, where nobody's terminal says how many there are
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Also write the record as JSON to stdout.")]
+
+
+@contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    """One line on stderr for what memplan raises on purpose; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except MemplanError as error:
+        typer.echo(f"memplan: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_DOES_NOT_FIT if isinstance(error, DoesNotFit) else EXIT_USAGE) from error
+
+
+def stderr_console() -> "Console":
+    """Stderr, for people: plain text where it is not a terminal or NO_COLOR is set."""
+    from rich.console import Console
+
+    return Console(
+        stderr=True,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        width=None if sys.stderr.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def progress(console: "Console", doing: str) -> AbstractContextManager[object]:
+    return shown(doing, console)

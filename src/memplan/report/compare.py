@@ -1,0 +1,112 @@
+"""Two plans side by side: only what differs."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from memplan.plan_record import Layer, Plan
+from memplan.report.paths import path_range, pattern_of
+
+_FACTS = (
+    "model",
+    "verdict",
+    "strategy",
+    "optimizer",
+    "autocast",
+    "micro_batch",
+    "accumulation",
+    "effective_batch",
+    "stepping",
+    "peak_phase",
+    "peak_module",
+    "times",
+    "how",
+)
+_SIZES = ("budget_bytes", "needs_bytes", "peak_bytes", "unplanned_bytes", "smallest_bytes", "host_bytes")
+_TIMES = ("step_s", "samples_per_s", "slowdown", "gap", "shadow_price")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Blocks(_Record):
+    """Blocks that do one thing under the first plan and another under the second. Each, for one micro-batch."""
+
+    paths: str = Field(description="as a range")
+    count: int
+    options: tuple[str, str]
+    held_bytes: tuple[int, int]
+    extra_s: tuple[float, float]
+
+
+class Comparison(_Record):
+    """What differs between two plans; a pair has the first plan's value first."""
+
+    schema_version: int = 1
+    same_model: bool = Field(description="whether modules and parameter shapes agree")
+    facts: dict[str, tuple[str, str]] = Field(description="words and counts, by the plan's field")
+    sizes: dict[str, tuple[int, int]] = Field(description="bytes, by the plan's field")
+    times: dict[str, tuple[float, float]] = Field(description="seconds and shares, by the plan's field")
+    categories: dict[str, tuple[int, int]] = Field(description="bytes at the peak")
+    blocks: tuple[Blocks, ...] = Field(description="of those that both models have")
+    alone: tuple[int, int] = Field(description="blocks that only one of the models has")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plans agree in everything that is compared."""
+        differs = self.facts or self.sizes or self.times or self.categories or self.blocks or any(self.alone)
+        return self.same_model and not differs
+
+
+def compare(first: Plan, second: Plan) -> Comparison:
+    """What differs between two plans."""
+    facts = {name: (str(getattr(first, name)), str(getattr(second, name))) for name in _FACTS}
+    facts = {"gpu": (first.budget.gpu, second.budget.gpu)} | facts
+    mine, yours = ({layer.path: layer for layer in plan.layers} for plan in (first, second))
+    categories = [_categories(plan) for plan in (first, second)]
+    names = sorted({*categories[0], *categories[1]}, key=lambda name: -max(categories[0][name], categories[1][name]))
+    return Comparison(
+        same_model=first.signature == second.signature,
+        facts={name: pair for name, pair in facts.items() if pair[0] != pair[1]},
+        sizes={n: (a, b) for n in _SIZES if (a := getattr(first, n)) != (b := getattr(second, n))},
+        times={n: (a, b) for n in _TIMES if (a := getattr(first, n)) != (b := getattr(second, n))},
+        categories={n: (a, b) for n in names if (a := categories[0][n]) != (b := categories[1][n])},
+        blocks=_blocks(
+            (layer, yours[path])
+            for path, layer in mine.items()
+            if path in yours and _does(first, layer) != _does(second, yours[path])
+        ),
+        alone=(len(mine.keys() - yours.keys()), len(yours.keys() - mine.keys())),
+    )
+
+
+def _categories(plan: Plan) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for name, size in plan.breakdown.items():
+        sums[name.partition("/")[0]] += size
+    return sums
+
+
+def _does(plan: Plan, layer: Layer) -> tuple[str, tuple[str, ...]]:
+    """An option, and what is dropped by it: a selection's name means something in its own plan only."""
+    return layer.option, plan.selections.get(layer.option, ())
+
+
+def _blocks(pairs: Iterable[tuple[Layer, Layer]]) -> tuple[Blocks, ...]:
+    """Alike ones together."""
+    groups: dict[tuple[object, ...], list[tuple[Layer, Layer]]] = {}
+    for a, b in pairs:
+        alike = (pattern_of(a.path), a.option, b.option, a.held_bytes, b.held_bytes, a.extra_s, b.extra_s)
+        groups.setdefault(alike, []).append((a, b))
+    return tuple(
+        Blocks(
+            paths=path_range(a.path for a, _ in group),
+            count=len(group),
+            options=(group[0][0].option, group[0][1].option),
+            held_bytes=(group[0][0].held_bytes, group[0][1].held_bytes),
+            extra_s=(group[0][0].extra_s, group[0][1].extra_s),
+        )
+        for group in groups.values()
+    )

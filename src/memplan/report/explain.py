@@ -1,0 +1,224 @@
+"""Why a plan is as it is: what takes the memory, which moment binds, what other plans and budgets would change."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from memplan.gpus import Gpu
+from memplan.plan_record import FrontierPoint, Layer, Plan
+from memplan.report.paths import path_range, pattern_of
+
+GIB = 2**30
+_STEP_BYTES = 2 * GIB  # by so much the budget is moved, to see what changes ...
+_STEP_SHARE = 4  # ... but by no more than this part of it
+_CARDS = 3  # are named, from the smallest
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Neighbour(_Record):
+    """The next plan of the frontier, against the plan. Bytes and seconds may be below 0."""
+
+    more_bytes: int
+    more_s: float = Field(description="per step")
+    changes: tuple[str, ...] = Field(description="what it does otherwise, a phrase each")
+
+
+class Shift(_Record):
+    """The plan for another budget on the same card, in the same batch."""
+
+    by_bytes: int = Field(description="more than the plan's budget; below 0: less")
+    step_s: float | None = Field(description="per step; None: nothing fits")
+    more_s: float | None = Field(description="than the plan's")
+    exact: bool = Field(description="False: read off the frontier, and a step may take less time than that")
+
+
+class Cards(_Record):
+    """The smallest cards of the catalogue, with as large a share kept free as in the plan."""
+
+    plan: tuple[str, ...] = Field(description="for the plan as it is")
+    everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
+
+
+class Explanation(_Record):
+    """A plan, explained. The tables are sorted from the largest."""
+
+    schema_version: int = 1
+    categories: dict[str, int] = Field(description="bytes at the peak; sums to Plan.peak_bytes")
+    activations: dict[str, int] = Field(description="their part in that, by ranges of modules")
+    beside: dict[str, int] = Field(description="what else there is; with the peak it sums to the budget's total")
+    phases: dict[str, int] = Field(description="the most bytes in each phase of the step; empty without a timeline")
+    smaller: Neighbour | None = Field(description="the next plan that needs less memory; None: there is none")
+    faster: Neighbour | None = Field(description="the next plan that takes less time; None: there is none")
+    less: Shift
+    more: Shift
+    cards: Cards | None = Field(description="None for a plan for a CPU, whose kernels need other memory than a card's")
+
+
+def shift_bytes(plan: Plan) -> int:
+    """By how much the budget is moved: 2 GiB, less where the budget is small."""
+    return min(_STEP_BYTES, plan.budget_bytes // _STEP_SHARE)
+
+
+def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Sequence[Plan | None] = ()) -> Explanation:
+    """What there is to say of a plan.
+
+    Args:
+        plan: the plan.
+        gpus: the cards to look for a smaller or a larger one in.
+        again: plans for `shift_bytes` less, for the same and for as much more, None where nothing fits; empty: what
+            they would be is read off the frontier.
+    """
+    categories: Counter[str] = Counter()
+    activations: Counter[str] = Counter()
+    for name, size in plan.breakdown.items():
+        category, _, path = name.partition("/")
+        categories[category] += size
+        if path:
+            activations[path] += size
+    if again:
+        less, same, more = again
+        shifts = _solved(plan, less, same, -1), _solved(plan, more, same, 1)
+    else:
+        shifts = _below(plan), _above(plan)
+    smaller, faster = _neighbours(plan)
+    return Explanation(
+        categories=_sorted(categories),
+        activations=_by_range(activations),
+        beside=_beside(plan),
+        phases=_phases(plan),
+        smaller=smaller,
+        faster=faster,
+        less=shifts[0],
+        more=shifts[1],
+        cards=None if plan.fits_bytes is None else _cards(plan, gpus),
+    )
+
+
+# --- where the memory is --------------------------------------------------------------------------------------------
+
+
+def _sorted(sizes: Counter[str]) -> dict[str, int]:
+    return {name: size for name, size in sizes.most_common() if size}
+
+
+def _by_range(sizes: Counter[str]) -> dict[str, int]:
+    """Modules of one pattern together."""
+    groups: dict[str, list[str]] = {}
+    for path in sizes:
+        groups.setdefault(pattern_of(path), []).append(path)
+    return _sorted(Counter({path_range(paths): sum(sizes[path] for path in paths) for paths in groups.values()}))
+
+
+def _beside(plan: Plan) -> dict[str, int]:
+    budget = plan.budget
+    return {
+        "reserved beyond the peak": plan.needs_bytes - plan.peak_bytes,
+        "spare": plan.budget_bytes - plan.needs_bytes,
+        "margin": budget.margin_bytes,
+        "CUDA context": budget.context_bytes,
+        "other processes": budget.others_bytes,
+    }
+
+
+def _phases(plan: Plan) -> dict[str, int]:
+    most: Counter[str] = Counter()
+    if plan.timeline is not None:
+        for phase, size in zip(plan.timeline.phase, plan.timeline.total, strict=True):
+            most[phase] = max(most[phase], size)
+    return _sorted(most)
+
+
+# --- other plans ----------------------------------------------------------------------------------------------------
+
+
+def _neighbours(plan: Plan) -> tuple[Neighbour | None, Neighbour | None]:
+    smaller = faster = None
+    for left, right in pairwise(plan.frontier):
+        if right.chosen:
+            smaller = _neighbour(plan, right, left)
+        if left.chosen:
+            faster = _neighbour(plan, left, right)
+    return smaller, faster
+
+
+def _neighbour(plan: Plan, own: FrontierPoint, other: FrontierPoint) -> Neighbour:
+    changes = differences(plan.layers, own.options, other.options)
+    changes += [f"the loss head: {_head(other.head)} instead of {_head(own.head)}"] if other.head != own.head else []
+    if other.stepping != own.stepping:
+        changes.append(f"the optimizer steps {other.stepping} instead of {own.stepping}")
+    return Neighbour(
+        more_bytes=other.peak_bytes - own.peak_bytes, more_s=other.step_s - own.step_s, changes=tuple(changes)
+    )
+
+
+def _head(option: str) -> str:
+    return "whole" if option == "keep" else option
+
+
+def differences(layers: Sequence[Layer], own: Sequence[str], other: Sequence[str]) -> list[str]:
+    """Which blocks do what instead of what, as "layers.0-3: recompute instead of keep"."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for layer, before, after in zip(layers, own, other, strict=True):
+        if before != after:
+            groups.setdefault((pattern_of(layer.path), before, after), []).append(layer.path)
+    return [f"{path_range(paths)}: {after} instead of {before}" for (_, before, after), paths in groups.items()]
+
+
+# --- other budgets --------------------------------------------------------------------------------------------------
+
+
+def _solved(plan: Plan, other: Plan | None, same: Plan | None, sign: int) -> Shift:
+    """By the share of time between the two that were solved again: the plan's own times may be of another measure."""
+    step_s = None if other is None else other.step_s
+    if step_s is not None and same is not None:
+        step_s *= plan.step_s / same.step_s
+    return _shift(plan, sign * shift_bytes(plan), step_s, exact=True)
+
+
+def _below(plan: Plan) -> Shift:
+    by_bytes = -shift_bytes(plan)
+    budget_bytes = plan.budget_bytes + by_bytes
+    fitting = [point.step_s for point in plan.frontier if point.peak_bytes <= budget_bytes]
+    is_none = not fitting and budget_bytes < plan.smallest_bytes
+    return _shift(plan, by_bytes, min(fitting, default=None), exact=is_none or plan.needs_bytes <= budget_bytes)
+
+
+def _above(plan: Plan) -> Shift:
+    """Of the frontier's points and the price of one GiB, each of which is sure, what is better."""
+    by_bytes = shift_bytes(plan)
+    budget_bytes = plan.budget_bytes + by_bytes
+    if budget_bytes < plan.smallest_bytes:
+        return _shift(plan, by_bytes, None, exact=True)
+    known = [point.step_s for point in plan.frontier if point.peak_bytes <= budget_bytes]
+    if plan.needs_bytes <= plan.budget_bytes:
+        known.append(plan.step_s - plan.shadow_price if by_bytes >= GIB else plan.step_s)
+    fastest = bool(plan.frontier) and plan.frontier[-1].peak_bytes <= budget_bytes
+    return _shift(plan, by_bytes, min(known, default=None), exact=fastest)
+
+
+def _shift(plan: Plan, by_bytes: int, step_s: float | None, *, exact: bool) -> Shift:
+    more_s = None if step_s is None else step_s - plan.step_s
+    return Shift(by_bytes=by_bytes, step_s=step_s, more_s=more_s, exact=exact)
+
+
+# --- other cards ----------------------------------------------------------------------------------------------------
+
+
+def _cards(plan: Plan, gpus: Iterable[Gpu]) -> Cards:
+    room = plan.budget_bytes + plan.budget.margin_bytes
+    usable = {
+        gpu.name: (gpu.total_bytes - plan.budget.context_bytes) * plan.budget_bytes // room
+        for gpu in sorted(gpus, key=lambda gpu: gpu.total_bytes or 0)
+        if gpu.total_bytes is not None
+    }
+    everything = plan.unplanned_bytes + plan.needs_bytes - plan.peak_bytes
+
+    def enough(needs_bytes: int) -> tuple[str, ...]:
+        return tuple(name for name, size in usable.items() if size >= needs_bytes)[:_CARDS]
+
+    return Cards(plan=enough(plan.needs_bytes), everything=enough(everything))

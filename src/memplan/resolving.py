@@ -1,0 +1,65 @@
+"""A plan from a file, solved again for a little less and a little more memory."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memplan.blocks import signature
+from memplan.device import resolve_gpu
+from memplan.errors import DoesNotFit, PlanMismatch, UsageError
+from memplan.plan_record import Plan, Verdict
+from memplan.recorder import Recipe
+from memplan.samples import Sample, sample_for
+from memplan.session import Session
+from memplan.strategy import Strategy, load_strategy
+from memplan.units import format_bytes
+
+
+def solved_again(
+    model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Path | Strategy | None = None
+) -> tuple[Plan | None, ...]:
+    """Plans for the same card, batch and optimizer with `by_bytes` less, with the same and with so much more memory.
+
+    None where nothing fits. Times are by one measure, so that their differences can be taken; where the plan's own were
+    measured and the model has no weights, they are estimates. Other processes' memory is taken off the card's total.
+
+    Args:
+        model: the model that the plan was made for.
+        strategy: that of the plan, where it is a file's.
+
+    Raises:
+        PlanMismatch: the model is another one.
+        UsageError: solving again does not lead to the same needs, as without the strategy or the cards that train
+            together it will not.
+        BadStrategy, UnknownGpu: the plan's own are not known here.
+    """
+    if signature(model) != plan.signature:
+        raise PlanMismatch(
+            f"the plan was made for another {plan.model}: modules or shapes differ. Give the model, the method, the "
+            "LoRA rank and the dtype that it was made with."
+        )
+    gpu, _ = resolve_gpu(plan.budget.gpu)
+    total_bytes = plan.budget.total_bytes - plan.budget.others_bytes
+    if gpu.kind == "cpu" and gpu.total_bytes is None:  # without a budget all of main memory counts, margin and all
+        total_bytes = plan.budget_bytes
+    autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
+    sample = Sample.from_fields(plan.sample, plan.micro_batch) if plan.sample else sample_for(model, plan.micro_batch)
+    session = Session(model, sample, Recipe(optimizer=plan.optimizer, autocast=autocast), gpu, None)
+    chosen = load_strategy(plan.strategy if strategy is None else strategy)
+
+    def within(budget_bytes: int) -> Plan | None:
+        try:
+            return session.within(budget_bytes).plan(chosen, plan.effective_batch, plan.micro_batch)
+        except DoesNotFit:
+            return None
+
+    same = within(total_bytes)
+    if same is None or same.unplanned_bytes != plan.unplanned_bytes:
+        needs = "nothing" if same is None else f"{format_bytes(same.unplanned_bytes)} without a plan"
+        raise UsageError(
+            f"solving again gives {needs}, and the plan has {format_bytes(plan.unplanned_bytes)}: it was made with "
+            "another loss, strategy, dtype or number of cards. Leave the model out, and the file alone is explained."
+        )
+    plans = within(total_bytes - by_bytes), same, within(total_bytes + by_bytes)
+    return tuple(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans)

@@ -1,0 +1,74 @@
+"""A bar where somebody waits at a terminal, and nothing elsewhere."""
+
+import io
+import sys
+
+import pytest
+import tiny
+from rich.console import Console
+
+import memplan
+from memplan.progress import STAGES, shown, stage
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TERM", "COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def made_stderr(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal as stderr; by the test itself, for pytest sets stderr anew after every fixture."""
+    monkeypatch.setattr(sys, "stderr", fake := Terminal())
+    return fake
+
+
+def test_planning_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = made_stderr(monkeypatch)
+    model, batch = tiny.plain(layers=2)
+    memplan.plan(model, "cpu", sample=batch, micro_batch=8, strategy="recompute-only")
+    drawn = terminal.getvalue()
+    assert "planning" in drawn
+    places = [drawn.index(name) for name in STAGES]
+    assert places == sorted(places)
+
+
+def test_it_never_goes_back_and_an_inner_one_is_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = made_stderr(monkeypatch)
+    with shown("[outer]"):
+        stage("checking")
+        with shown("inner"):
+            stage("tracing")
+    assert "[outer]" in terminal.getvalue()
+    assert "checking" in terminal.getvalue()
+    assert "inner" not in terminal.getvalue()
+    assert "tracing" not in terminal.getvalue()
+
+
+@shown("work")
+def failing() -> None:
+    stage("solving")
+    raise KeyError
+
+
+def test_it_is_gone_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = made_stderr(monkeypatch)
+    with pytest.raises(KeyError):
+        failing()
+    drawn = terminal.getvalue()
+    stage("solving")
+    assert terminal.getvalue() == drawn
+    assert drawn.endswith("\x1b[2K")  # the line is cleared
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown("work"):
+        stage("solving")
+    with shown("work", Console(file=sys.stderr)):
+        stage("solving")
+    assert capsys.readouterr() == ("", "")

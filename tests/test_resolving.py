@@ -1,0 +1,47 @@
+"""A plan that is solved again leads to itself, and to what a plan for another budget would be."""
+
+import pytest
+import tiny
+import torch
+
+import memplan
+from memplan.errors import PlanMismatch, UsageError
+from memplan.resolving import solved_again
+
+WHOLE = memplan.Strategy("whole", levers=("recompute",))
+
+
+def on_meta(layers: int = 3) -> torch.nn.Module:
+    return tiny.llama(layers)[0].to("meta")
+
+
+def a_plan(gpu: str) -> memplan.Plan:
+    """All blocks cost the same to recompute, so that how many are follows from bytes alone."""
+    return memplan.plan(on_meta(), gpu, seq_len=64, micro_batch=4, optimizer="sgd", strategy=WHOLE)
+
+
+@pytest.fixture(scope="module")
+def plenty() -> memplan.Plan:
+    return a_plan("cpu:1GiB")
+
+
+def test_a_tight_budget_solved_again(plenty: memplan.Plan) -> None:
+    middle = (plenty.smallest_bytes + plenty.needs_bytes) // 2
+    tight = a_plan(f"cpu:{middle + plenty.budget.margin_bytes}B")
+    assert 0 < len(tight.recomputed) < len(tight.layers)
+    less, same, more = solved_again(on_meta(), tight, middle - plenty.smallest_bytes, WHOLE)
+    assert same is not None
+    assert (same.budget_bytes, len(same.recomputed)) == (tight.budget_bytes, len(tight.recomputed))
+    assert less is not None
+    assert more is not None
+    assert (less.budget_bytes, more.budget_bytes) == (plenty.smallest_bytes, 2 * middle - plenty.smallest_bytes)
+    assert len(less.recomputed) > len(same.recomputed) > len(more.recomputed)
+    assert less.step_s > same.step_s > more.step_s
+    assert solved_again(on_meta(), tight, tight.budget_bytes // 2, WHOLE)[0] is None
+
+
+def test_another_model_or_another_optimizer(plenty: memplan.Plan) -> None:
+    with pytest.raises(PlanMismatch, match="made for another LlamaForCausalLM"):
+        solved_again(on_meta(5), plenty, 2**20)
+    with pytest.raises(UsageError, match="Leave the model out"):
+        solved_again(on_meta(), plenty.model_copy(update={"optimizer": "adamw"}), 2**20, WHOLE)
