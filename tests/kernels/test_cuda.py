@@ -62,6 +62,9 @@ def test_rms_norm_keeps_its_input_and_a_number_a_row() -> None:
 # -- recomputation -------------------------------------------------------------------------------------------------
 
 
+CHECKPOINTS_OWN = ("detach", "empty")  # `empty` up to torch 2.11: what makes its node in the graph
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("directly", [False, True])
 def test_a_checkpointed_block_is_recomputed_by_the_same_operators(reentrant: bool, directly: bool) -> None:
@@ -74,13 +77,13 @@ def test_a_checkpointed_block_is_recomputed_by_the_same_operators(reentrant: boo
     with on_card(HOPPER) as operators:
         with torch.autocast("cpu", BF16):
             out = checkpoint(block, x, use_reentrant=reentrant)
-        first = [name for name in operators.names if name != "detach"]
+        first = [name for name in operators.names if name not in CHECKPOINTS_OWN]
         operators.names.clear()
         if directly:
             torch.autograd.backward(out, torch.empty_like(out))
         else:
             backward(out)
-    again = [name for name in operators.names if name != "detach"]
+    again = [name for name in operators.names if name not in CHECKPOINTS_OWN]
     start = again.index(first[0])
     assert again[start : start + len(first)] == first
     assert "native_dropout" in first

@@ -24,7 +24,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# By the names that the functions have in Python, which are those of the operators.
+# By the names that the functions have in Python, which are those of the operators. Older releases of torch have fewer:
+# `rms_norm` came after 2.11.
 FLOAT32 = _names("""
     acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm
     native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity dist pdist renorm logsumexp
@@ -71,12 +72,13 @@ def _autocast_key() -> torch._C.DispatchKeySet:
 
 @cache
 def _policies() -> Mapping[str, Callable[[tuple[Any, ...], dict[str, Any]], Arguments]]:
-    cpu_only = _on_list("AutocastCPU") - _on_list("AutocastCUDA") - _REACH_BOTH
+    cuda = _on_list("AutocastCUDA")
+    cpu_only = _on_list("AutocastCPU") - cuda - _REACH_BOTH
     return {
         **dict.fromkeys(cpu_only | _REACH_CPU_ONLY, lambda args, kwargs: (args, kwargs)),
         **dict.fromkeys(LOWER, lambda args, kwargs: _to(torch.get_autocast_dtype("cpu"), args, kwargs)),
         **dict.fromkeys(WIDEST, lambda args, kwargs: _to(_widest(args, kwargs), args, kwargs)),
-        **dict.fromkeys(FLOAT32 | _REACH_FLOAT32, lambda args, kwargs: _to(torch.float32, args, kwargs)),
+        **dict.fromkeys((FLOAT32 & cuda) | _REACH_FLOAT32, lambda args, kwargs: _to(torch.float32, args, kwargs)),
         **dict.fromkeys(FLOAT32_RESULT | _REACH_FLOAT32_RESULT, _with_float32_result),
     }
 
