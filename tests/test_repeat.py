@@ -46,19 +46,44 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     return watch
 
 
-def traced(made: tiny.Made, accumulation: int = 1, options: Sequence[str] | None = None) -> Trace:
+def traced(
+    made: tiny.Made,
+    accumulation: int = 1,
+    options: Sequence[str] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Trace:
     """As the recorder does it."""
     model, batch = made
     decisions = dict(zip(find_blocks(model), options, strict=True)) if options else {}
     installed = (lambda: levers.decided(model, decisions)) if options else nullcontext
-    return Recorder(model, Recipe(accumulation=accumulation)).record(Sample.of(batch), installed)
+    return Recorder(model, Recipe(autocast=autocast, accumulation=accumulation)).record(Sample.of(batch), installed)
 
 
-def whole(made: tiny.Made, accumulation: int = 1, options: Sequence[str] | None = None) -> Trace:
+def whole(
+    made: tiny.Made,
+    accumulation: int = 1,
+    options: Sequence[str] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Trace:
     """The same, every block of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memplan.recorder, "long_runs", lambda *_: [])
-        return traced(made, accumulation, options)
+        return traced(made, accumulation, options, autocast)
+
+
+def settled(trace: Trace) -> Trace:
+    """With the tensors that go one right after the other in the order of their births: chance decides about some."""
+    died, births = trace.died.copy(), set(trace.born.tolist())
+    dying = [int(row) for row in np.argsort(died, kind="stable") if died[row] < trace.ticks]
+    moment: list[int] = []
+    for row in [*dying, None]:
+        if moment and (row is None or died[row] != trace.died[moment[-1]] + 1 or int(trace.died[row]) in births):
+            ticks = sorted(trace.died[moment])
+            died[sorted(moment, key=lambda each: trace.born[each])] = ticks
+            moment = []
+        if row is not None:
+            moment.append(row)
+    return replace(trace, died=died)
 
 
 def differences(a: Trace, b: Trace) -> list[str]:
@@ -108,6 +133,15 @@ def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulatio
     assert [len(run.omitted) for run in watch.runs] == [2]
     assert differences(trace, whole(made, accumulation, [option] * LAYERS)) == []
     assert set(trace.modules) == {path for path, _ in made[0].named_modules()}
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [("llama", 1), ("bert", 2), ("lora", 1)])
+def test_what_autocast_has_cast_goes_at_the_end_of_its_region(name: str, accumulation: int, watch: Watch) -> None:
+    """Of all blocks at one moment, in an order of its own, where nothing else keeps it: blocks are recomputed."""
+    made, options = LONG[name](), [RECOMPUTE] * LAYERS
+    trace = traced(made, accumulation, options, torch.bfloat16)
+    assert [len(run.omitted) for run in watch.runs] == [2]
+    assert differences(settled(trace), settled(whole(made, accumulation, options, torch.bfloat16))) == []
 
 
 def test_transformers_own_checkpointing(watch: Watch) -> None:

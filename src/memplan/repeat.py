@@ -5,6 +5,10 @@ three must then have left *the same trace*, event by event: the same allocations
 offsets in the same or the neighbouring block. Since a block's events depend only on what its neighbours hand it, and
 three in a row did the same, every further one inserted between them does the same again; the omitted blocks' events are
 copies of the middle block's, moved. Where the check fails the model is traced whole.
+
+What autocast has cast goes at the end of its region, all at one moment and in an order that is chance. It makes no
+difference to any sum, nor to an allocator, so where the check fails it is made again with each moment's tensors in the
+order of their births.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,9 +86,23 @@ def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
 
 def lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
     """The trace of the whole model from that of the shortened one. Raises NotPeriodic where that cannot be shown."""
+    try:
+        return _lengthened(trace, runs)
+    except NotPeriodic:
+        return _lengthened(_settled(trace), runs)
+
+
+def _lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
     for run in runs:
         trace = _Insertion(trace, run).result()
     return trace
+
+
+def _settled(trace: Trace) -> Trace:
+    """Of the tensors that go one right after the other the first born goes first."""
+    died = trace.died.copy()
+    died[np.lexsort((trace.born, _moments(trace)))] = np.sort(trace.died)
+    return replace(trace, died=died)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +125,10 @@ class _Insertion:
         self.op_places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ops")]
         self.place_of_row, self.offset = _locate(trace.born, self.places)
         self.death_place, self.death_offset = _locate(trace.died, self.places)
+        self.moment = _moments(trace)
+        self.leaving = self._leaving()
         self.cuts, self.op_cuts = _cuts(self.places, self.copies), _cuts(self.op_places, self.copies)
+        self.cuts += [(first + 1, self.copies * len(rows)) for first, rows in self.leaving.items()]
         # of each place: its number relative to the template, the template's place, that one's new first tick, and how
         # far from there on each copy is
         self.index = np.array([place.index for place in self.places])
@@ -144,6 +165,13 @@ class _Insertion:
             steps=tuple(self._step(number, step) for number, step in enumerate(self.trace.steps)),
         )
 
+    def _leaving(self) -> dict[int, NDArray[np.intp]]:
+        """First tick of a moment outside of all regions -> the template's rows that go in it."""
+        dies = (self.place_of_row >= 0) & (self.death_place < 0) & (self.trace.died < self.trace.ticks)
+        rows = np.flatnonzero(dies)
+        rows = rows[[self.places[at].index == 0 for at in self.place_of_row[rows]]]
+        return {int(first): rows[self.moment[rows] == first] for first in np.unique(self.moment[rows])}
+
     # -- the proof -----------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -166,7 +194,7 @@ class _Insertion:
                 raise NotPeriodic(f"a tensor of {self.run.template} lives across {end.index - place.index} blocks")
             fate: tuple[object, ...] = (end.step, end.kind, end.index - place.index, int(self.death_offset[row]))
         else:
-            fate = ("elsewhere", int(trace.died[row]))
+            fate = ("elsewhere", int(self.moment[row]))
         path = trace.modules[trace.storage_module[row]]
         local = ".".join(path.split(".")[len(self.run.template.split(".")) :])
         return int(self.offset[row]), int(trace.storage_bytes[row]), int(trace.storage_category[row]), local, fate
@@ -199,7 +227,12 @@ class _Insertion:
         target = copies + self.index[places]
         inside = self._start(places, target) + self.death_offset[rows]
         # Beyond the last copy is the traced block behind it, which is where the row dies already.
-        return np.where((places >= 0) & (target <= self.copies), inside, _shift(self.trace.died[rows], self.cuts))
+        died = np.where((places >= 0) & (target <= self.copies), inside, _shift(self.trace.died[rows], self.cuts))
+        for first, leaving in self.leaving.items():
+            begin = _shifted(first, self.cuts) + 1
+            ours = np.searchsorted(rows, leaving)
+            died[:, ours] = begin + (copies - 1) * len(leaving) + np.arange(len(leaving))
+        return died
 
     # -- operators, modules, steps -------------------------------------------------------------------------------
 
@@ -299,6 +332,20 @@ def _locate(ticks: NDArray[np.int64], places: list[_Place]) -> tuple[NDArray[np.
         found[inside] = number
         offset[inside] = ticks[inside] - place.span.start
     return found, offset
+
+
+def _moments(trace: Trace) -> NDArray[np.int64]:
+    """For each row the first tick of the moment in which it dies: of a run of deaths with nothing else between them."""
+    dies, begins = np.zeros(trace.ticks + 1, dtype=bool), np.zeros(trace.ticks + 1, dtype=bool)
+    dies[trace.died] = True
+    dies[trace.born] = False
+    spans = [span for step in trace.steps for span in (step.forward, step.loss, step.backward)]
+    spans += [span for step in trace.steps for block in step.blocks for span in (block.forward, block.backward)]
+    begins[[tick for span in spans for tick in (span.start, span.stop)]] = True
+    begins |= ~np.concatenate([[False], dies[:-1]])
+    begins[-1] = True  # never
+    first: NDArray[np.int64] = np.maximum.accumulate(np.where(begins, np.arange(trace.ticks + 1), 0))
+    return first[trace.died]
 
 
 def _cuts(places: list[_Place], copies: int) -> list[tuple[int, int]]:
