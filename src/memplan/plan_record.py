@@ -135,6 +135,8 @@ class Plan(_Record):
     ways_out: tuple[str, ...] = Field((), description="if it does not fit: the cheapest ways to make it fit")
     optimizer: str
     autocast: str | None
+    replicas: int = Field(1, description="of the model, each with samples of its own")
+    shards: int = Field(1, description="cards that share each replica, by FSDP2")
     how: str
     model: str = Field(description="the model's class")
     signature: str = Field(description="hash over module paths and parameter shapes, checked by apply")

@@ -317,6 +317,8 @@ class Session:
             how=trace.how,
             model=type(self.model).__name__,
             signature=signature(self.model),
+            replicas=self.recipe.replicas,
+            shards=self.recipe.shards,
             sample=self.sample.fields(),
             assumptions=self._assumptions(
                 trace,

@@ -74,13 +74,16 @@ class Ran:
 
 
 @cache
-def plan_file(model: str, micro_batch: int, effective_batch: int, strategy: str | Strategy = KEEP_ALL) -> str:
+def plan_file(
+    model: str, micro_batch: int, effective_batch: int, strategy: str | Strategy = KEEP_ALL, replicas: int = 1
+) -> str:
     """A plan made without weights, so that no block is timed: the tests of the loop need one, not the planner."""
     bare = make_model(model).to("meta")
     sample = padded([Texts(40)[at] for at in range(4)])
     sizes = {"micro_batch": micro_batch, "effective_batch": effective_batch}
     path = Path(tempfile.mkdtemp()) / "plan.json"
-    memplan.plan(bare, "cpu:1GiB", sample=sample, strategy=strategy, **sizes).save(path)
+    world = memplan.World(replicas)
+    memplan.plan(bare, "cpu:1GiB", sample=sample, strategy=strategy, world=world, **sizes).save(path)
     return str(path)
 
 

@@ -36,7 +36,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def test_ddp(tmp_path: Path) -> None:
     """37 rows: at the end of an epoch Accelerate repeats some, by the script's batch and not by the micro-batch."""
     plain = run(tmp_path / "plain", "none", 37)
-    ours = run(tmp_path / "planned", scripts.plan_file("llama", 2, 8), 37)
+    ours = run(tmp_path / "planned", scripts.plan_file("llama", 2, 8, replicas=2), 37)
     for a, b in zip(plain, ours, strict=True):
         assert difference(a, b) <= 1e-5
         assert a["rates"] == b["rates"]

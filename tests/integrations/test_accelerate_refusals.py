@@ -1,6 +1,7 @@
 """What cannot be planned inside an Accelerate script is refused with one clear error, before any step is run."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_plan_for_another_batch(accelerator: Accelerator) -> None:
     file = scripts.plan_file("llama", 2, 16)
     with pytest.raises(PlanMismatch, match="16 samples per optimizer step, the script has 8"):
         attach(accelerator, plan=file).prepare(*parts())
+
+
+def test_a_plan_for_another_world(accelerator: Accelerator, tmp_path: Path) -> None:
+    plan = memplan.Plan.load(scripts.plan_file("llama", 2, 8))
+    plan.model_copy(update={"shards": 2}).save(tmp_path / "plan.json")
+    with pytest.raises(
+        PlanMismatch, match=r"for World\(replicas=1, shards=2\), this run is World\(replicas=1, shards=1\)"
+    ):
+        attach(accelerator, plan=tmp_path / "plan.json").prepare(*parts())
 
 
 def test_no_room(accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
 from memplan.strategy import Strategy, load_strategy
+from memplan.world import World
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
@@ -49,6 +50,7 @@ def plan_for(
     if settings.plan is not None:
         plan = Plan.load(settings.plan)
         _check_batch(plan, effective, own_rows, can_split)
+        _check_world(plan, recipe)
         if recipe.zero is not None and plan.stepping != PLAIN:
             raise PlanMismatch(
                 f'the plan has the optimizer step "{plan.stepping}", and DeepSpeed steps in a way of its own. Plan for '
@@ -89,6 +91,12 @@ def _without_steps(strategy: Strategy) -> Strategy:
     both = strategy.levers, strategy.levers_first
     levers, first = (tuple(lever for lever in asked if lever not in steps) for asked in both)
     return replace(strategy, levers=levers, levers_first=first)
+
+
+def _check_world(plan: Plan, recipe: Recipe) -> None:
+    planned, here = World(plan.replicas, plan.shards), World(recipe.replicas, recipe.shards)
+    if planned != here:
+        raise PlanMismatch(f"the plan is for {planned}, this run is {here}. Plan with world=memplan.{here}.")
 
 
 def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool) -> None:
