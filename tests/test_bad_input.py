@@ -246,7 +246,7 @@ CASES: dict[str, tuple[Callable[[Scene], object], type[MemplanError], tuple[str,
     # plans
     "a folder for a plan": (lambda s: s.plan().save(s.folder), PlanSchema, ("cannot write", "Name another")),
     "what is no plan": (lambda s: memplan.apply(s.model, {}), UsageError, ("dict", "Plan.load")),  # type: ignore[arg-type]
-    "plan of another version": (load_other_version, PlanSchema, ("schema version 99", "reads version 2", "Plan again")),
+    "plan of another version": (load_other_version, PlanSchema, ("schema version 99", "reads version 3", "Plan again")),
     "no plan": (
         lambda s: memplan.Plan.load(s.file("{}", "plan.json")),
         PlanSchema,

@@ -17,7 +17,7 @@ import torch
 from cuda_report import AT_FULL, CAPPED, FULL, FULL_CAPPED, LAPS, NONE, named
 from cuda_runs import Answer, Here, Job, Store, Workers, run_all
 from histories import check_repeated
-from pages import written
+from pages import DOCS, written
 
 from memplan.allocator import Events
 from memplan.gpus import find_gpu
@@ -169,7 +169,8 @@ class TestPage:
         assert page.read_text() == "a\n<!-- x: begin -->\n\nnew\n<!-- x: end -->\nb\n"
         with pytest.raises(SystemExit, match="no marks"):
             written("y", "new", page)
-        assert all(f"<!-- {part}: begin -->" in cuda_runs.PAGE.read_text() for part in ("trainings", "accuracy"))
+        text = (DOCS / "cuda.md").read_text()
+        assert all(f"<!-- {part}: begin -->" in text for part in ("trainings", "accuracy"))
 
     def test_a_dry_run_is_never_written(self) -> None:
         for command in (cuda, cuda_accuracy):
