@@ -26,7 +26,8 @@ def show(as_json: JsonOption = False) -> None:
     console = stderr_console()
     if learned:
         console.print(learned_table(learned))
-    console.print(_OFF if place is None else f"{sum(len(found.runs) for found in learned.values())} runs in {place}")
+    count = sum(len(found.runs) for found in learned.values())
+    console.print(_OFF if place is None else f"{count} runs in {place}", soft_wrap=True)  # a path in one piece
     if as_json:
         entries = [
             {"key": key.model_dump(), "runs": [run.model_dump() for run in found.runs]}
