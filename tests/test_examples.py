@@ -33,7 +33,7 @@ def output_of(name: str, folder: Path, *launcher: str) -> str:
 def test_trainers_keep_to_their_budget(name: str, tmp_path: Path) -> None:
     said = output_of(name, tmp_path)
     record = eval(next(line[line.index("{'memplan") :] for line in said.splitlines() if "{'memplan/" in line))
-    peak, predicted, budget = (int(record[f"memplan/{name}_bytes"]) for name in ("peak", "predicted", "budget"))
+    peak, predicted, budget = (int(record[f"memplan/{name}_bytes"]) for name in ("peak", "predicted_peak", "budget"))
     assert peak <= predicted <= budget
     assert "train_runtime" in said
 
