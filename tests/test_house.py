@@ -20,6 +20,7 @@ FLOORS = {
     "link": 1,
     "plan_record": 1,
     "prediction": 1,
+    "records": 0,
     "progress": 1,
     "settings": 1,
     "strategy": 1,

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from memplan.corrections import Run
 from memplan.errors import UsageError
+from memplan.records import Record
 from memplan.settings import Habits
 
 RUNS_KEPT: Final = 50  # the newest, of each key
@@ -29,11 +30,7 @@ RUNS_KEPT: Final = 50  # the newest, of each key
 _log = logging.getLogger("memplan")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Key(_Record):
+class Key(Record):
     """What a run has to have in common with another for the one to say something about the other."""
 
     card: str
@@ -53,7 +50,7 @@ class Key(_Record):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:24]
 
 
-class _Entry(_Record):
+class _Entry(Record):
     """A file of the cache."""
 
     schema_version: Literal[1] = 1

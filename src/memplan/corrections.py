@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from memplan.problem import KEEP, lever_of
 from memplan.profile import Times
+from memplan.records import Record
 from memplan.roofline import StepTimes
 from memplan.units import format_bytes
 
@@ -40,10 +41,8 @@ LARGEST_EXCESS: Final = 0.1
 """Of the predicted peak. No run of residuals.toml is off by a third of that; beyond it something else was measured."""
 
 
-class Run(BaseModel):
+class Run(Record):
     """One measured run beside what was predicted of it, before corrections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: dict[str, float] = Field(description="as `Plan.seconds`; empty if the plan does not say")
     times: str = Field(description='what they come from: "measured" blocks or "estimate"')

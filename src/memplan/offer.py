@@ -1,14 +1,13 @@
 """`Offer`: what one card would do for one way to train a model. Frozen, made by `survey`."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from memplan.plan_record import Verdict
+from memplan.records import Record
 
 
-class Offer(BaseModel):
+class Offer(Record):
     """Whether a step fits a card, how it would be run there, and how fast by the card's figures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="what is trained, in the user's word")
     gpu: str

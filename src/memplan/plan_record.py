@@ -5,10 +5,11 @@ from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
+from memplan.records import Record
 from memplan.units import format_budget, format_bytes, format_seconds
 
 SCHEMA_VERSION = 3
@@ -22,11 +23,7 @@ class Verdict(StrEnum):
     DOES_NOT_FIT = "does not fit"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Budget(_Record):
+class Budget(Record):
     """How the budget is made up, in bytes: total - others - context - margin = usable."""
 
     gpu: str
@@ -40,7 +37,7 @@ class Budget(_Record):
         return self.total_bytes - self.others_bytes - self.context_bytes - self.margin_bytes
 
 
-class Layer(_Record):
+class Layer(Record):
     """One block of the model in the plan's table. Bytes and seconds are for one micro-batch."""
 
     path: str
@@ -52,7 +49,7 @@ class Layer(_Record):
     extra: dict[str, float] = Field(default={}, description="option -> extra seconds, for every option of the frontier")
 
 
-class FrontierPoint(_Record):
+class FrontierPoint(Record):
     """A plan for the same micro-batch and accumulation that needs more or less memory. Found, but not traced."""
 
     peak_bytes: int = Field(description="what it needs, as `Plan.needs_bytes`; as much above the profile as the plan")
@@ -63,7 +60,7 @@ class FrontierPoint(_Record):
     chosen: bool = Field(description="whether it is the plan itself")
 
 
-class Measured(_Record):
+class Measured(Record):
     """A real run beside its prediction."""
 
     peak_bytes: int
@@ -87,7 +84,7 @@ class Measured(_Record):
         )
 
 
-class SampleField(_Record):
+class SampleField(Record):
     """One input tensor, without its batch dimension."""
 
     name: str
@@ -96,7 +93,7 @@ class SampleField(_Record):
     below: int | None = Field(None, description="integers lie in [0, below); None for floating point")
 
 
-class Plan(_Record):
+class Plan(Record):
     """The answer of the planner. `decisions` and `micro_batch` x `accumulation` are what to do; the rest says why."""
 
     schema_version: int = SCHEMA_VERSION

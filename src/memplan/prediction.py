@@ -3,15 +3,14 @@
 from functools import cached_property
 from importlib import import_module
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from memplan.records import Record
 from memplan.units import format_bytes
 
 
-class Timeline(BaseModel):
+class Timeline(Record):
     """Bytes of tensors over one step. Thinned to a few hundred moments; their peak is always among them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     phase: tuple[str, ...]  # of each moment: "forward", "loss", "backward", "optimizer"
     bytes: dict[str, tuple[int, ...]]  # category -> bytes at each moment
@@ -21,13 +20,11 @@ class Timeline(BaseModel):
         return tuple(map(sum, zip(*self.bytes.values(), strict=True)))
 
 
-class Prediction(BaseModel):
+class Prediction(Record):
     """What one steady-state step needs: optimizer state exists, gradients were dropped at the end of the last step.
 
     For a card also what a run of such steps takes from it, by a simulation of torch's caching allocator.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     peak_bytes: int = Field(

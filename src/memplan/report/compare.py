@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from memplan.plan_record import Layer, Plan
+from memplan.records import Record
 from memplan.report.paths import path_range, pattern_of
 
 _FACTS = (
@@ -27,11 +28,7 @@ _SIZES = ("budget_bytes", "needs_bytes", "peak_bytes", "unplanned_bytes", "small
 _TIMES = ("step_s", "samples_per_s", "slowdown", "gap", "shadow_price")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Blocks(_Record):
+class Blocks(Record):
     """Blocks that do one thing under the first plan and another under the second. Each, for one micro-batch."""
 
     paths: str = Field(description="as a range")
@@ -41,7 +38,7 @@ class Blocks(_Record):
     extra_s: tuple[float, float]
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """What differs between two plans; a pair has the first plan's value first."""
 
     schema_version: int = 1

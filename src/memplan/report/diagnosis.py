@@ -2,10 +2,12 @@
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
+
+from memplan.records import Record
 
 
 class State(StrEnum):
@@ -19,11 +21,7 @@ class State(StrEnum):
 _STYLES = {State.FINE: "green", State.CARE: "bold yellow", State.BROKEN: "bold red"}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Finding(_Record):
+class Finding(Record):
     """One thing that was looked at."""
 
     what: str
@@ -32,7 +30,7 @@ class Finding(_Record):
     mend: str = Field(default="", description="what to do about it")
 
 
-class Diagnosis(_Record):
+class Diagnosis(Record):
     """All of them, in the order of looking."""
 
     schema_version: int = 1

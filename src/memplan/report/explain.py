@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from memplan.gpus import Gpu
 from memplan.plan_record import FrontierPoint, Layer, Plan
+from memplan.records import Record
 from memplan.report.paths import path_range, pattern_of
 
 GIB = 2**30
@@ -16,11 +17,7 @@ _STEP_SHARE = 4  # ... but by no more than this part of it
 _CARDS = 3  # are named, from the smallest
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Neighbour(_Record):
+class Neighbour(Record):
     """The next plan of the frontier, against the plan. Bytes and seconds may be below 0."""
 
     more_bytes: int
@@ -28,7 +25,7 @@ class Neighbour(_Record):
     changes: tuple[str, ...] = Field(description="what it does otherwise, a phrase each")
 
 
-class Shift(_Record):
+class Shift(Record):
     """The plan for another budget on the same card, in the same batch."""
 
     by_bytes: int = Field(description="more than the plan's budget; below 0: less")
@@ -37,14 +34,14 @@ class Shift(_Record):
     exact: bool = Field(description="False: read off the frontier, and a step may take less time than that")
 
 
-class Cards(_Record):
+class Cards(Record):
     """The smallest cards of the catalogue, with as large a share kept free as in the plan."""
 
     plan: tuple[str, ...] = Field(description="for the plan as it is")
     everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
 
 
-class Explanation(_Record):
+class Explanation(Record):
     """A plan, explained. The tables are sorted from the largest."""
 
     schema_version: int = 1
