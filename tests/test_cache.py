@@ -14,6 +14,7 @@ import tiny
 import memplan
 from memplan import cache
 from memplan.corrections import Run
+from memplan.device import CpuDevice
 from memplan.errors import UsageError
 
 RUN = Run(seconds={"keep": 1.0}, times="measured", step_s=1.5, predicted_bytes=1000, peak_bytes=1001)
@@ -194,7 +195,9 @@ def test_two_processes_at_once_lose_nothing(cache_folder: Path) -> None:
 # --- from a run to the next plan ------------------------------------------------------------------------------------
 
 
-def test_the_next_plan_starts_from_what_was_measured(cache_folder: Path) -> None:
+def test_the_next_plan_starts_from_what_was_measured(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that is really measured is a slow one, whatever else the machine does: no clock decides."""
+    monkeypatch.setattr(CpuDevice, "seconds_of", lambda _, step, repeats: [step() or 10.0 for _ in range(repeats)])
     model, batch = tiny.plain(layers=3)
     with memplan.autofit(model, "cpu:1GiB", sample=batch, micro_batch=8, strategy="recompute-only") as fit:
         assert fit.measured is not None
