@@ -1,5 +1,6 @@
 """`Prediction`: the memory of one training step as it stands, before anything is planned."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import import_module
 
@@ -7,6 +8,23 @@ from pydantic import Field
 
 from memplan.records import Record
 from memplan.units import format_bytes
+
+_ACTIVATIONS = "activations"
+
+
+def by_category(breakdown: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of a breakdown with all activations in one number, in the breakdown's order."""
+    sizes: dict[str, int] = {}
+    for name, size in breakdown.items():
+        category = _ACTIVATIONS if name.startswith(f"{_ACTIVATIONS}/") else name
+        sizes[category] = sizes.get(category, 0) + size
+    return sizes
+
+
+def activations_in(breakdown: Mapping[str, int]) -> dict[str, int]:
+    """The activation bytes of a breakdown by module path."""
+    prefix = f"{_ACTIVATIONS}/"
+    return {name.removeprefix(prefix): size for name, size in breakdown.items() if name.startswith(prefix)}
 
 
 class Timeline(Record):
@@ -66,13 +84,13 @@ class Prediction(Record):
     @property
     def activations(self) -> dict[str, int]:
         """Activation bytes at the peak by module path."""
-        prefix = "activations/"
-        return {k.removeprefix(prefix): v for k, v in self.breakdown.items() if k.startswith(prefix)}
+        return activations_in(self.breakdown)
 
     def summary(self) -> dict[str, int]:
         """The breakdown with all activations in one number; sums to the peak."""
-        whole = {k: v for k, v in self.breakdown.items() if not k.startswith("activations/")}
-        return {**whole, "activations": sum(self.activations.values())}
+        sizes = by_category(self.breakdown)
+        activations = sizes.pop(_ACTIVATIONS, 0)
+        return {**sizes, _ACTIVATIONS: activations}
 
     def needs(self) -> str:
         """What the run takes from a card, in one line; empty on the CPU."""

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from memplan.plan_record import Plan, Verdict, pace_text
+from memplan.prediction import activations_in, by_category
 from memplan.report.paths import module_shares
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
 
@@ -66,9 +67,7 @@ def _at_all(gap: float) -> str:
 
 
 def _what_takes_most(plan: Plan) -> Answer:
-    sums: Counter[str] = Counter()
-    for name, n_bytes in plan.breakdown.items():
-        sums["activations" if name.startswith("activations/") else name] += n_bytes
+    sums = Counter(by_category(plan.breakdown))
     (largest, n_bytes), *others = sums.most_common() or [("nothing", 0)]
     total = sum(sums.values()) or 1
     where = f" of {plan.peak_module}" if plan.peak_module else ""
@@ -76,8 +75,8 @@ def _what_takes_most(plan: Plan) -> Answer:
     sentences = [f"{format_bytes(n_bytes)}, {share} of the peak, which is in {plan.peak_phase}{where}."]
     if others and others[0][1]:
         sentences.append(f"Next: {others[0][0]}, {format_bytes(others[0][1])}.")
-    modules = {k.removeprefix("activations/"): v for k, v in plan.breakdown.items() if k.startswith("activations/")}
-    if shares := sorted(module_shares({}, modules), key=lambda share: -share.peak_bytes):
+    modules = module_shares({}, activations_in(plan.breakdown))
+    if shares := sorted(modules, key=lambda share: -share.peak_bytes):
         name, held = shares[0].name or "the model itself", format_bytes(shares[0].peak_bytes)
         sentences.append(f"Of the activations, {name} has most: {held}.")
     return Answer("What takes most?", largest, tuple(sentences))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from memplan.plan_record import Layer, Plan
+from memplan.prediction import by_category
 from memplan.records import Record
 from memplan.report.paths import path_range, pattern_of
 
@@ -62,7 +63,7 @@ def compare(first: Plan, second: Plan) -> Comparison:
     facts = {name: (str(getattr(first, name)), str(getattr(second, name))) for name in _FACTS}
     facts = {"gpu": (first.budget.gpu, second.budget.gpu)} | facts
     mine, yours = ({layer.path: layer for layer in plan.layers} for plan in (first, second))
-    categories = [_categories(plan) for plan in (first, second)]
+    categories = [Counter(by_category(plan.breakdown)) for plan in (first, second)]
     names = sorted({*categories[0], *categories[1]}, key=lambda name: -max(categories[0][name], categories[1][name]))
     return Comparison(
         same_model=first.signature == second.signature,
@@ -77,13 +78,6 @@ def compare(first: Plan, second: Plan) -> Comparison:
         ),
         alone=(len(mine.keys() - yours.keys()), len(yours.keys() - mine.keys())),
     )
-
-
-def _categories(plan: Plan) -> Counter[str]:
-    sums: Counter[str] = Counter()
-    for name, size in plan.breakdown.items():
-        sums[name.partition("/")[0]] += size
-    return sums
 
 
 def _does(plan: Plan, layer: Layer) -> tuple[str, tuple[str, ...]]:

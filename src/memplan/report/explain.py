@@ -1,13 +1,14 @@
 """Why a plan is as it is: what takes the memory, which moment binds, what other plans and budgets would change."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from pydantic import Field
 
 from memplan.gpus import Gpu
 from memplan.plan_record import FrontierPoint, Layer, Plan
+from memplan.prediction import activations_in, by_category
 from memplan.records import Record
 from memplan.report.paths import path_range, pattern_of
 
@@ -70,13 +71,6 @@ def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Sequence[Plan | None] =
         again: plans for `shift_bytes` less, for the same and for as much more, None where nothing fits; empty: what
             they would be is read off the frontier.
     """
-    categories: Counter[str] = Counter()
-    activations: Counter[str] = Counter()
-    for name, size in plan.breakdown.items():
-        category, _, path = name.partition("/")
-        categories[category] += size
-        if path:
-            activations[path] += size
     if again:
         less, same, more = again
         shifts = _solved(plan, less, same, -1), _solved(plan, more, same, 1)
@@ -84,8 +78,8 @@ def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Sequence[Plan | None] =
         shifts = _below(plan), _above(plan)
     smaller, faster = _neighbours(plan)
     return Explanation(
-        categories=_sorted(categories),
-        activations=_by_range(activations),
+        categories=_sorted(Counter(by_category(plan.breakdown))),
+        activations=_by_range(activations_in(plan.breakdown)),
         beside=_beside(plan),
         phases=_phases(plan),
         smaller=smaller,
@@ -103,7 +97,7 @@ def _sorted(sizes: Counter[str]) -> dict[str, int]:
     return {name: size for name, size in sizes.most_common() if size}
 
 
-def _by_range(sizes: Counter[str]) -> dict[str, int]:
+def _by_range(sizes: Mapping[str, int]) -> dict[str, int]:
     """Modules of one pattern together."""
     groups: dict[str, list[str]] = {}
     for path in sizes:

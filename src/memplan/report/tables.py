@@ -14,7 +14,7 @@ from memplan.cache import Key
 from memplan.corrections import Corrections, factors_text
 from memplan.gpus import Gpu
 from memplan.plan_record import Layer, Plan, Verdict, count_text
-from memplan.prediction import Prediction
+from memplan.prediction import Prediction, by_category
 from memplan.report.paths import Share, module_shares, path_range, pattern_of
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
 
@@ -148,10 +148,7 @@ def _layers(layers: Sequence[Layer]) -> RenderableType:
 
 
 def _categories(breakdown: Mapping[str, int]) -> RenderableType:
-    sizes: dict[str, int] = {}
-    for name, size in breakdown.items():
-        category = "activations" if name.startswith("activations/") else name
-        sizes[category] = sizes.get(category, 0) + size
+    sizes = by_category(breakdown)
     total = sum(sizes.values())
     table = _table("Predicted at the peak", "Category", "Size", "Share")
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
