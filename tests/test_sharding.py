@@ -12,14 +12,13 @@ import torch
 import memplan
 from memplan import levers
 from memplan.blocks import find_blocks, units
-from memplan.errors import UsageError
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
 from memplan.sharding import padded_bytes
 from memplan.trace import CATEGORIES, Trace
 
 BOUND_S = 400  # nothing may hang
-ERROR = 0.02
+ERROR = 1e-4
 
 
 def recorded(case: str, ranks: int) -> Trace:
@@ -99,9 +98,3 @@ def test_plans_for_a_cluster() -> None:
     plan = memplan.plan(model.to("meta"), budget, sample=batch, micro_batch=4, world=memplan.World(shards=2))
     assert plan.verdict == "fits"
     assert plan.changed
-
-
-@pytest.mark.parametrize("wrong", [{"shards": 0}, {"replicas": 1.5}])
-def test_no_such_world(wrong: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="has to be a whole number and at least 1"):
-        memplan.World(**wrong)

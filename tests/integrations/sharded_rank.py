@@ -8,26 +8,23 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import tiny
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from accuracy import meter
-from torch.utils.data import DataLoader
+from collectives import without_copies
 
 import memplan
+from integrations.peaks import peaks_of
 from integrations.scripts import Texts, fresh_accelerate, train
 
 PLUGIN = memplan.MemplanFSDPPlugin()
 ROWS = 21  # for two ranks and batches of 8: ragged
-MEASURED = 4
 SPLIT = {"gpu": "cpu:640KiB", "micro_batch": 2, "strategy": "huggingface"}
 WHOLE = {"gpu": "cpu:1300KiB", "micro_batch": 8}
 WIDE = {"gpu": "cpu:16MiB", "micro_batch": 2}
@@ -61,31 +58,11 @@ def trained(model: str, wishes: dict[str, Any] | None, **options: Any) -> dict[s
 
 
 def peaks() -> dict[str, int]:
-    """Of a step as people write it, predicted and measured. gloo may hold on to gradients for a moment: the least."""
-    with fresh_accelerate():
+    """Of a step as people write it, predicted and measured."""
+    with fresh_accelerate(), without_copies():
         accelerator = Accelerator(cpu=True, fsdp_plugin=PLUGIN)
         as_on_cards(accelerator, partial(memplan.attach, **WIDE))
-        sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
-        model, batch = tiny.llama(layers=6, rows=16, length=64, **sizes)
-        rows = [{name: value[at] for name, value in batch.items()} for at in range(16)]
-        optimizer = torch.optim.AdamW(model.parameters())
-        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=4, shuffle=True))
-        batches = chain.from_iterable(repeat(loader))
-        output: Any = None
-
-        def step() -> None:
-            nonlocal output
-            for _ in range(accelerator.gradient_accumulation_steps):
-                with accelerator.accumulate(model):
-                    output = model(**next(batches))
-                    accelerator.backward(output.loss)
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-        step()
-        measured = min(meter()(step) for _ in range(MEASURED))
-        return {"predicted": accelerator.memplan.plan.peak_bytes, "measured": measured}
+        return peaks_of(accelerator, rows=16, runs=2)
 
 
 def main() -> None:

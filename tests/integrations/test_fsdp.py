@@ -18,7 +18,7 @@ from memplan.errors import UsageError
 
 RANK = Path(__file__).with_name("sharded_rank.py")
 BOUND_S = 300  # nothing may hang
-ERROR = 0.02
+ERROR = 0.005
 
 Ranks = list[dict[str, Any]]
 

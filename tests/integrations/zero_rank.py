@@ -7,21 +7,18 @@ import json
 import os
 import sys
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import tiny
 import torch
 from accelerate import Accelerator
-from accuracy import meter
-from torch.utils.data import DataLoader
 
 import memplan
 from integrations.engines import with_engine
+from integrations.peaks import peaks_of
 from integrations.scripts import fresh_accelerate, train
 
 ROWS = 21  # for two ranks and batches of 8: ragged
@@ -43,28 +40,9 @@ def peaks(**config: Any) -> dict[str, int]:
     """Of a step as people write it, predicted and measured."""
     with fresh_accelerate():
         accelerator = with_engine(Accelerator(cpu=True), partial(memplan.attach, **WIDE), ZERO, **config)
-        sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
-        model, batch = tiny.llama(layers=6, rows=64, length=64, **sizes)
-        rows = [{name: value[at] for name, value in batch.items()} for at in range(64)]
-        optimizer = torch.optim.AdamW(model.parameters())
-        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=4, shuffle=True))
-        batches = chain.from_iterable(repeat(loader))
-        output: Any = None
-
-        def step() -> None:
-            nonlocal output
-            for _ in range(accelerator.gradient_accumulation_steps):
-                with accelerator.accumulate(model):
-                    output = model(**next(batches))
-                    accelerator.backward(output.loss)
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-        step()
-        measured = min(meter()(step) for _ in range(MEASURED))
+        found = peaks_of(accelerator, rows=64, runs=MEASURED)
         accelerator.free_memory()  # or the next engine would be measured beside this one
-        return {"predicted": accelerator.memplan.plan.peak_bytes, "measured": measured}
+        return found
 
 
 def main() -> None:

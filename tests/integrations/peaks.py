@@ -1,0 +1,38 @@
+"""What a step of a prepared training script needs on a rank, predicted and measured."""
+
+from itertools import chain, repeat
+from typing import Any
+
+import tiny
+import torch
+from accelerate import Accelerator
+from accuracy import meter
+from torch.utils.data import DataLoader
+
+
+def peaks_of(accelerator: Accelerator, rows: int, runs: int) -> dict[str, int]:
+    """Of a step as people write it, with a Llama of 6 layers and batches of 4 out of so many rows.
+
+    gloo's thread may let go of a tensor where no profiler sees it, so that the least of so many runs counts.
+    """
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "use_cache": False}
+    model, batch = tiny.llama(layers=6, rows=rows, length=64, **sizes)
+    dataset = [{name: value[at] for name, value in batch.items()} for at in range(rows)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(dataset, batch_size=4, shuffle=True))
+    batches = chain.from_iterable(repeat(loader))
+    output: Any = None
+
+    def step() -> None:
+        nonlocal output
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                output = model(**next(batches))
+                accelerator.backward(output.loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    step()
+    measured = min(meter()(step) for _ in range(runs))
+    return {"predicted": accelerator.memplan.plan.peak_bytes, "measured": measured}
