@@ -32,8 +32,8 @@ def main() -> None:
     rows = batches(rank)
 
     world, sample = memplan.World(shards=2), {"input_ids": rows[0], "labels": rows[0]}  # +
-    bare = LlamaForCausalLM(model.config).to("meta")  # + without weights nothing is timed: the same plan on every rank
-    plan = memplan.plan(bare, "cpu:16MiB", sample=sample, effective_batch=BATCH, world=world)  # +
+    wishes = {"sample": sample, "effective_batch": BATCH, "world": world}  # +
+    plan = world.agreed(lambda: memplan.plan(model, "cpu:16MiB", **wishes))  # + made on the first rank, for all
     memplan.apply(model, plan)  # + before it is sharded
     for layer in model.model.layers:
         fully_shard(layer)

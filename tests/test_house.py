@@ -27,7 +27,7 @@ FLOORS = {
     "storages": 1,
     "trace": 1,
     "trials": 2,
-    "world": 1,
+    "world": 8,
     "allocator": 2,
     "training_run": 3,
     "graph": 2,

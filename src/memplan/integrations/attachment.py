@@ -1,6 +1,5 @@
 """memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled, signature
-from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
+from memplan.errors import PlanMismatch, UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
 from memplan.integrations.fsdp import is_sharded, sharded
@@ -39,6 +38,7 @@ from memplan.recorder import Loss, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
+from memplan.world import made_on_first
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -200,8 +200,8 @@ class Attachment:
         group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
         if not group.weight:  # its loss is a mean over nothing, which is no number
-            of_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
-            loss = _nothing_to_learn(loss, group.models, of_all)
+            through_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
+            loss = _nothing_to_learn(loss, group.models, through_all)
         factor = group.weight * group.split.micro_batches  # by whose number Accelerate divides
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
 
@@ -263,18 +263,7 @@ class Attachment:
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return make()
-        said: list[Any] = [None]
-        if accelerator.is_main_process:
-            try:
-                said = [make().model_dump_json()]
-            except Exception as error:  # anything: the others wait for a word
-                said = [
-                    error if isinstance(error, MemplanError) else ModelFailed(f"planning failed on rank 0: {error}")
-                ]
-        broadcast_object_list(said)
-        if isinstance(said[0], MemplanError):
-            raise said[0]
-        plan = Plan.model_validate(json.loads(said[0]))
+        plan = made_on_first(make)
         hashes = gather_object([signature(model)])
         if len(set(hashes)) > 1:
             odd = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
@@ -324,9 +313,9 @@ def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
     optimizer.step, optimizer.zero_grad = step, zero_grad
 
 
-def _nothing_to_learn(loss: Tensor, models: list[nn.Module], is_sharded: bool) -> Tensor:
+def _nothing_to_learn(loss: Tensor, models: list[nn.Module], through_all: bool) -> Tensor:
     """A loss whose gradients are zeros: distributed training waits for those of every rank."""
-    if is_sharded:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
+    if through_all:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
         return loss.nan_to_num() * 0.0
     return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
