@@ -125,13 +125,14 @@ class _Insertion:
         self.op_places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ops")]
         self.place_of_row, self.offset = _locate(trace.born, self.places)
         self.death_place, self.death_offset = _locate(trace.died, self.places)
+        # of each place its number relative to the template; the template's rows, and which go outside of all places
+        self.index = np.array([place.index for place in self.places])
+        self.rows = np.flatnonzero((self.place_of_row >= 0) & (self.index[self.place_of_row] == 0))
         self.moment = _moments(trace)
         self.leaving = self._leaving()
         self.cuts, self.op_cuts = _cuts(self.places, self.copies), _cuts(self.op_places, self.copies)
         self.cuts += [(first + 1, self.copies * len(rows)) for first, rows in self.leaving.items()]
-        # of each place: its number relative to the template, the template's place, that one's new first tick, and how
-        # far from there on each copy is
-        self.index = np.array([place.index for place in self.places])
+        # of each place: the template's place, that one's new first tick, and how far from there on each copy is
         ours = {(place.step, place.kind): at for at, place in enumerate(self.places) if place.index == 0}
         self.template = np.array([ours[place.step, place.kind] for place in self.places])
         self.first = _shift(np.array([place.span.start for place in self.places]), self.cuts)
@@ -140,7 +141,7 @@ class _Insertion:
     def result(self) -> Trace:
         self._check()
         born, died = _shift(self.trace.born, self.cuts), self._moved_deaths()
-        template = np.flatnonzero((self.place_of_row >= 0) & (self.index[self.place_of_row] == 0))
+        template = self.rows
         order = np.concatenate([np.arange(len(born)), np.tile(template, self.copies)])
         modules, renamed = self._modules()
         copies = np.arange(1, self.copies + 1)[:, None]
@@ -167,9 +168,7 @@ class _Insertion:
 
     def _leaving(self) -> dict[int, NDArray[np.intp]]:
         """First tick of a moment outside of all regions -> the template's rows that go in it."""
-        dies = (self.place_of_row >= 0) & (self.death_place < 0) & (self.trace.died < self.trace.ticks)
-        rows = np.flatnonzero(dies)
-        rows = rows[[self.places[at].index == 0 for at in self.place_of_row[rows]]]
+        rows = self.rows[(self.death_place[self.rows] < 0) & (self.trace.died[self.rows] < self.trace.ticks)]
         return {int(first): rows[self.moment[rows] == first] for first in np.unique(self.moment[rows])}
 
     # -- the proof -----------------------------------------------------------------------------------------------
