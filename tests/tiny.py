@@ -16,6 +16,20 @@ Made = tuple[nn.Module, Batch]
 VOCABULARY = 96
 
 
+# As a `config.json` has it.
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+
+
 def tokens(rows: int, length: int) -> Batch:
     """Random token ids that are their own labels, [rows, length]."""
     ids = torch.randint(VOCABULARY, (rows, length))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch import nn
@@ -21,25 +22,7 @@ from memplan.prediction import Prediction, Timeline
 from memplan.report.settings import settings_text
 from memplan.world import World
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
 GIB = 2**30
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA), encoding="utf-8")
-    return path
 
 
 class Pipeline(SimpleNamespace):
@@ -278,7 +261,7 @@ class TestForReal:
         assert prediction.peak_bytes == sum(prediction.breakdown.values())
 
     def test_the_pasted_flags_recompute_the_planned_layers(self) -> None:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).train()
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.LLAMA_CONFIG)).train()
         lines = settings_text(a_plan()).partition("\n)\n")[2]
         exec(lines, {"model": model})
         assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, True]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -15,23 +16,6 @@ from memplan.cli import app
 from memplan.gpus import Gpu, all_gpus
 from memplan.offer import Offer
 from memplan.plan_record import Verdict
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA), encoding="utf-8")
-    return path
 
 
 class Survey(SimpleNamespace):
@@ -160,7 +144,9 @@ def test_samples_that_are_no_tokens_cannot_be_counted_in_tokens(tmp_path: Path, 
 def test_a_survey_of_adapters_on_four_bits_needs_no_weights(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**LLAMA, "hidden_size": 64, "intermediate_size": 128, "torch_dtype": "bfloat16"}))
+    path.write_text(
+        json.dumps({**tiny.LLAMA_CONFIG, "hidden_size": 64, "intermediate_size": 128, "torch_dtype": "bfloat16"})
+    )
     asked = ("--method", "qlora", "--gpus", "rtx-4090,mi300x", "--seq-len", 16, "--tokens-per-step", 64, "--json")
     result = run(path, *asked)
     assert result.exit_code == 0

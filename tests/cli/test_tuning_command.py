@@ -1,4 +1,3 @@
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +12,6 @@ from memplan.cli import app
 from memplan.errors import DoesNotFit
 from memplan.plan_record import Plan
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
 
 class StandIn:
     """For `memplan.tuning`: notes what it was asked, and answers with one plan."""
@@ -36,13 +24,6 @@ class StandIn:
         if self.error is not None:
             raise self.error
         return SimpleNamespace(plan=tuners.plan_of(1.0), describe=lambda: "measured 2 of 6 plans")
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA), encoding="utf-8")
-    return path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, stand_in: StandIn, *arguments: object) -> Result:

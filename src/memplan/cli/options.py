@@ -60,6 +60,7 @@ AutocastOption = Annotated[Autocast, typer.Option(help="Forward under torch.auto
 ClipOption = Annotated[
     bool, typer.Option("--clip-grad-norm", help="Gradients are clipped by their norm before the optimizer's step.")
 ]
+SaveOption = Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")]
 StrategyOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(shipped_strategies())}, or the path of a TOML file.")
 ]

@@ -1,7 +1,6 @@
 """`memplan predict`, `memplan plan`, `memplan gpus`."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,12 +16,13 @@ from memplan.cli.options import (
     MethodOption,
     ModelArgument,
     OptimizerOption,
+    SaveOption,
     SeqLenOption,
     StrategyOption,
     build,
     one_model,
 )
-from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, progress, stderr_console
+from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,7 @@ def plan(
     strategy: StrategyOption = "balanced",
     shards: Annotated[int, typer.Option(min=1, help="Cards that share the weights, by FSDP2.")] = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the model, each with samples of its own.")] = 1,
-    save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")] = None,
+    save: SaveOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan recomputation and micro-batch so that a training step fits a card."""
@@ -112,11 +112,7 @@ def plan(
                 world=World(replicas, shards),
             )
     _show(console, made, built, plan_file=str(save or "plan.json"))
-    if as_json:
-        typer.echo(made.model_dump_json(indent=1))
-    if save is not None:
-        with errors_as_exit_codes():
-            made.save(save)
+    hand_out(made, save, as_json=as_json)
     if made.verdict is Verdict.DOES_NOT_FIT:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

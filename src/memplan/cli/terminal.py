@@ -16,7 +16,11 @@ from memplan.errors import DoesNotFit, MemplanError
 from memplan.progress import shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
+
+    from memplan.plan_record import Plan
 
 EXIT_USAGE: Final = 2
 EXIT_DOES_NOT_FIT: Final = 3
@@ -33,6 +37,15 @@ def errors_as_exit_codes() -> Iterator[None]:
     except MemplanError as error:
         typer.echo(f"memplan: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT if isinstance(error, DoesNotFit) else EXIT_USAGE) from error
+
+
+def hand_out(plan: "Plan", save: "Path | None", *, as_json: bool) -> None:
+    """The plan as JSON to stdout, and to a file, where that was asked for."""
+    if as_json:
+        typer.echo(plan.model_dump_json(indent=1))
+    if save is not None:
+        with errors_as_exit_codes():
+            plan.save(save)
 
 
 def stderr_console() -> "Console":

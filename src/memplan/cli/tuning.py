@@ -1,6 +1,5 @@
 """`memplan tune`: the fastest plan by measurement, on this machine, of a model with random weights."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,11 +14,12 @@ from memplan.cli.options import (
     Method,
     ModelArgument,
     OptimizerOption,
+    SaveOption,
     SeqLenOption,
     build,
     one_model,
 )
-from memplan.cli.terminal import JsonOption, errors_as_exit_codes, progress, stderr_console
+from memplan.cli.terminal import JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
 from memplan.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def tune(
         typer.Option(help="Where the study is kept, to be gone on with or shared: tune.log, sqlite:///tune.db, ..."),
     ] = None,
     study: Annotated[str, typer.Option(help="Its name there.")] = "memplan",
-    save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")] = None,
+    save: SaveOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the most promising plans for a few steps each, and take the fastest."""
@@ -72,8 +72,4 @@ def tune(
                 study=study,
             )
     console.print(found.describe(), soft_wrap=True)
-    if as_json:
-        typer.echo(found.plan.model_dump_json(indent=1))
-    if save is not None:
-        with errors_as_exit_codes():
-            found.plan.save(save)
+    hand_out(found.plan, save, as_json=as_json)
