@@ -156,7 +156,7 @@ SET_UP = (
 def lever_table(results: Result, levers: tuple[Lever, ...]) -> str:
     plain = results[PLAIN]["measured"]
     lines = [
-        f"{SET_UP} The smallest peak that is reached with nothing else:",
+        f"{SET_UP} The smallest peak that is reached with no other levers than these:",
         "",
         "| | measured peak | predicted | less than the plain step | time per sample |",
         "|---|--:|--:|--:|--:|",

@@ -8,11 +8,11 @@ linear layer, bf16, gradient checkpointing). The table is put into docs/fit.md; 
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import peft
 import torch
 import transformers
+from pages import DOCS, written
 
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
@@ -22,8 +22,6 @@ from memplan.recorder import Recipe, Recorder
 from memplan.roofline import Rates, estimated
 from memplan.samples import sample_for
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "fit.md"
-MARKS = ("<!-- published -->", "<!-- end of published -->")
 CARD = "a100-sxm-80gb"
 ACCUMULATION = 8
 LENGTHS = (1024, 2048, 4096, 8192)  # of shorter ones the times hardly differ: the host is the limit, not the card
@@ -88,8 +86,7 @@ def main() -> None:
     made = table()
     print(made)
     if asked.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-        PAGE.write_text(f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+        written("published", made, DOCS / "fit.md")
 
 
 if __name__ == "__main__":

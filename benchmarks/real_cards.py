@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import torch
 import transformers_451
+from pages import DOCS, written
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -280,9 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(predicted) < len(rows):
         raise SystemExit(f"{len(rows) - len(predicted)} of {len(rows)} runs cannot be predicted; their rows say why")
     if args.write:
-        page = ROOT / "docs" / "real_cards.md"
-        said = page.read_text().partition("<!-- table -->")[0]
-        page.write_text(f"{said}<!-- table -->\n\n{summary(predicted)}\n\n{table(predicted)}\n")
+        written("table", f"{summary(predicted)}\n\n{table(predicted)}", DOCS / "real_cards.md")
         RESIDUALS.write_text(residuals(predicted))
 
 

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from memplan.offer import Offer
 from memplan.plan_record import Verdict
+from memplan.report.tables import ruled
 from memplan.units import format_budget, format_bytes
 
 _NARROW: Final = 76  # columns below which an offer takes two lines rather than one
@@ -67,14 +66,7 @@ class _Fitting:
                 if offer.samples_per_s is not None:
                     yield Text(f"  {_rate(offer)} samples/s ({_band(offer)})")
             return
-        table = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
+        table = ruled(title)
         table.add_column("Card", no_wrap=True)
         for name in ("Memory", "Batch"):
             table.add_column(name, justify="right", no_wrap=True)

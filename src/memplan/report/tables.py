@@ -179,9 +179,9 @@ def _add_shares(table: Table, shares: Sequence[Share], top: int, indent: str) ->
         table.add_row(f"{indent}{len(rest)} smaller", "", sums[0], "", sums[1], style="dim")
 
 
-def _table(title: str, *columns: str, text: int = 1) -> Table:
-    """A table whose first `text` columns are words and whose others are numbers, which are never broken."""
-    table = Table(
+def ruled(title: str) -> Table:
+    """A table of the look that all have; the columns are still to come."""
+    return Table(
         title=title or None,
         title_justify="left",
         title_style="bold",
@@ -189,6 +189,11 @@ def _table(title: str, *columns: str, text: int = 1) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+
+
+def _table(title: str, *columns: str, text: int = 1) -> Table:
+    """A table whose first `text` columns are words and whose others are numbers, which are never broken."""
+    table = ruled(title)
     for place, column in enumerate(columns):
         is_text = place < text
         table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
