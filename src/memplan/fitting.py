@@ -110,7 +110,7 @@ class Fit:
             UsageError: BadSample or BadOptimizer, if the plan comes from a file, which keeps neither nested samples
                 nor optimizers that have no name: pass `sample` or `optimizer`.
         """
-        live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=_dtype(self.plan.autocast)), None)
+        live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=dtype_of(self.plan.autocast)), None)
         device = _device_of(self.plan, self.model)
         recipe = Recipe(
             loss or live.recipe.loss,
@@ -169,9 +169,7 @@ class Fit:
             return Sample.of(sample)
         if live.sample is not None:
             return live.sample
-        if self.plan.sample:
-            return Sample.from_fields(self.plan.sample, self.plan.micro_batch)
-        return sample_for(self.model, self.plan.micro_batch)
+        return sample_in(self.plan, self.model)
 
 
 class Live:
@@ -345,5 +343,12 @@ def _device_of(plan: Plan, model: nn.Module) -> Device:
     return device
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def sample_in(plan: Plan, model: nn.Module) -> Sample:
+    """The micro-batch that a plan was made with; where its file does not say, one made from the model's config."""
+    if plan.sample:
+        return Sample.from_fields(plan.sample, plan.micro_batch)
+    return sample_for(model, plan.micro_batch)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)

@@ -63,9 +63,9 @@ def predict(
         BadSample, BadLoss, BadOptimizer, BadBatch, UnknownGpu: an argument cannot be used.
         NothingToTrain, ModelFailed, CannotTrace: the model stands in the way.
     """
-    recipe = _on_one_of(world, _recipe(loss, optimizer, autocast, clip_grad_norm, accumulation))
+    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm, accumulation))
     card, device = resolve_gpu(gpu)
-    return Session(_module(model), Sample.of(sample), recipe, card, device).predict()
+    return Session(module_of(model), Sample.of(sample), recipe, card, device).predict()
 
 
 def plan(
@@ -114,7 +114,7 @@ def plan(
         NoDevice: the device asked for is not on this machine.
         ModelError: the model stands in the way: NothingToTrain, ModelFailed, CannotTrace.
     """
-    recipe = _on_one_of(world, _recipe(loss, optimizer, autocast, clip_grad_norm))
+    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
     return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)()
 
 
@@ -152,7 +152,7 @@ def autofit(
         integration = import_module("memplan.integrations.transformers")  # it stands above this room
         planned_trainer: Fit = integration.autofit_trainer(model, gpu, strategy, micro_batch, risk)
         return planned_trainer
-    recipe = _recipe(loss, optimizer, autocast, clip_grad_norm)
+    recipe = recipe_of(loss, optimizer, autocast, clip_grad_norm)
     planned = _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
     for tries_left in reversed(range(_TRIES)):
         found = planned()
@@ -187,14 +187,14 @@ def _planner(
     risk: float | None,
 ) -> Callable[[], Plan]:
     """What makes the plan, and makes it again for the memory that is free then, from what was traced already."""
-    model = _module(model)
+    model = module_of(model)
     if not isinstance(strategy, str | Path | Strategy):
         raise BadStrategy(
             f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
         )
     chosen = load_strategy(strategy)
     chosen = chosen if risk is None else replace(chosen, risk=risk)
-    session = Session(model, _shown(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
+    session = Session(model, sample_of(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
 
     def planned() -> Plan:
         found = session.plan(chosen, effective_batch, micro_batch)
@@ -205,7 +205,7 @@ def _planner(
     return planned
 
 
-def _shown(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:
+def sample_of(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:
     """The sample to plan for: the user's own or one made from the config, as long as the worst of the data."""
     if data is not None and seq_len is not None:
         raise UsageError(
@@ -218,7 +218,7 @@ def _shown(model: nn.Module, sample: object, seq_len: int | None, data: Data | N
     return shown if data is None else shown.lengthened(data.tokens)
 
 
-def _recipe(
+def recipe_of(
     loss: Loss | None,
     optimizer: str | torch.optim.Optimizer,
     autocast: torch.dtype | None,
@@ -241,7 +241,7 @@ def _on_one_of(world: World | None, recipe: Recipe) -> Recipe:
     return recipe if world is None else replace(recipe, replicas=world.replicas, shards=world.shards)
 
 
-def _module(model: object) -> nn.Module:
+def module_of(model: object) -> nn.Module:
     """The module to plan for: of a compiled one what is inside, whose forward is the same and can be followed."""
     inside = getattr(model, "_orig_mod", model)
     if isinstance(inside, nn.Module):

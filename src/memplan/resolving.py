@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from memplan.blocks import signature
 from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
+from memplan.fitting import dtype_of, sample_in
 from memplan.plan_record import Plan, Verdict
 from memplan.recorder import Recipe
-from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
@@ -43,9 +42,8 @@ def solved_again(
     total_bytes = plan.budget.total_bytes - plan.budget.others_bytes
     if gpu.kind == "cpu" and gpu.total_bytes is None:  # without a budget all of main memory counts, margin and all
         total_bytes = plan.budget_bytes
-    autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
-    sample = Sample.from_fields(plan.sample, plan.micro_batch) if plan.sample else sample_for(model, plan.micro_batch)
-    session = Session(model, sample, Recipe(optimizer=plan.optimizer, autocast=autocast), gpu, None)
+    recipe = Recipe(optimizer=plan.optimizer, autocast=dtype_of(plan.autocast))
+    session = Session(model, sample_in(plan, model), recipe, gpu, None)
     chosen = load_strategy(plan.strategy if strategy is None else strategy)
 
     def within(budget_bytes: int) -> Plan | None:

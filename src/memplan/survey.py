@@ -30,6 +30,7 @@ from memplan.gpus import Gpu
 from memplan.kernels import capability_of
 from memplan.kernels.cuda import CudaBackend
 from memplan.offer import Offer
+from memplan.pipeline import sample_of
 from memplan.plan_record import Verdict
 from memplan.planner import Outcome, search
 from memplan.problem import RECOMPUTE
@@ -37,7 +38,7 @@ from memplan.profile import Level, Profile
 from memplan.recorder import Recipe, Recorder
 from memplan.risk import usable_bytes
 from memplan.roofline import BAND, Rates, estimated, is_nominal
-from memplan.samples import Sample, sample_for
+from memplan.samples import Sample
 from memplan.strategy import Strategy
 from memplan.study import LARGEST_MICRO_BATCH, Study
 from memplan.summary import decisions_of
@@ -78,7 +79,7 @@ def survey(
     Raises:
         BadSample, BadOptimizer, BadBatch, NothingToTrain, ModelFailed, CannotTrace: as `plan` does.
     """
-    shown = sample_for(model, 2, seq_len) if sample is None else Sample.of(sample)
+    shown = sample_of(model, sample, seq_len, None)
     recipe = Recipe(optimizer=optimizer, autocast=autocast, clips=clip_grad_norm)
     offers: dict[str, Offer] = {}
     while waiting := [card for card in cards if card.name not in offers]:

@@ -144,15 +144,15 @@ def tune(
         UsageError: the storage cannot be used; and what `memplan.plan` raises.
         ModelFailed: no trial could be measured.
     """
-    model = pipeline._module(model)
-    recipe = pipeline._recipe(loss, optimizer, autocast, clip_grad_norm)
+    model = pipeline.module_of(model)
+    recipe = pipeline.recipe_of(loss, optimizer, autocast, clip_grad_norm)
     card, device = resolve_gpu(gpu)
     live_device = _checked(model, card, device)
     if not strategies or not budget_shares or (n_trials is not None and n_trials < 1):
         raise UsageError("tuning needs at least one strategy, one share of the budget and one trial")
     chosen = [load_strategy(one) for one in strategies]
     shares = sorted({replace(chosen[0], budget_share=share).budget_share for share in budget_shares}, reverse=True)
-    session = Session(model, pipeline._shown(model, sample, seq_len, None), recipe, card, device)
+    session = Session(model, pipeline.sample_of(model, sample, seq_len, None), recipe, card, device)
     made_for = {
         "model": type(model).__name__,
         "signature": signature(model),
