@@ -45,3 +45,23 @@ def test_an_order_over_the_budget_is_refused() -> None:
 
 def test_no_plan_stays_no_plan() -> None:
     assert tidied(chain(2, 1), Solution.infeasible()) == Solution.infeasible()
+
+
+def test_blocks_are_interchangeable_though_their_times_are_rounded_differently() -> None:
+    problem = chain(3, 10_000)
+    sums = replace(RECOMPUTE, step_s=RECOMPUTE.step_s + 1e-13)
+    problem = replace(problem, blocks=(*problem.blocks[:2], replace(problem.blocks[2], options=(KEEP, sums))))
+    assert tidied(problem, Solution.of(problem, (0, 0, 1), bound_s=1.0)).choice == (1, 0, 0)
+
+
+def test_where_the_cheapest_cannot_come_first_the_dearest_backwards_do() -> None:
+    """The option that holds more has the dearer backward, which only fits while little is held."""
+    dear = Option("dear", 20, 110, 220, 1.1)
+    problem = chain(4, 10_000)
+    problem = replace(
+        problem, blocks=tuple(replace(block, options=(RECOMPUTE, dear)) for block in problem.blocks), optimizer_bytes=0
+    )
+    mixed = (1, 0, 1, 0)
+    problem = replace(problem, budget_bytes=simulate(problem, (1, 1, 0, 0)).peak_bytes)
+    assert simulate(problem, (0, 0, 1, 1)).peak_bytes > problem.budget_bytes
+    assert tidied(problem, Solution.of(problem, mixed, bound_s=1.0)).choice == (1, 1, 0, 0)
