@@ -39,6 +39,7 @@ FLOORS = {
     "batches": 2,
     "problem": 2,
     "profile": 3,
+    "rescale": 4,
     "roofline": 3,
     "corrections": 4,
     "cache": 5,

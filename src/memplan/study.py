@@ -26,7 +26,7 @@ from memplan.levers.capture import Captured
 from memplan.levers.host_pool import HostPool
 from memplan.levers.lanes import queued_on_paper
 from memplan.levers.lazy_logits import Uses
-from memplan.levers.select import found_in, watched
+from memplan.levers.select import found_in, unrepeatable, watched
 from memplan.menu import Menu
 from memplan.optimizer_step import IN_BACKWARD, SINGLE
 from memplan.planner import Outcome
@@ -35,6 +35,7 @@ from memplan.profile import Level, Profile
 from memplan.progress import stage
 from memplan.proof import difference, gradients
 from memplan.recorder import Recipe, Recorder
+from memplan.rescale import levels_at
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
 from memplan.samples import Sample
 from memplan.skipping import skipped
@@ -48,10 +49,6 @@ LARGEST_MICRO_BATCH = 4096
 _LONGEST_S = 120.0  # a step that would take longer, by the roofline, is not timed block by block before it is planned
 _ANY_BYTES = 2**60  # the limit on host memory is the planner's business, not the traces'
 _VARIANTS = {SINGLE: "optimizer-single", IN_BACKWARD: "in-backward"}
-_UNREPEATABLE = (
-    "nothing that autograd saves there can be made again, since it is written to in place, or comes of random numbers "
-    "from a generator of its own, or after Python has asked what a tensor holds"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,31 +166,16 @@ class Study:
         lines = []
         if self.blocks and isinstance(self._recomputed, str) and self._recomputed:
             lines.append(f"blocks cannot be recomputed: {self._recomputed}")
-        if "select" in self.levers and not self.menu.selections and self._is_unrepeatable:
-            lines.append(f"no part of a block can be recomputed: {_UNREPEATABLE}")
+        if "select" in self.levers and not self.menu.selections:
+            found = (self._first[1].get(path) for path in self.blocks)
+            if (why := unrepeatable(each.graph for each in found if each is not None)) is not None:
+                lines.append(f"no part of a block can be recomputed: {why}")
         if isinstance(self._chunked, str):
             lines.append(f"the loss cannot be computed in chunks: {self._chunked}")
         if "step-in-backward" in self.levers and _VARIANTS[IN_BACKWARD] not in self.steppings:
-            lines.append(f"the optimizer cannot step inside the backward: {self._no_step_in_backward}")
+            why = stepping.refusal_of(self.recipe, self.accumulation)
+            lines.append(f"the optimizer cannot step inside the backward: {why}")
         return tuple(lines)
-
-    @property
-    def _is_unrepeatable(self) -> bool:
-        """Whether a block has operators that cannot run again; one without autograd saves nothing and has none here."""
-        found = (self._first[1].get(path) for path in self.blocks)
-        return any(not node.repeatable for each in found if each is not None for node in each.graph.nodes)
-
-    @property
-    def _no_step_in_backward(self) -> str | None:
-        """Why not, which nobody asks where it can."""
-        recipe = self.recipe
-        if self.accumulation > 1:
-            return (
-                "the micro-steps of a split batch are to add up their gradients. Give the whole batch as micro_batch."
-            )
-        if isinstance(recipe.optimizer, str) and not (recipe.clips or recipe.replicas > 1):
-            return f"{recipe.optimizer!r} is only a name. Pass the optimizer itself, which can be made to."
-        return stepping.refusal(recipe.optimizer, self.accumulation, recipe.clips, recipe.replicas)
 
     def traced(self, outcome: Outcome) -> Planned:
         """The model as planned, which has the last word."""
@@ -324,22 +306,22 @@ class Study:
     # -- the profile ---------------------------------------------------------------------------------------------
 
     @cached_property
+    def _profiled(self) -> dict[int, dict[str, list[Level]]]:
+        return {point: self.levels(point) for point in self.points}
+
+    @cached_property
     def profile(self) -> Profile:
-        levels = {point: self.levels(point) for point in self.points}
         return Profile.of(
-            levels,
+            self._profiled,
             self.blocks,
-            self._times(levels),
+            self._times(self._profiled),
             can_split=not is_batch_coupled(self.model),
             largest_micro_batch=LARGEST_MICRO_BATCH if len(self.points) > 1 else self.points[0],
         )
 
     def levels(self, micro_batch: int) -> dict[str, list[Level]]:
         """Variant -> levels, as `Profile` wants them."""
-        found = []
-        for decisions in self.menu.levels or [{}]:
-            known = self._known(decisions) if micro_batch == self.points[0] else None
-            found.append(self._level(micro_batch, decisions) if known is None else Level(decisions, known))
+        found = self._plain_levels(micro_batch)
         chunked, kept = self._head_level(micro_batch), dict.fromkeys(self.blocks, KEEP)
         variants = {KEEP: found, **chunked}
         for name, recorder in self.steppings.items():
@@ -350,6 +332,27 @@ class Study:
                 both = self.trace(micro_batch, {**kept, **self.head}, recorder)
                 variants[f"{head}+{name}"] = [Level(kept, both)]
         return variants
+
+    def _plain_levels(self, micro_batch: int) -> list[Level]:
+        """Every block under each of its options in turn."""
+        firsts = self._first_levels
+        if micro_batch == self.points[0]:
+            return firsts
+        teachers = [first for first in firsts if self._known(first.decisions) is not None]
+        return levels_at(firsts, teachers, lambda first: self._level(micro_batch, first.decisions))
+
+    def expected_excess(self, peak_bytes: int) -> int:
+        """What a card's allocator may take beyond a peak, going by the profiled trace whose peak is the nearest."""
+        if self.gpu.kind == "cpu":
+            return 0
+        traces = [level.trace for levels in self._profiled.values() for level in levels[KEEP]]
+        nearest = min(traces, key=lambda trace: abs(trace.peak_bytes - peak_bytes))
+        return usage_of(nearest, self.allocator).fits_bytes - nearest.peak_bytes
+
+    @cached_property
+    def _first_levels(self) -> list[Level]:
+        known = [(decisions, self._known(decisions)) for decisions in self.menu.levels or [{}]]
+        return [self._level(self.points[0], d) if trace is None else Level(d, trace) for d, trace in known]
 
     def _known(self, decisions: Mapping[str, str]) -> Trace | None:
         """The trace at the first point, if it was taken already."""

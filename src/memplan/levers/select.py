@@ -16,7 +16,7 @@ module refers to, in a closure, or read from a tensor through NumPy or `tolist`.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import BuiltinFunctionType, FunctionType
@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_iter
 
 from memplan.errors import PlanNotFollowed
+from memplan.graph import BlockGraph
 from memplan.levers.capture import Capture, Captured
 from memplan.levers.replay import Part, Saved, leave, parts_of, random_state, unlike
 from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
@@ -48,6 +49,16 @@ def install(block: nn.Module, path: str, dropped: Sequence[str], proved: set[obj
     """
     return set_attributes(
         block, {"forward": Selected(block, path, tuple(dropped), set() if proved is None else proved)}
+    )
+
+
+def unrepeatable(graphs: Iterable[BlockGraph]) -> str | None:
+    """Why no part of a block can be dropped, where that is so of one. Without autograd it saves nothing and is none."""
+    if all(node.repeatable for graph in graphs for node in graph.nodes):
+        return None
+    return (
+        "nothing that autograd saves there can be made again, since it is written to in place, or comes of random "
+        "numbers from a generator of its own, or after Python has asked what a tensor holds"
     )
 
 

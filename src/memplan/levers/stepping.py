@@ -81,6 +81,15 @@ def refusal(optimizer: str | Optimizer, accumulation: int, clips: bool = False, 
     return _why_not_alone(live)
 
 
+def refusal_of(recipe: Recipe, accumulation: int) -> str | None:
+    """Why a step cannot be planned to be made inside the backward, with the way out; nobody asks where it can."""
+    if accumulation > 1:
+        return "the micro-steps of a split batch are to add up their gradients. Give the whole batch as micro_batch."
+    if isinstance(recipe.optimizer, str) and not (recipe.clips or recipe.replicas > 1):
+        return f"{recipe.optimizer!r} is only a name. Pass the optimizer itself, which can be made to."
+    return refusal(recipe.optimizer, accumulation, recipe.clips, recipe.replicas)
+
+
 def install(model: nn.Module, optimizer: Optimizer, stepping: str = IN_BACKWARD, accumulation: int = 1) -> Undo:
     """Make a live optimizer step in one of the ways `optimizer_step.STEPPINGS`. What is returned takes it back.
 
