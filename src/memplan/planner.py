@@ -16,7 +16,8 @@ Each is tried with every variant whose levers the strategy allows. Sizes are byt
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf
 
 from memplan.batches import splits
@@ -30,9 +31,12 @@ from memplan.task import Profile, Size, Solved, Task
 from memplan.tradeoff import Point, frontier, shadow_price
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
-    """The plan that was found, accepted by the simulator, and how good it is."""
+    """The plan that was found, accepted by the simulator, and how good it is.
+
+    What memory would buy beside it is only found out when it is asked for: that takes as long as the search.
+    """
 
     micro_batch: int
     accumulation: int
@@ -42,9 +46,23 @@ class Outcome:
     timeline: Timeline
     slowdown: float  # step / plain step with every block's fastest option at this micro-batch - 1; below 0: faster
     gap: float  # share of the step that another plan could save at most; see `search`
-    shadow_price_s_per_gib: float  # seconds per step that 1 GiB more would save at this micro-batch
-    frontier: tuple[Point, ...]  # at this micro-batch, from the least peak; the plan is one of them
     smallest_bytes: int  # the least budget that some size tried would fit
+    _task: Task = field(repr=False, compare=False)
+    _taken: Solved = field(repr=False, compare=False)
+
+    @cached_property
+    def shadow_price_s_per_gib(self) -> float:
+        """Seconds per step that 1 GiB more would save at this micro-batch."""
+        return shadow_price(self._task, self._taken, self._ways)
+
+    @cached_property
+    def frontier(self) -> tuple[Point, ...]:
+        """Plans at this micro-batch, from the least peak; this one is among them."""
+        return frontier(self._task, self._taken, self._ways)
+
+    @cached_property
+    def _ways(self) -> list[Size]:
+        return self._task.sizes(self.micro_batch, self.accumulation)
 
     @property
     def samples_per_s(self) -> float:
@@ -110,7 +128,6 @@ def _found(task: Task, effective_batch: int | None, micro_batch: int | None) -> 
         return _no_plan(task, min(sizes, key=lambda size: size.smallest_bytes))
     taken, bound_s = best
     step_s = taken.timeline.step_s
-    ways = task.sizes(taken.size.micro_batch, taken.size.accumulation)
     return Outcome(
         micro_batch=taken.size.micro_batch,
         accumulation=taken.size.accumulation,
@@ -120,9 +137,9 @@ def _found(task: Task, effective_batch: int | None, micro_batch: int | None) -> 
         timeline=taken.timeline,
         slowdown=taken.slowdown,
         gap=max(0.0, (step_s - bound_s) / step_s) if step_s > 0 else 0.0,
-        shadow_price_s_per_gib=shadow_price(task, taken, ways),
-        frontier=frontier(task, taken, ways),
         smallest_bytes=min(size.smallest_bytes for size in sizes),
+        _task=task,
+        _taken=taken,
     )
 
 

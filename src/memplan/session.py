@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import psutil
 import torch
@@ -118,6 +118,7 @@ class Session:
         self._refuse_below_static(study.plain, budget)
         profile = self._corrected(study.profile)
 
+        @lru_cache
         def ask(usable: int) -> Outcome | NoPlan:
             return search(
                 profile,
@@ -132,6 +133,7 @@ class Session:
         def learn(micro_batch: int) -> None:
             nonlocal profile
             profile = profile.with_levels(micro_batch, study.levels(micro_batch))
+            ask.cache_clear()
 
         for usable, verdict in (
             (budget.usable_bytes, Verdict.FITS),

@@ -1,0 +1,74 @@
+"""The search for a plan whose own trace is within a budget, on a card with an allocator of its own."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from memplan.checking import checked
+from memplan.planner import NoPlan, Outcome
+from memplan.study import Planned, Study
+
+BUDGET = 1000
+STEP = 50  # plans need multiples of this
+
+
+@dataclass
+class Card:
+    """Plans that use all they may, at a rate that grows with it; the allocator takes more than their peak."""
+
+    excess: int
+    guessed: int
+    least: int = STEP
+    traced_peaks: list[int] = field(default_factory=list)
+
+    def ask(self, usable: int) -> Outcome | NoPlan:
+        peak = usable // STEP * STEP
+        if peak < self.least:
+            return NoPlan(1, 1, self.least, "too little")
+        solution, timeline = SimpleNamespace(choice=(peak,)), SimpleNamespace(peak_bytes=peak)
+        found = SimpleNamespace(
+            micro_batch=1, accumulation=1, variant="keep", solution=solution, timeline=timeline, samples_per_s=peak
+        )
+        return cast(Outcome, found)
+
+    def expected_excess(self, peak_bytes: int) -> int:
+        return self.guessed
+
+    def traced(self, outcome: Outcome) -> Planned:
+        peak = outcome.timeline.peak_bytes
+        self.traced_peaks.append(peak)
+        return cast(Planned, SimpleNamespace(trace=SimpleNamespace(peak_bytes=peak), needs_bytes=peak + self.excess))
+
+
+def found_on(card: Card) -> int | None:
+    def learn(_: int) -> None:
+        raise AssertionError("the traces are as predicted")
+
+    found = checked(cast(Study, cast(Any, card)), card.ask, learn, BUDGET)
+    return None if found is None else found[0].timeline.peak_bytes
+
+
+def test_a_good_guess_takes_one_trace() -> None:
+    card = Card(excess=100, guessed=100)
+    assert found_on(card) == 900
+    assert card.traced_peaks == [900]
+
+
+def test_a_guess_that_was_too_low_is_corrected() -> None:
+    card = Card(excess=200, guessed=100)
+    assert found_on(card) == 800
+    assert card.traced_peaks == [900, 800]
+
+
+def test_a_guess_that_was_too_high_leaves_nothing_unused() -> None:
+    card = Card(excess=0, guessed=300)
+    assert found_on(card) == 1000
+    assert card.traced_peaks == [700, 1000]
+
+
+@pytest.mark.parametrize("excess", [0, 500])
+def test_no_plan_is_no_plan(excess: int) -> None:
+    card = Card(excess=excess, guessed=0, least=BUDGET - excess + STEP)
+    assert found_on(card) is None
