@@ -24,6 +24,18 @@ memplan.predict(model, batch)
 seconds = time.perf_counter() - begin
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
 """
+_PLAN = """
+import json, resource, time, warnings
+warnings.simplefilter("ignore")
+import memplan, workloads
+from memplan.samples import sample_for
+{build}
+memplan.predict(*tiny)  # imports are not counted
+begin = time.perf_counter()
+memplan.plan(model, "h100-sxm", sample=batch, world=memplan.World(shards={cards}))
+seconds = time.perf_counter() - begin
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+"""
 _TINY = """
 import torch
 tiny = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Flatten(0), torch.nn.Linear(2, 1)), torch.ones(1, 2))
@@ -54,6 +66,11 @@ ROWS = [
         "predict Llama-3.1-405B on meta, 1 x 2048",
         15.0,
         _PREDICT.format(build=_BIG.format(name="llama-3.1-405b", rows=1)),
+    ),
+    (
+        "plan Llama-3.1-405B for 1,024 H100 (FSDP2), 2,048 tokens a sample",
+        20.0,
+        _PLAN.format(build=_BIG.format(name="llama-3.1-405b", rows=1), cards=1024),
     ),
 ]
 
