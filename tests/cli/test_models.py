@@ -4,22 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from memplan.cli.models import build_model
 from memplan.errors import UsageError
 from memplan.packed import bits_of
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
+LLAMA: dict[str, Any] = {k: v for k, v in tiny.LLAMA_CONFIG.items() if k != "architectures"}
 
 
 def written(folder: Path, **values: Any) -> str:
