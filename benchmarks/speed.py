@@ -12,7 +12,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
-_PREDICT = """
+_ANSWER = """
 import json, resource, time, warnings
 warnings.simplefilter("ignore")
 import memplan, workloads
@@ -20,19 +20,7 @@ from memplan.samples import sample_for
 {build}
 memplan.predict(*tiny)  # imports are not counted
 begin = time.perf_counter()
-memplan.predict(model, batch)
-seconds = time.perf_counter() - begin
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
-"""
-_PLAN = """
-import json, resource, time, warnings
-warnings.simplefilter("ignore")
-import memplan, workloads
-from memplan.samples import sample_for
-{build}
-memplan.predict(*tiny)  # imports are not counted
-begin = time.perf_counter()
-memplan.plan(model, "h100-sxm", sample=batch, world=memplan.World(shards={cards}))
+{answer}
 seconds = time.perf_counter() - begin
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
 """
@@ -41,6 +29,8 @@ import torch
 tiny = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Flatten(0), torch.nn.Linear(2, 1)), torch.ones(1, 2))
 """
 _BIG = _TINY + "model = workloads.build_on_meta({name!r}); batch = sample_for(model, {rows}, 2048).content"
+_PREDICT = "memplan.predict(model, batch)"
+_PLAN = 'memplan.plan(model, "h100-sxm", sample=batch, world=memplan.World(shards=1024))'
 _W1 = _TINY + "model, batch = workloads.build('W1')"
 
 _IMPORT = """
@@ -60,17 +50,21 @@ print(json.dumps([time.perf_counter() - begin, 0]))
 ROWS = [
     ("import memplan", 0.15, _IMPORT),
     ("memplan --help", 0.5, _HELP),
-    ("predict W1 (12-layer Llama, 4 x 512)", 1.5, _PREDICT.format(build=_W1)),
-    ("predict Llama-3-8B on meta, 2 x 2048", 4.0, _PREDICT.format(build=_BIG.format(name="llama-3-8b", rows=2))),
+    ("predict W1 (12-layer Llama, 4 x 512)", 1.5, _ANSWER.format(answer=_PREDICT, build=_W1)),
+    (
+        "predict Llama-3-8B on meta, 2 x 2048",
+        4.0,
+        _ANSWER.format(answer=_PREDICT, build=_BIG.format(name="llama-3-8b", rows=2)),
+    ),
     (
         "predict Llama-3.1-405B on meta, 1 x 2048",
         15.0,
-        _PREDICT.format(build=_BIG.format(name="llama-3.1-405b", rows=1)),
+        _ANSWER.format(answer=_PREDICT, build=_BIG.format(name="llama-3.1-405b", rows=1)),
     ),
     (
         "plan Llama-3.1-405B for 1,024 H100 (FSDP2), 2,048 tokens a sample",
         20.0,
-        _PLAN.format(build=_BIG.format(name="llama-3.1-405b", rows=1), cards=1024),
+        _ANSWER.format(answer=_PLAN, build=_BIG.format(name="llama-3.1-405b", rows=1)),
     ),
 ]
 
