@@ -19,7 +19,7 @@ def checked(
 
     What a trace shows beyond the profile, and a card's allocator beyond the trace, is taken off the budget; where the
     former is much, the profile learns from traces at that micro-batch, for another moment has become the peak. The
-    latter is guessed before the first trace, so that most often this is the only one.
+    latter is guessed before the first trace, so that fewer are needed.
     """
     asked, taken, seen = _first_to_ask(study, ask, budget_bytes), None, set()
     for _ in range(_CORRECTIONS):

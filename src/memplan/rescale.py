@@ -65,13 +65,12 @@ class Scaling:
 
 def levels_at(firsts: Sequence[Level], teachers: Sequence[Level], take: Callable[[Level], Level]) -> list[Level]:
     """Levels of one micro-batch at another: the teachers are taken there, others only where those do not teach them."""
-    taught = [(first, take(first)) for first in teachers]
-    scaling = Scaling.learned((first.trace, level.trace) for first, level in taught)
+    taken = {id(first): take(first) for first in teachers}
+    scaling = Scaling.learned((first.trace, taken[id(first)].trace) for first in teachers)
 
     def at(first: Level) -> Level:
-        for teacher, level in taught:
-            if teacher is first:
-                return level
+        if id(first) in taken:
+            return taken[id(first)]
         scaled = None if scaling is None or first.copied else scaling.of(first.trace)
         return take(first) if scaled is None else Level(first.decisions, scaled)
 
