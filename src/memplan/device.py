@@ -341,6 +341,12 @@ def memory_parts(gpu: Gpu, device: Device | None) -> tuple[int, int, int]:
     return gpu.total_bytes, 0, CUDA_CONTEXT_BYTES
 
 
+def room_of(gpu: Gpu, device: Device | None) -> int:
+    """Bytes for training: of `memory_parts` what is left."""
+    total, others, context = memory_parts(gpu, device)
+    return total - others - context
+
+
 def _live_cuda(index: int | None) -> CudaDevice:
     """The card of that index, or the current one for None. NoDevice where it is not on this machine."""
     instead = "pass 'cpu', 'cpu:2GiB', a card's name such as 'rtx-4090', or a size such as '24GiB'"

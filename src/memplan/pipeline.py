@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from memplan.data import Data
-from memplan.device import resolve_gpu
+from memplan.device import resolve_gpu, room_of
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
@@ -22,7 +22,7 @@ from memplan.recorder import Loss, Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World
+from memplan.world import World, least_share
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -133,11 +133,15 @@ def autofit(
     seq_len: int | None = None,
     data: Data | None = None,
     risk: float | None = None,
+    world: World | None = None,
 ) -> Fit:
     """Plan and apply; where the model is on the device already, measure one step of it too (`Fit.measured`).
 
     Takes the arguments of `plan`. Raises what `plan` and `apply` raise; DoesNotFit if no plan meets the budget. If
     other processes take memory of the card meanwhile, it plans again for what is left.
+
+    With a `world` of several cards it is called on every rank, the process group being up and the model not yet
+    wrapped or sharded. There is one plan for all, for the rank with the least memory, and no step is measured.
 
     In the place of the model it takes a transformers `Trainer`, also TRL's `SFTTrainer`, just before its `train()`,
     with gpu, strategy, micro_batch and risk; the rest is the trainer's own (docs/trainer.md).
@@ -145,19 +149,22 @@ def autofit(
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if trainer is not None and isinstance(model, trainer):
         own = {"sample": sample, "loss": loss, "autocast": autocast, "effective_batch": effective_batch}
-        own |= {"clip_grad_norm": clip_grad_norm or None, "seq_len": seq_len, "data": data}
+        own |= {"clip_grad_norm": clip_grad_norm or None, "seq_len": seq_len, "data": data, "world": world}
         own["optimizer"] = None if optimizer == "adamw" else optimizer
         if given := [name for name, value in own.items() if value is not None]:
             raise UsageError(f"{', '.join(given)}: the trainer decides that. Set it there, and leave it out here")
         integration = import_module("memplan.integrations.transformers")  # it stands above this room
         planned_trainer: Fit = integration.autofit_trainer(model, gpu, strategy, micro_batch, risk)
         return planned_trainer
-    recipe = recipe_of(loss, optimizer, autocast, clip_grad_norm)
-    planned = _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
+    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
+    asked = (model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
+    if world is not None and world.cards > 1:
+        planned = _planner(*asked, share=least_share(room_of(*resolve_gpu(gpu))))
+        found = _fitting(world.agreed(planned, module_of(model)))
+        return apply(model, found, None if isinstance(optimizer, str) else optimizer)
+    planned = _planner(*asked)
     for tries_left in reversed(range(_TRIES)):
-        found = planned()
-        if found.verdict is Verdict.DOES_NOT_FIT:
-            raise DoesNotFit(found.describe(), found.smallest_bytes)
+        found = _fitting(planned())
         try:
             fit = apply(model, found)
             break
@@ -174,6 +181,12 @@ def autofit(
     return fit
 
 
+def _fitting(plan: Plan) -> Plan:
+    if plan.verdict is Verdict.DOES_NOT_FIT:
+        raise DoesNotFit(plan.describe(), plan.smallest_bytes)
+    return plan
+
+
 def _planner(
     model: nn.Module,
     gpu: str | Gpu,
@@ -185,14 +198,20 @@ def _planner(
     seq_len: int | None,
     data: Data | None,
     risk: float | None,
+    share: float = 1.0,
 ) -> Callable[[], Plan]:
-    """What makes the plan, and makes it again for the memory that is free then, from what was traced already."""
+    """What makes the plan, and makes it again for the memory that is free then, from what was traced already.
+
+    Args:
+        share: of the memory that is here, what the plan may use: another rank may have less.
+    """
     model = module_of(model)
     if not isinstance(strategy, str | Path | Strategy):
         raise BadStrategy(
             f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
         )
     chosen = load_strategy(strategy)
+    chosen = replace(chosen, budget_share=chosen.budget_share * share)
     chosen = chosen if risk is None else replace(chosen, risk=risk)
     session = Session(model, sample_of(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from memplan.errors import PlanMismatch, UsageError
+from memplan.world import odd_ranks
 
 
 class Word(IntEnum):
@@ -52,10 +53,7 @@ class Replicas:
 
     def check_same(self, plans: str) -> None:
         """Raises PlanMismatch on every rank, if the text is not the same on all."""
-        found: list[str | None] = [None] * self._count
-        dist.all_gather_object(found, plans, group=self._side)
-        odd = [rank for rank, text in enumerate(found) if text != found[0]]
-        if odd:
+        if odd := odd_ranks(plans, self._side):
             raise PlanMismatch(
                 f"ranks {', '.join(map(str, odd))} have other plans than rank 0, and all have to fall together. Make "
                 "them on one rank, and send them to the others (Plan.model_dump_json)."

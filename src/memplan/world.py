@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
-from memplan.errors import MemplanError, ModelFailed, UsageError
+from memplan.blocks import signature
+from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.plan_record import Plan
+
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +40,57 @@ class World:
         """Of all replicas and shards; each trains on samples of its own."""
         return self.replicas * self.shards
 
-    def agreed(self, make: Callable[[], Plan]) -> Plan:
+    def agreed(self, make: Callable[[], Plan], model: nn.Module | None = None) -> Plan:
         """The plan that `make` makes on the first rank, on all of them: what is timed differs from rank to rank.
 
         To be called on every rank, once the process group is up: `world.agreed(lambda: memplan.plan(...))`. An error
         on the first rank is raised on all, so that nobody waits.
 
+        Args:
+            model: what it is for; it has to be the same one on all ranks.
+
         Raises:
             UsageError: so many cards are not what the process group has.
+            PlanMismatch: ranks have other models.
         """
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if ranks != self.cards:
-            raise UsageError(f"{self} is {self.cards} cards, but the process group has {ranks} ranks")
-        return made_on_first(make)
+        if _ranks() != self.cards:
+            raise UsageError(f"{self} is {self.cards} cards, but the process group has {_ranks()} ranks")
+        plan = _made_on_first(make)
+        odd = [] if model is None else odd_ranks(signature(model))
+        if odd:
+            raise PlanMismatch(
+                f"ranks {', '.join(map(str, odd))} have another model than rank 0 (parameter names, shapes, types or "
+                "requires_grad differ), and one plan is for all. Build the same model on every rank."
+            )
+        return plan
 
 
-def made_on_first(make: Callable[[], Plan]) -> Plan:
-    """A plan for all ranks of the process group, where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def odd_ranks(text: str, group: "dist.ProcessGroup | None" = None) -> list[int]:
+    """The ranks with another text than the first one's; on all of them the same answer."""
+    first, *others = _gathered(text, group)
+    return [rank for rank, other in enumerate(others, 1) if other != first]
+
+
+def least_share(room_bytes: int) -> float:
+    """Of the room that the first rank has, what the rank with the least has. To be asked on every rank."""
+    rooms = _gathered(room_bytes)
+    return min(1.0, min(rooms) / rooms[0])
+
+
+def _gathered(own: Said, group: "dist.ProcessGroup | None" = None) -> list[Said]:
+    if _ranks() == 1:
+        return [own]
+    found = [own] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
+    return found
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _made_on_first(make: Callable[[], Plan]) -> Plan:
+    if _ranks() == 1:
         return make()
     said: list[str | MemplanError | None] = [None]
     if dist.get_rank() == 0:

@@ -10,12 +10,13 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from memplan.blocks import is_batch_coupled, signature
-from memplan.errors import PlanMismatch, UsageError
+from memplan.blocks import is_batch_coupled
+from memplan.device import resolve_gpu, room_of
+from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
 from memplan.integrations.fsdp import is_sharded, sharded
@@ -31,14 +32,14 @@ from memplan.integrations.parts import (
     has_tokens,
     proved,
 )
-from memplan.integrations.planning import place_of, plan_for, room_in
+from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.scripts import is_dealt_out, model_and_loader, own_batch_size
 from memplan.plan_record import Plan
 from memplan.recorder import Loss, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-from memplan.world import made_on_first
+from memplan.world import World, least_share
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -141,7 +142,7 @@ class Attachment:
                 can_split=count is not None,
                 share=self._least_room(),
             )
-            plan = self._agreed(make, model)
+            plan = World(accelerator.num_processes).agreed(make, model)
         if said:
             plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
         self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
@@ -255,23 +256,7 @@ class Attachment:
         """Of the memory that the first rank has, what the one with the least has."""
         if self._accelerator.num_processes == 1 or self._wishes.settings.plan is not None:
             return 1.0
-        rooms: list[int] = gather_object([room_in(place_of(self._wishes.settings, self._accelerator.device))])
-        return min(1.0, min(rooms) / rooms[0])
-
-    def _agreed(self, make: Callable[[], Plan], model: nn.Module) -> Plan:
-        """One plan for all ranks, made on the first; an error there is an error everywhere, and nobody waits."""
-        accelerator = self._accelerator
-        if accelerator.num_processes == 1:
-            return make()
-        plan = made_on_first(make)
-        hashes = gather_object([signature(model)])
-        if len(set(hashes)) > 1:
-            odd = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
-            raise PlanMismatch(
-                f"ranks {', '.join(map(str, odd))} have another model than rank 0 (parameter names, shapes, types or "
-                "requires_grad differ), and one plan is for all. Build the same model on every rank."
-            )
-        return plan
+        return least_share(room_of(*resolve_gpu(place_of(self._wishes.settings, self._accelerator.device))))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

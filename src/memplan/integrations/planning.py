@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from memplan.device import memory_parts, resolve_gpu
+from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
@@ -77,12 +77,6 @@ def plan_for(
 def place_of(settings: Settings, device: torch.device) -> str:
     """What is planned for, in the words of `memplan.plan`."""
     return str(device) if settings.gpu == "auto" else settings.gpu
-
-
-def room_in(place: str) -> int:
-    """Bytes for training there: what the device has, less what other processes and CUDA itself hold."""
-    total, others, context = memory_parts(*resolve_gpu(place))
-    return total - others - context
 
 
 def _without_steps(strategy: Strategy) -> Strategy:

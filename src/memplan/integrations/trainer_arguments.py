@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from accelerate.utils import DistributedType
 
 from memplan.errors import UsageError
 from memplan.plan_record import Plan
@@ -44,7 +45,11 @@ def check(trainer: Any) -> None:
             "fsdp divides weights over ranks, which is not planned for here. Leave checkpointing to "
             "fsdp_config['activation_checkpointing']",
         ),
-        (args.world_size > 1, f"{args.world_size} ranks train together, which is not planned for here. Start one"),
+        (
+            args.world_size > 1 and not _replicates(trainer.accelerator),
+            f"{args.world_size} ranks divide the model by {trainer.accelerator.distributed_type.value}, which is not "
+            "planned for here. Let each have all of it (DistributedDataParallel)",
+        ),
         (
             args.n_gpu > 1,
             f"the model would be copied to {args.n_gpu} cards (DataParallel). Let it see one: CUDA_VISIBLE_DEVICES=0",
@@ -81,6 +86,12 @@ def check(trainer: Any) -> None:
     ):
         if is_so:
             raise UsageError(f"memplan.autofit(trainer): {what}.")
+
+
+def _replicates(accelerator: Any) -> bool:
+    """Whether every rank has the whole model, and rows of its own."""
+    divided = getattr(accelerator, "parallelism_config", None)
+    return divided is None and accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def _layerwise(optim: str) -> bool:

@@ -45,6 +45,23 @@ def fetched(plan: Plan, sample: Sample) -> tuple[str, ...]:
     )
 
 
+def filled_up(trainer: Any, own_rows: int, plan: Plan) -> tuple[str, ...]:
+    """A word on the rows that Accelerate repeats for several ranks, where these are others by the plan.
+
+    At the end of an epoch the first rows come again, until every rank has as many whole micro-batches (`even_batches`).
+    """
+    ranks, data = trainer.args.world_size, trainer.train_dataset
+    if ranks == 1 or trainer.args.dataloader_drop_last or not hasattr(data, "__len__"):
+        return ()
+    repeated, own = (-len(data) % (ranks * rows) for rows in (plan.micro_batch, own_rows))
+    if repeated == own:
+        return ()
+    return (
+        f"{ranks} ranks fill up the last step of an epoch with {repeated} rows that come again; without the plan it "
+        f"would be {own}. A data set of a multiple of {ranks * own_rows} rows needs none",
+    )
+
+
 def out_of_memory(plan: Plan) -> str:
     """The way out, for the error that says that memory ran out."""
     smaller = f"micro_batch={plan.micro_batch // 2}, " if plan.micro_batch > 1 else ""

@@ -21,12 +21,13 @@ from memplan.integrations.trainer_arguments import autocast_of, check, optimizer
 from memplan.integrations.trainer_callback import PlanCallback, attached
 from memplan.integrations.trainer_data import Rows, rows_of
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
-from memplan.integrations.trainer_words import evaluation, fetched
+from memplan.integrations.trainer_words import evaluation, fetched, filled_up
 from memplan.pipeline import autofit
 from memplan.recorder import Recipe
 from memplan.report.banner import announce, banner
 from memplan.report.settings import stride_of
 from memplan.strategy import Strategy
+from memplan.world import World
 
 
 def autofit_trainer(
@@ -72,6 +73,7 @@ def autofit_trainer(
             strategy=strategy,
             data=rows.data,
             risk=risk,
+            world=World(replicas=args.world_size),
         )
     except BaseException as error:
         trainer.optimizer = had
@@ -87,6 +89,7 @@ def autofit_trainer(
 
     fit._undo = undo
     said = (*why, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
+    said += filled_up(trainer, before[0], fit.plan)
     fit.plan = fit.plan.model_copy(update={"assumptions": (*fit.plan.assumptions, *said)})
     if trainer.is_world_process_zero():
         data = () if rows.data is None else (rows.data.describe(fit.plan.micro_batch),)
@@ -124,8 +127,13 @@ def _why_whole(trainer: Any, rows: Rows, recipe: Recipe, effective: int) -> str 
         return "batch norm takes its statistics over the rows of a micro-batch"
     if isinstance(trainer.train_dataset, IterableDataset):
         return "the data is a stream, and what is left at its end depends on the micro-batch"
-    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) % effective:
+    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) % (effective * trainer.args.world_size):
         return "dataloader_drop_last leaves out rows by the micro-batch, and the data is no multiple of the whole batch"
+    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
+        return (
+            "average_tokens_across_devices=False has each rank divide by the items of its own rows, and which rows "
+            "are its own depends on the micro-batch"
+        )
     return coupling(trainer, rows, recipe)
 
 
