@@ -60,7 +60,7 @@ def test_nobody_waits_for_ever_for_long_laps_to_agree() -> None:
     assert count[0] == 2
 
 
-@given(st.lists(st.lists(st.floats(1e-6, 10.0), min_size=9, max_size=9), min_size=1, max_size=3))
+@given(st.lists(st.lists(st.floats(1e-6, 10.0), min_size=25, max_size=25), min_size=1, max_size=3))
 def test_the_least_of_what_was_run_without_the_first(laps: list[list[float]]) -> None:
     given_s = {str(name): list(seconds) for name, seconds in enumerate(laps)}
     left = {name: iter(seconds) for name, seconds in given_s.items()}
@@ -69,4 +69,4 @@ def test_the_least_of_what_was_run_without_the_first(laps: list[list[float]]) ->
         taken = seconds[: len(seconds) - len(list(left[name]))]
         counts = [s for turn, s in enumerate(taken) if turn or s > 2.0]
         assert found.seconds[name] == min(counts)
-        assert 2 <= len(counts) <= 9
+        assert 2 <= len(counts) <= 25

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 AGREE = 0.03  # share by which the two least laps of a way may differ; two on an idle machine differ by 0.2 to 2 %
 _BUSY = 0.1  # from here on the reader is told
 _LEAST = 3  # laps of each
-_MOST = 8
+_FEW = 8  # are enough where all together are brief
+_MOST = 24
+_BRIEF_S = 2.0
 _ENOUGH_S = 2.0  # what takes this long needs no warming up, and two laps of it are enough if they agree
-_PATIENCE_S = 20.0  # after this no turn is begun, if each has two laps
+_PATIENCE_S = 40.0  # after this no turn is begun, if each has two laps
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ def by_turns(ways: Mapping[str, Callable[[], float]]) -> Laps:
         if not all(found[1:] for found in laps.values()):
             continue
         least = 2 if all(min(found) > _ENOUGH_S for found in laps.values()) else _LEAST
-        agreed = max(map(_apart, laps.values())) <= AGREE
-        if spent_s > _PATIENCE_S or (agreed and all(len(found) >= least for found in laps.values())):
+        agreed = max(map(_apart, laps.values())) <= AGREE and all(len(found) >= least for found in laps.values())
+        if agreed or spent_s > _PATIENCE_S or (turn >= _FEW and spent_s < _BRIEF_S):
             break
     return Laps({name: min(found) for name, found in laps.items()}, max(map(_apart, laps.values())))
 

@@ -19,6 +19,7 @@ from memplan.allocator import Settings, Usage
 from memplan.blocks import alike, find_blocks, is_batch_coupled
 from memplan.device import Device
 from memplan.errors import CannotTrace, ModelFailed
+from memplan.fresh_memory import relieved, seconds_per_byte
 from memplan.gpus import Gpu
 from memplan.graph import BlockGraph
 from memplan.levers import loss_head, offload, stepping
@@ -379,9 +380,10 @@ class Study:
         stage("timing")
         samples = [self.sample.resized(b) for b in levels]
         try:
-            return measured(self.model, self.recipe, samples, self.device, self.menu, self.head, estimate)
+            found = measured(self.model, self.recipe, samples, self.device, self.menu, self.head, estimate)
         except torch.OutOfMemoryError:  # the very reason for a plan
             return estimate
+        return relieved(found, levels, self.blocks, seconds_per_byte(self.device))
 
     @cached_property
     def rates(self) -> Rates:

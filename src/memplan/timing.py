@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Final
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -30,8 +30,10 @@ from memplan.roofline import Rates, StepTimes
 from memplan.samples import Sample
 from memplan.skipping import skipped
 
+LEAST_SLOWDOWN: Final = 1.01
+"""Of a recomputed block against the same block kept: below that all is noise."""
+
 _REPEATS = 3
-_LEAST_SLOWDOWN = 1.01  # of a recomputed block against the same block kept
 _MOST_SCALED = 3.0  # single operators run colder than among others; by more than this, noise is measured
 
 
@@ -173,7 +175,7 @@ def _selected(
 
 def _believable(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """Recomputing does all that keeping does, and more: where noise says otherwise, it costs the least that counts."""
-    floor = {path: value * _LEAST_SLOWDOWN for (path, option), value in seconds.items() if option == KEEP}
+    floor = {path: value * LEAST_SLOWDOWN for (path, option), value in seconds.items() if option == KEEP}
     return {(p, o): value if o == KEEP else max(value, floor[p]) for (p, o), value in seconds.items()}
 
 
