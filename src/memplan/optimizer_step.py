@@ -89,6 +89,7 @@ class PrimedOptimizer:
     ) -> None:
         self.model, self.fake, self.backend = abstract.model, fake, backend
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradients: dict[int, Tensor] = {}  # by the parameter's id
         foreach = False if stepping == SINGLE else backend.foreach
         with self._tape():
             self.optimizer = optimizers.build(
@@ -163,9 +164,12 @@ class PrimedOptimizer:
         return Tape(self.model, self.fake, self.backend, answer=1.0)
 
     def _give_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """The same ones every time: nothing can be told of them but their form."""
         for parameter in parameters:
-            with self.fake:
-                parameter.grad = torch.zeros_like(parameter)
+            if id(parameter) not in self._gradients:
+                with self.fake:
+                    self._gradients[id(parameter)] = torch.zeros_like(parameter)
+            parameter.grad = self._gradients[id(parameter)]
 
     def _drop_gradients(self) -> None:
         for parameter in self._trainable:

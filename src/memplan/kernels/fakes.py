@@ -30,6 +30,12 @@ _DENSE: Final = frozenset(
 
 def on_fakes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """An operator's results on fake tensors, within their mode, where torch's shape rules are not those of the CPU."""
+    if func._schema.name.startswith("aten::_foreach_") and not func._schema.returns:
+        return None  # all it does is to write to many tensors, and torch would look at the shape of each
+    return _results(func, args, kwargs)
+
+
+def _results(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     name = func._schema.name
     if name in _STATISTICS_BY:
         return _with_statistics(func(*args, **kwargs), args[_STATISTICS_BY[name]])
