@@ -152,8 +152,28 @@ class TestPlan:
             "micro_batch": 2,
             "strategy": "throughput",
             "seq_len": 16,
+            "risk": None,
             "world": World(2, 4),
         }
+
+    def test_what_no_option_says_is_in_the_settings(
+        self, config: Path, stand_in: Callable[[object], Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipeline = stand_in(a_plan())
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "memplan.toml").write_text('gpu = "rtx-4090"\nstrategy = "throughput"\nrisk = 0.001\n')
+        monkeypatch.setenv("MEMPLAN_MICRO_BATCH", "4")
+        monkeypatch.setenv("MEMPLAN_GPU", "24GiB")
+        assert run("plan", config, "--risk", 0.05).exit_code == 0
+        assert pipeline.gpu == "24GiB"
+        found = {name: pipeline.options[name] for name in ("strategy", "micro_batch", "risk")}
+        assert found == {"strategy": "throughput", "micro_batch": 4, "risk": 0.05}
+
+    def test_a_bad_setting_is_bad_usage(self, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MEMPLAN_MICRO_BATCH", "many")
+        result = run("plan", config, "--gpu", "24GiB")
+        assert result.exit_code == 2
+        assert "the environment set micro_batch = 'many'" in result.stderr
 
     def test_a_plan_is_saved(self, config: Path, tmp_path: Path, stand_in: Callable[[object], Pipeline]) -> None:
         plan = a_plan()
@@ -283,7 +303,6 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("plan", "x"), "--gpu"),
             (("plan", "--gpu", "24GiB"), "memplan: name one model, as MODEL or by --config"),
             (("plan", "x", "--config", "y", "--gpu", "24GiB"), "memplan: name one model"),
             (("plan", "--config", "missing.json", "--gpu", "24GiB"), "missing.json: there is no such file"),

@@ -62,7 +62,8 @@ ClipOption = Annotated[
 ]
 SaveOption = Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")]
 StrategyOption = Annotated[
-    str, typer.Option(help=f"One of {', '.join(shipped_strategies())}, or the path of a TOML file.")
+    str | None,
+    typer.Option(help=f"One of {', '.join(shipped_strategies())}, or the path of a TOML file. Default: balanced."),
 ]
 
 

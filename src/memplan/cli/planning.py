@@ -23,6 +23,7 @@ from memplan.cli.options import (
     one_model,
 )
 from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
+from memplan.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,8 +72,11 @@ def predict(
 
 
 def plan(
-    gpu: Annotated[str, typer.Option(help="A card (rtx-4090), a size (24GiB), cuda, cuda:1, cpu:2GiB, or auto.")],
     model: ModelArgument = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card (rtx-4090), a size (24GiB), cuda, cuda:1, cpu:2GiB. Default: auto, the device here."),
+    ] = None,
     config: ConfigOption = None,
     method: MethodOption = Method.FULL,
     lora_rank: LoraRankOption = 16,
@@ -83,32 +87,43 @@ def plan(
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = Autocast.NONE,
     clip_grad_norm: ClipOption = False,
-    strategy: StrategyOption = "balanced",
+    strategy: StrategyOption = None,
+    risk: Annotated[
+        float | None,
+        typer.Option(
+            help="On a card, how likely a plan that fits may run out of memory. Default: the strategy's, 0.01."
+        ),
+    ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Cards that share the weights, by FSDP2.")] = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the model, each with samples of its own.")] = 1,
     save: SaveOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan recomputation and micro-batch so that a training step fits a card."""
+    """Plan recomputation and micro-batch so that a training step fits a card.
+
+    What no option says is read from MEMPLAN_GPU, MEMPLAN_STRATEGY and so on, then from memplan.toml.
+    """
     console = stderr_console()
     with errors_as_exit_codes():
+        settings = Settings.found({"gpu": gpu, "strategy": strategy, "micro_batch": micro_batch, "risk": risk})
         built = build(console, one_model(model, config), method, lora_rank, dtype)
-        with progress(console, f"planning for {gpu}"):
+        with progress(console, f"planning for {settings.gpu}"):
             from memplan.pipeline import plan as make_plan
             from memplan.plan_record import Verdict
             from memplan.world import World
 
             made = make_plan(
                 built,
-                gpu,
+                settings.gpu,
                 sample=None,
                 optimizer=optimizer,
                 autocast=autocast.dtype(),
                 clip_grad_norm=clip_grad_norm,
                 effective_batch=effective_batch,
-                micro_batch=micro_batch,
-                strategy=strategy,
+                micro_batch=settings.micro_batch,
+                strategy=settings.strategy,
                 seq_len=seq_len,
+                risk=settings.risk,
                 world=World(replicas, shards),
             )
     _show(console, made, built, plan_file=str(save or "plan.json"))
