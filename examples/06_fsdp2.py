@@ -31,8 +31,8 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=6, vocab_size=256, max_position_embeddings=LENGTH))
     rows = batches(rank)
 
-    wishes = {"sample": {"input_ids": rows[0], "labels": rows[0]}, "effective_batch": BATCH}  # +
-    plan = memplan.autofit(model, "cpu:16MiB", **wishes, world=memplan.World(shards=2)).plan  # + before it is sharded
+    wishes = {"seq_len": LENGTH, "effective_batch": BATCH, "world": memplan.World(shards=2)}  # +
+    plan = memplan.autofit(model, "cpu:16MiB", **wishes).plan  # + on every rank, before it is sharded
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)

@@ -25,3 +25,9 @@ def test_a_plan_for_more_cards_than_there_are_ranks_is_refused() -> None:
 
     with pytest.raises(UsageError, match="is 4 cards, but the process group has 1 ranks"):
         memplan.World(replicas=2, shards=2).agreed(make)
+
+
+def test_several_ranks_are_fitted_where_they_run() -> None:
+    model, batch = tiny.llama()
+    with pytest.raises(UsageError, match=r"Start one process for each .* after init_process_group"):
+        memplan.autofit(model, "cpu:1GiB", sample=batch, world=memplan.World(replicas=2))

@@ -33,7 +33,7 @@ from memplan.skipping import skipped
 LEAST_SLOWDOWN: Final = 1.01
 """Of a recomputed block against the same block kept: below that all is noise."""
 
-_REPEATS = 3
+_REPEATS = 8  # of each operator; one that is timed wrongly spoils every selection that has it
 _MOST_SCALED = 3.0  # single operators run colder than among others; by more than this, noise is measured
 
 

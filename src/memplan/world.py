@@ -11,7 +11,7 @@ from memplan.blocks import signature
 from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.plan_record import Plan
 
-Said = TypeVar("Said")
+_Said = TypeVar("_Said")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,11 @@ class World:
             PlanMismatch: ranks have other models.
         """
         if _ranks() != self.cards:
-            raise UsageError(f"{self} is {self.cards} cards, but the process group has {_ranks()} ranks")
+            raise UsageError(
+                f"{self} is {self.cards} cards, but the process group has {_ranks()} ranks. Start one process for each "
+                "(torchrun) and call this on all of them, after init_process_group; to plan for cards that are "
+                "elsewhere, call memplan.plan."
+            )
         plan = _made_on_first(make)
         odd = [] if model is None else odd_ranks(signature(model))
         if odd:
@@ -77,7 +81,7 @@ def least_share(room_bytes: int) -> float:
     return min(1.0, min(rooms) / rooms[0])
 
 
-def _gathered(own: Said, group: "dist.ProcessGroup | None" = None) -> list[Said]:
+def _gathered(own: _Said, group: "dist.ProcessGroup | None" = None) -> list[_Said]:
     if _ranks() == 1:
         return [own]
     found = [own] * dist.get_world_size(group)

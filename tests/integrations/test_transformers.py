@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 import memplan
@@ -238,6 +239,22 @@ def test_arguments_that_contradict_a_plan_are_refused(make: Any, changes: dict[s
         memplan.autofit(make(**changes), **WHOLE)
 
 
+def test_ranks_that_divide_the_model_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(UsageError, match="2 ranks divide the model by MEGATRON_LM"):
+        memplan.autofit(trainer, **WHOLE)
+
+
+def test_ranks_that_share_a_batch_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(accelerator_config={"split_batches": True})
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(UsageError, match="split_batches in accelerator_config"):
+        memplan.autofit(trainer, **WHOLE)
+
+
 def test_what_the_trainer_decides_is_not_taken(make: Any) -> None:
     with pytest.raises(UsageError, match="sample, effective_batch, optimizer: the trainer decides that"):
         memplan.autofit(make(), "cpu", sample={}, effective_batch=4, optimizer="sgd")
@@ -283,6 +300,19 @@ def test_running_out_of_memory_ends_with_the_way_out(make: Any, monkeypatch: pyt
     with pytest.raises(torch.OutOfMemoryError) as caught:
         made.train()
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_memory_that_no_plan_is_about_is_told_apart(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make()
+    memplan.autofit(made, **WHOLE)
+
+    def killed(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(made, "training_step", killed)
+    with pytest.raises(RuntimeError, match="worker") as caught:
+        made.train()
+    assert "in a loader's worker ran out, which no plan helps: start fewer loader workers" in caught.value.__notes__[0]
 
 
 # -- the rows that are planned for -------------------------------------------------------------------------------------

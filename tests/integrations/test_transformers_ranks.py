@@ -61,7 +61,14 @@ def test_rows_that_come_again_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_is_everybodys(tmp_path: Path) -> None:
-    errors = run(tmp_path / "planned", "trainer", "cpu:600KiB", 64)
+@pytest.mark.parametrize(
+    ("kind", "budget", "words"),
+    [
+        ("trainer", "cpu:600KiB", "DoesNotFit"),
+        ("own-items", "cpu:1GiB", "BadBatch: micro_batch=2 would change the result of the 8 x 1 rows per step: avera"),
+    ],
+)
+def test_an_error_is_everybodys(tmp_path: Path, kind: str, budget: str, words: str) -> None:
+    errors = run(tmp_path / "planned", kind, budget, 64)
     assert len(errors) == 2
-    assert all(found["error"].startswith("DoesNotFit") for found in errors)
+    assert all(found["error"].startswith(words) for found in errors)

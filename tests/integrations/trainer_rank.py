@@ -1,6 +1,6 @@
 """Run by two processes (`torch.distributed.run`): a trainer under DistributedDataParallel, what it leaves to a file.
 
-python -m torch.distributed.run --nproc_per_node=2 trainer_rank.py FOLDER trainer|sft BUDGET|none ROWS
+python -m torch.distributed.run --nproc_per_node=2 trainer_rank.py FOLDER trainer|sft|own-items BUDGET|none ROWS
 """
 
 import json
@@ -18,7 +18,8 @@ from integrations import trainers
 
 def main() -> None:
     folder, kind, budget, rows = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    asked = {"use_cpu": True, "train_dataset": trainers.dataset(rows), "ddp_backend": "gloo"}
+    asked = {"train_dataset": trainers.dataset(rows), "ddp_backend": "gloo"}
+    asked |= {"average_tokens_across_devices": kind != "own-items"}
     torch.manual_seed(0)
     if kind == "sft":
         trainer = trainers.sft_trainer(folder / "out", lora=True, **asked)

@@ -51,6 +51,11 @@ def check(trainer: Any) -> None:
             "planned for here. Let each have all of it (DistributedDataParallel)",
         ),
         (
+            args.world_size > 1 and trainer.accelerator.split_batches,
+            "split_batches in accelerator_config has the ranks share each batch, and per_device_train_batch_size is "
+            "not what a device gets. Leave it out",
+        ),
+        (
             args.n_gpu > 1,
             f"the model would be copied to {args.n_gpu} cards (DataParallel). Let it see one: CUDA_VISIBLE_DEVICES=0",
         ),

@@ -19,12 +19,12 @@ from memplan.integrations.trainer_arguments import differences
 from memplan.integrations.trainer_loss import metrics_aside
 from memplan.integrations.trainer_words import out_of_memory
 from memplan.meter import Allocations, allocator_record
+from memplan.out_of_memory import Where, diagnose
 from memplan.units import format_budget, format_bytes
 
 _log = logging.getLogger("memplan")
 
 _FLAGS: Final = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of transformers' layers
-_CPU_IS_FULL: Final = "DefaultCPUAllocator: can't allocate memory"
 _WATCHED: Final = 1  # the second step: the optimizer's state is there by then
 
 
@@ -105,9 +105,10 @@ def attached(trainer: Any, callback: PlanCallback) -> Callable[[], None]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return train(*args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_IS_FULL in str(error):
-                error.add_note(out_of_memory(callback.fit.plan))
+        except Exception as error:  # half of those that say that memory ran out are of other classes
+            if (found := diagnose(error)) is not None:
+                planned_for = Where.HOST if trainer.args.device.type == "cpu" else Where.DEVICE
+                error.add_note(out_of_memory(callback.fit.plan, found, planned_for))
             raise
         finally:
             callback.stop()
@@ -129,7 +130,8 @@ class Watch:
     """The most that tensors need from its making to `stop`, weights and optimizer state included.
 
     On a card that is the allocator's own figure, for all tensors there. On the CPU it is read from the record of
-    torch's allocator, as in `CpuDevice`, beginning with the weights, gradients and states that are there.
+    torch's allocator, as in `CpuDevice`, beginning with the weights, gradients and states that are there; the buckets
+    of DistributedDataParallel, which nothing refers to, are not in it.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, device: torch.device) -> None:

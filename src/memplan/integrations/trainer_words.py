@@ -3,6 +3,7 @@
 from typing import Any
 
 from memplan.levers.loss_head import find_head
+from memplan.out_of_memory import Diagnosis, Where
 from memplan.plan_record import Plan
 from memplan.samples import Sample
 from memplan.units import format_budget, format_bytes
@@ -62,8 +63,10 @@ def filled_up(trainer: Any, own_rows: int, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def out_of_memory(plan: Plan) -> str:
+def out_of_memory(plan: Plan, found: Diagnosis, planned_for: Where) -> str:
     """The way out, for the error that says that memory ran out."""
+    if found.where not in (planned_for, Where.DEVICE):
+        return f"memplan: {found.where} ran out, which no plan helps: {found.helps}."
     smaller = f"micro_batch={plan.micro_batch // 2}, " if plan.micro_batch > 1 else ""
     return (
         f"memplan: this run was planned to need {format_bytes(plan.peak_bytes)} of {format_budget(plan.budget_bytes)} "

@@ -39,6 +39,8 @@ def autofit_trainer(
 ) -> Fit:
     """Plan the step that a trainer runs, and write the plan into the trainer. Nothing of its run is used up.
 
+    Of several ranks all have to call it: the first one plans, for the one with the least memory.
+
     Args:
         gpu: as for `memplan.plan`; "auto" is the trainer's own device.
         strategy: as for `memplan.plan`.
