@@ -15,6 +15,7 @@ from torch import nn
 
 from memplan import packed
 from memplan._compat import is_checkpointing_layer
+from memplan.errors import UsageError
 from memplan.sharding import Unit, padded_bytes
 
 
@@ -147,6 +148,17 @@ def is_batch_coupled(model: nn.Module) -> bool:
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return any(norm.training or not model.training for norm in norms)
+
+
+def refuse_prompts(model: nn.Module) -> None:
+    """Raises UsageError where adapters hand a cache of keys and values to every block (PEFT's prefix tuning)."""
+    adapters = getattr(model, "peft_config", None)
+    kinds = [str(getattr(c, "peft_type", "")) for c in adapters.values()] if isinstance(adapters, dict) else []
+    if any(kind.endswith(("PREFIX_TUNING", "CARTRIDGE")) for kind in kinds):
+        raise UsageError(
+            "the adapter hands a cache of keys and values to every block (prefix tuning), and a block that is run "
+            "again would append to it, or go without. PEFT refuses that too. Use another adapter, such as LoRA."
+        )
 
 
 def units(model: nn.Module, blocks: Sequence[str], shards: int) -> list[Unit]:

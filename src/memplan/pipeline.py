@@ -22,7 +22,7 @@ from memplan.recorder import Loss, Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World, least_share
+from memplan.world import World, least_share, said_of
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -159,7 +159,7 @@ def autofit(
     recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
     asked = (model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
     if world is not None and world.cards > 1:
-        planned = _planner(*asked, share=least_share(room_of(*resolve_gpu(gpu))))
+        planned = _planner(*asked, share=least_share(lambda: room_of(*resolve_gpu(gpu))))
         found = _fitting(world.agreed(planned, module_of(model)))
         return apply(model, found, None if isinstance(optimizer, str) else optimizer)
     planned = _planner(*asked)
@@ -217,9 +217,8 @@ def _planner(
 
     def planned() -> Plan:
         found = session.plan(chosen, effective_batch, micro_batch)
-        if data is None:
-            return found
-        return found.model_copy(update={"assumptions": (*found.assumptions, data.describe(found.micro_batch))})
+        said = said_of(share) if data is None else (*said_of(share), data.describe(found.micro_batch))
+        return found.model_copy(update={"assumptions": (*found.assumptions, *said)}) if said else found
 
     return planned
 

@@ -75,10 +75,45 @@ def odd_ranks(text: str, group: "dist.ProcessGroup | None" = None) -> list[int]:
     return [rank for rank, other in enumerate(others, 1) if other != first]
 
 
-def least_share(room_bytes: int) -> float:
+def on_all(make: Callable[[], _Said]) -> _Said:
+    """What `make` gives on this rank. An error on one of them is an error on all, so that nobody waits for it.
+
+    To be called on every rank; `make` itself waits for none.
+
+    Raises:
+        ModelFailed: another rank failed; its words are in the message. Of what fails here, that itself.
+    """
+    made: list[_Said] = []
+    failure: Exception | None = None
+    try:
+        made = [make()]
+    except Exception as error:  # anything: the others wait for a word
+        failure = error
+    said = _gathered("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, words in enumerate(said):
+        if words:
+            raise ModelFailed(f"rank {rank} failed, and the others cannot go on without it. {words}")
+    return made[0]
+
+
+def of_first(own: _Said) -> _Said:
+    """What the first rank has, on all of them."""
+    return _gathered(own)[0]
+
+
+def least_share(room_bytes: Callable[[], int]) -> float:
     """Of the room that the first rank has, what the rank with the least has. To be asked on every rank."""
-    rooms = _gathered(room_bytes)
+    rooms = _gathered(on_all(room_bytes))
     return min(1.0, min(rooms) / rooms[0])
+
+
+def said_of(share: float) -> tuple[str, ...]:
+    """What a plan has to say of a share of the first rank's memory; nothing of all of it."""
+    if share == 1.0:
+        return ()
+    return (f"planned for {share:.1%} of the first rank's memory, which is what the rank with the least has",)
 
 
 def _gathered(own: _Said, group: "dist.ProcessGroup | None" = None) -> list[_Said]:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import memplan
@@ -209,3 +210,36 @@ def test_undo(driven: Any) -> None:
 
 def test_training_without_the_line_is_not_touched(accelerator: Accelerator) -> None:
     assert train(None, rows=8).rates
+
+
+def test_prefix_tuning(accelerator: Accelerator) -> None:
+    """PEFT looks at checkpointing when it makes the adapter, which is before anything is planned."""
+    prefixes = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny.llama()[0], prefixes)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    attach(accelerator, gpu="cpu:1GiB")
+    with pytest.raises(UsageError, match=r"a cache of keys and values to every block \(prefix tuning\)"):
+        accelerator.prepare(model, optimizer, parts()[2])
+
+
+def test_a_batch_that_batch_norm_couples(accelerator: Accelerator) -> None:
+    model, batch = tiny.resnet()
+    rows = [{name: tensor[0] for name, tensor in batch.items()}] * 8
+    attach(accelerator, gpu="cpu:1GiB", micro_batch=2)
+    with pytest.raises(UsageError, match="micro_batch=2 would split a batch of 4"):
+        accelerator.prepare(model, torch.optim.SGD(model.parameters()), DataLoader(rows, batch_size=4))
+
+
+def test_ranks_that_divide_the_model(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "parallelism_config", object())
+    with pytest.raises(UsageError, match="parallelism_config has ranks divide the model"):
+        attach(accelerator)
+
+
+@pytest.mark.parametrize("world", [DistributedType.MEGATRON_LM, DistributedType.XLA, DistributedType.MULTI_XPU])
+def test_runs_that_are_not_known(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, world: DistributedType
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", world)
+    with pytest.raises(UsageError, match=f"does not know what {world.value} keeps in memory"):
+        attach(accelerator)

@@ -39,7 +39,7 @@ from memplan.recorder import Loss, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-from memplan.world import World, least_share
+from memplan.world import World, least_share, of_first, on_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -107,9 +107,9 @@ class Attachment:
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         if self.plan is not None:
             return self._own["prepare"](*objects, **options)
-        model, at = model_and_loader(objects)
-        accelerator, loader = self._accelerator, objects[at]
-        batch_size = own_batch_size(accelerator, loader)
+        accelerator = self._accelerator
+        model, at, batch_size = on_all(partial(_model_and_batch, accelerator, objects))
+        loader = objects[at]
         optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
         if is_deepspeed(accelerator):
             settle(accelerator, model, batch_size)
@@ -127,8 +127,7 @@ class Attachment:
         if is_deepspeed(accelerator):
             recipe = as_the_engine_runs(recipe, accelerator, model)
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
-            sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
-            sample = Sample.of(sample)
+            sample, said = on_all(partial(self._shown, loader))
             count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
             make = partial(
                 plan_for,
@@ -240,23 +239,32 @@ class Attachment:
 
     # -- planning ------------------------------------------------------------------------------------------------
 
+    def _shown(self, loader: DataLoader[Any]) -> tuple[Sample, str]:
+        """The batch to plan for, and what has to be said of it."""
+        sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
+        return Sample.of(sample), said
+
     def _counted(self, model: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
-        """What the model's loss is a mean over; None if the batch must not be split."""
+        """What the model's loss is a mean over; None if the batch must not be split. The first rank decides."""
+        if self._wishes.count is not None:
+            return None if is_batch_coupled(model) else self._wishes.count
+        name = of_first(on_all(partial(self._count_name, model, recipe, sample)))
+        return None if name is None else counter(name)
+
+    def _count_name(self, model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         parameter = next(model.parameters())
         if is_batch_coupled(model):
             return None
-        if self._wishes.count is not None:
-            return self._wishes.count
         if parameter.is_meta or parameter.device != self._accelerator.device:
-            return counter(SHIFTED if has_tokens(sample.content) else SAMPLES)
-        found = proved(model, recipe, sample)
-        return None if found is None else counter(found)
+            return SHIFTED if has_tokens(sample.content) else SAMPLES
+        return proved(model, recipe, sample)
 
     def _least_room(self) -> float:
         """Of the memory that the first rank has, what the one with the least has."""
         if self._accelerator.num_processes == 1 or self._wishes.settings.plan is not None:
             return 1.0
-        return least_share(room_of(*resolve_gpu(place_of(self._wishes.settings, self._accelerator.device))))
+        place = place_of(self._wishes.settings, self._accelerator.device)
+        return least_share(lambda: room_of(*resolve_gpu(place)))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -281,6 +289,12 @@ _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
     "_do_sync": Attachment._sync,
     "skip_first_batches": Attachment._skip_first_batches,
 }
+
+
+def _model_and_batch(accelerator: Accelerator, objects: tuple[Any, ...]) -> tuple[nn.Module, int, int]:
+    """The model, the place of its training loader, and the samples in one of that one's batches."""
+    model, at = model_and_loader(objects)
+    return model, at, own_batch_size(accelerator, objects[at])
 
 
 def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:

@@ -14,7 +14,7 @@ from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World
+from memplan.world import World, said_of
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
@@ -71,7 +71,7 @@ def plan_for(
     if plan.verdict is Verdict.DOES_NOT_FIT:
         why = "" if can_split else f"\n  the batch of {own_rows} is not split: {_WHOLE}"
         raise DoesNotFit(plan.describe() + why, plan.smallest_bytes)
-    return plan
+    return plan.model_copy(update={"assumptions": (*plan.assumptions, *said_of(share))}) if said_of(share) else plan
 
 
 def place_of(settings: Settings, device: torch.device) -> str:

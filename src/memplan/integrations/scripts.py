@@ -8,12 +8,19 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from memplan._compat import is_checkpointing_layer
+from memplan.blocks import refuse_prompts
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.deepspeed import check_engine, is_deepspeed
 from memplan.integrations.fsdp import is_sharded, refuse_uncounted
 from memplan.integrations.loaders import batch_size_of
 
-_UNKNOWN_WORLDS: Final = (DistributedType.MEGATRON_LM, DistributedType.XLA)
+_KNOWN_WORLDS: Final = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 
 
 def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
@@ -28,6 +35,7 @@ def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
         )
     shuffled = [at for at in loaders if isinstance(objects[at].sampler, RandomSampler)]
     (model,) = models
+    refuse_prompts(model)
     _refuse_checkpointed(model)
     place = shuffled[0] if len(shuffled) == 1 else loaders[0]
     if getattr(objects[place], "_is_accelerate_prepared", False) or hasattr(objects[place], "base_dataloader"):
@@ -50,13 +58,18 @@ def _refuse_checkpointed(model: nn.Module) -> None:
 
 
 def refuse_unknown_runs(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in _UNKNOWN_WORLDS:
+    if accelerator.distributed_type not in _KNOWN_WORLDS:
         raise UsageError(
             f"memplan does not know what {accelerator.distributed_type.value} keeps in memory, so its plan could be "
             "wrong. Run with DistributedDataParallel or on one card."
         )
     if is_sharded(accelerator):
         refuse_uncounted(accelerator)
+    elif accelerator.parallelism_config is not None:
+        raise UsageError(
+            "parallelism_config has ranks divide the model, which is not planned for. Leave it out, so that each has "
+            "all of it."
+        )
     if is_deepspeed(accelerator):
         check_engine(accelerator)
     state = accelerator.gradient_state

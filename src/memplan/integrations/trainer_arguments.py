@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 from accelerate.utils import DistributedType
 
+from memplan.blocks import refuse_prompts
 from memplan.errors import UsageError
 from memplan.plan_record import Plan
 
@@ -83,14 +84,10 @@ def check(trainer: Any) -> None:
             "train_sampling_strategy='batch_rebalance' makes micro-batches of changing size. Use another",
         ),
         (_layerwise(str(args.optim)), f"optim={args.optim!s} steps inside the backward by itself. Use another"),
-        (
-            _prompts(trainer.model),
-            "the adapter hands a cache of keys and values to every block (prefix tuning), and a block that is run "
-            "again would append to it. PEFT refuses that too. Use another adapter, such as LoRA",
-        ),
     ):
         if is_so:
             raise UsageError(f"memplan.autofit(trainer): {what}.")
+    refuse_prompts(trainer.model)
 
 
 def _replicates(accelerator: Any) -> bool:
@@ -102,12 +99,6 @@ def _replicates(accelerator: Any) -> bool:
 def _layerwise(optim: str) -> bool:
     name = optim.rpartition(".")[2].lower()
     return "lomo" in name or name.endswith("layerwise")
-
-
-def _prompts(model: Any) -> bool:
-    adapters = getattr(model, "peft_config", None)
-    kinds = [str(getattr(c, "peft_type", "")) for c in adapters.values()] if isinstance(adapters, dict) else []
-    return any(kind.endswith(("PREFIX_TUNING", "CARTRIDGE")) for kind in kinds)
 
 
 def autocast_of(args: Any) -> torch.dtype | None:
