@@ -8,7 +8,7 @@ the blocks hold, and so not for what a plan does not hold. A card's caching allo
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Final
 
 import torch
@@ -26,8 +26,12 @@ _PIECES: Final = 64
 
 def seconds_per_byte(device: Device) -> float:
     """Of memory that is held, beyond those of memory that is used again at once; 0 where nothing is given back."""
-    if not isinstance(device, CpuDevice):
-        return 0.0
+    return _of_processor(torch.get_num_threads()) if isinstance(device, CpuDevice) else 0.0
+
+
+@cache
+def _of_processor(_threads: int) -> float:
+    """Once in a process: it takes a second, and is the machine's."""
     seconds = by_turns({held: partial(_lap, held) for held in ("held", "reused")}).seconds
     return max(0.0, seconds["held"] - seconds["reused"]) / (4 * _PIECE * _PIECES)
 
@@ -56,6 +60,8 @@ def relieved(
         paths: of the blocks.
         held_s_per_byte: see `seconds_per_byte`.
     """
+    if not held_s_per_byte:
+        return times
     blocks = {key: dict(points) for key, points in times.blocks.items()}
     for size, by_variant in levels.items():
         sizes = ChainSizes.of(by_variant[KEEP], -1, paths)

@@ -217,8 +217,8 @@ def _planner(
 
     def planned() -> Plan:
         found = session.plan(chosen, effective_batch, micro_batch)
-        said = said_of(share) if data is None else (*said_of(share), data.describe(found.micro_batch))
-        return found.model_copy(update={"assumptions": (*found.assumptions, *said)}) if said else found
+        found = found.assuming(*said_of(share))
+        return found if data is None else found.assuming(data.describe(found.micro_batch))
 
     return planned
 

@@ -171,6 +171,10 @@ class Plan(Record):
         text: str = report.settings_text(self, plan_file, framework=framework)
         return text
 
+    def assuming(self, *lines: str) -> "Plan":
+        """The plan, with more that it takes for granted."""
+        return self.model_copy(update={"assumptions": (*self.assumptions, *lines)})
+
     def record(self) -> dict[str, float]:
         """The plan as flat numbers, for TensorBoard, W&B and other trackers; bytes and seconds are predictions."""
         return {

@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -33,7 +32,7 @@ from memplan.integrations.parts import (
     proved,
 )
 from memplan.integrations.planning import place_of, plan_for
-from memplan.integrations.scripts import is_dealt_out, model_and_loader, own_batch_size
+from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
 from memplan.plan_record import Plan
 from memplan.recorder import Loss, Recipe
 from memplan.report.banner import announce, banner
@@ -42,7 +41,6 @@ from memplan.settings import Settings
 from memplan.world import World, least_share, of_first, on_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAN_FILE = "memplan.json"  # beside what `save_state` writes
 
 
@@ -143,7 +141,7 @@ class Attachment:
             )
             plan = World(accelerator.num_processes).agreed(make, model)
         if said:
-            plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
+            plan = plan.assuming(said)
         self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
         try:
             split = Split(count or counter(SAMPLES), plan.accumulation, own_batches, batch_size)
@@ -323,7 +321,7 @@ def _ranks(accelerator: Accelerator) -> dict[str, Any]:
     """What DistributedDataParallel or FSDP2 make of a step."""
     if is_sharded(accelerator):
         return {"shards": accelerator.num_processes}
-    if accelerator.distributed_type not in _REPLICATED or accelerator.num_processes == 1:
+    if accelerator.distributed_type not in REPLICATED or accelerator.num_processes == 1:
         return {}
     handler = accelerator.ddp_handler
     return {

@@ -84,7 +84,7 @@ class MemplanCallback(Callback):
                 own_batches=own_batches,
                 can_split=by is not None,
             )
-        self.plan = plan.model_copy(update={"assumptions": (*plan.assumptions, said)})
+        self.plan = plan.assuming(said)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         self._install(trainer, pl_module, loader, split, apply(pl_module, plan))
         announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=(said,)))

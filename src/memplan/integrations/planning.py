@@ -71,7 +71,7 @@ def plan_for(
     if plan.verdict is Verdict.DOES_NOT_FIT:
         why = "" if can_split else f"\n  the batch of {own_rows} is not split: {_WHOLE}"
         raise DoesNotFit(plan.describe() + why, plan.smallest_bytes)
-    return plan.model_copy(update={"assumptions": (*plan.assumptions, *said_of(share))}) if said_of(share) else plan
+    return plan.assuming(*said_of(share))
 
 
 def place_of(settings: Settings, device: torch.device) -> str:

@@ -14,13 +14,8 @@ from memplan.integrations.deepspeed import check_engine, is_deepspeed
 from memplan.integrations.fsdp import is_sharded, refuse_uncounted
 from memplan.integrations.loaders import batch_size_of
 
-_KNOWN_WORLDS: Final = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
+REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_KNOWN_WORLDS: Final = (DistributedType.NO, *REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from accelerate.utils import DistributedType
 
 from memplan.blocks import refuse_prompts
 from memplan.errors import UsageError
+from memplan.integrations.scripts import REPLICATED
 from memplan.plan_record import Plan
 
 _NAMES: Final = {  # of transformers' `optim` -> memplan's; what is not here is made as the run would make it
@@ -93,7 +93,7 @@ def check(trainer: Any) -> None:
 def _replicates(accelerator: Any) -> bool:
     """Whether every rank has the whole model, and rows of its own."""
     divided = getattr(accelerator, "parallelism_config", None)
-    return divided is None and accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return divided is None and accelerator.distributed_type in REPLICATED
 
 
 def _layerwise(optim: str) -> bool:

@@ -92,7 +92,7 @@ def autofit_trainer(
     fit._undo = undo
     said = (*why, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
     said += filled_up(trainer, before[0], fit.plan)
-    fit.plan = fit.plan.model_copy(update={"assumptions": (*fit.plan.assumptions, *said)})
+    fit.plan = fit.plan.assuming(*said)
     if trainer.is_world_process_zero():
         data = () if rows.data is None else (rows.data.describe(fit.plan.micro_batch),)
         off = "fit.undo(), or leave out the line memplan.autofit(trainer)"
