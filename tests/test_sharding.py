@@ -1,13 +1,12 @@
 """The trace of one rank under FSDP2, beside what two ranks measure."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shards
 import torch
+import two_ranks
 
 import memplan
 from memplan import levers
@@ -31,10 +30,7 @@ def recorded(case: str, ranks: int) -> Trace:
 def run(folder: Path, case: str) -> list[Path]:
     """What each of two ranks has left."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    asked = [shards.__file__, str(folder), case]
-    done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=BOUND_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(shards.__file__, folder, case, bound_s=BOUND_S)
     return sorted(folder.iterdir())
 
 

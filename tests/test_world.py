@@ -1,12 +1,11 @@
 """How many cards train together, and the one plan of theirs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+import two_ranks
 
 import memplan
 from memplan.errors import UsageError
@@ -53,10 +52,7 @@ def test_a_plan_says_if_it_is_for_a_rank_with_less_memory() -> None:
 
 @pytest.mark.slow
 def test_what_two_ranks_tell_each_other(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    asked = [*command, str(RANK), str(tmp_path)]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=BOUND_S, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(RANK, tmp_path, bound_s=BOUND_S)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for heard in (first, second):
         assert (heard["first"], heard["share"], heard["odd"], heard["alike"]) == ("from 0", 0.75, [1], [])

@@ -1,13 +1,12 @@
 """Two processes over gloo: the same weights as without a plan, one plan for both, one error for both."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_ranks
 
 from integrations import scripts
 
@@ -17,10 +16,7 @@ BOUND_S = 240  # nothing may hang
 
 def run(folder: Path, plan: str, rows: int, models: tuple[str, str] = ("llama", "llama")) -> list[dict[str, Any]]:
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    asked = [str(RANKS), str(folder), plan, str(rows), *models]
-    done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=BOUND_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(RANKS, folder, plan, rows, *models, bound_s=BOUND_S)
     return [
         json.loads(file.read_text()) if file.suffix == ".json" else {"error": file.read_text()}
         for file in sorted(folder.glob("*.*"))

@@ -5,8 +5,6 @@ On a stand-in for DeepSpeed's engine; on DeepSpeed itself, with two ranks, where
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import two_ranks
 from accelerate import Accelerator
 
 from integrations import scripts
@@ -89,9 +88,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(RANK), str(folder)], capture_output=True, text=True, timeout=BOUND_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(RANK, folder, bound_s=BOUND_S)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 

@@ -1,13 +1,12 @@
 """FSDP2 in an Accelerate script: weights of the run without memplan, the peak that was predicted, what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -27,9 +26,7 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What each of two ranks has left."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(RANK), str(folder)], capture_output=True, text=True, timeout=BOUND_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(RANK, folder, bound_s=BOUND_S)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 

@@ -1,13 +1,12 @@
 """A trainer on two processes over gloo: the same weights as without a plan, one plan for both, one error for both."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_ranks
 
 RANK = Path(__file__).with_name("trainer_rank.py")
 BOUND_S = 300  # nothing may hang
@@ -15,10 +14,7 @@ BOUND_S = 300  # nothing may hang
 
 def run(folder: Path, kind: str, budget: str, rows: int) -> list[dict[str, Any]]:
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    asked = [str(RANK), str(folder), kind, budget, str(rows)]
-    done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=BOUND_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(RANK, folder, kind, budget, rows, bound_s=BOUND_S)
     return [
         json.loads(file.read_text()) if file.suffix == ".json" else {"error": file.read_text()}
         for file in sorted(folder.glob("[01].*"))
