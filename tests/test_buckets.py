@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import nn
 
-from memplan import repeat
+from memplan import runs
 from memplan.allocator import Settings
 from memplan.blocks import find_blocks
 from memplan.buckets import CAP_BYTES, FIRST_BYTES, bucket_bytes
@@ -95,7 +95,7 @@ def test_what_buckets_add() -> None:
 
 def test_omitted_blocks_fill_buckets_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample = tiny.llama(layers=11)
-    assert repeat.long_runs(model, find_blocks(model))
+    assert runs.long_runs(model, find_blocks(model), runs.FEWEST)
     for accumulation in (1, 2):
         recipe = Recipe(replicas=2, bucket_view=True, accumulation=accumulation)
         with monkeypatch.context() as patch:

@@ -21,6 +21,7 @@ class Card:
     excess: int
     guessed: int
     least: int = STEP
+    larger_batch_from: int = 10**9  # peaks from here on are of twice the micro-batch, for which it takes twice as much
     traced_peaks: list[int] = field(default_factory=list)
 
     def ask(self, usable: int) -> Outcome | NoPlan:
@@ -28,10 +29,8 @@ class Card:
         if peak < self.least:
             return NoPlan(1, 1, self.least, "too little")
         solution, timeline = SimpleNamespace(choice=(peak,)), SimpleNamespace(peak_bytes=peak)
-        found = SimpleNamespace(
-            micro_batch=1, accumulation=1, variant="keep", solution=solution, timeline=timeline, samples_per_s=peak
-        )
-        return cast(Outcome, found)
+        plan = {"micro_batch": 1 + (peak >= self.larger_batch_from), "accumulation": 1, "variant": "keep"}
+        return cast(Outcome, SimpleNamespace(**plan, solution=solution, timeline=timeline, samples_per_s=peak))
 
     def expected_excess(self, peak_bytes: int) -> int:
         return self.guessed
@@ -39,7 +38,8 @@ class Card:
     def traced(self, outcome: Outcome) -> Planned:
         peak = outcome.timeline.peak_bytes
         self.traced_peaks.append(peak)
-        return cast(Planned, SimpleNamespace(trace=SimpleNamespace(peak_bytes=peak), needs_bytes=peak + self.excess))
+        needs = peak + self.excess * outcome.micro_batch
+        return cast(Planned, SimpleNamespace(trace=SimpleNamespace(peak_bytes=peak), needs_bytes=needs))
 
 
 def found_on(card: Card) -> int | None:
@@ -66,6 +66,13 @@ def test_a_guess_that_was_too_high_leaves_nothing_unused() -> None:
     card = Card(excess=0, guessed=300)
     assert found_on(card) == 1000
     assert card.traced_peaks == [700, 1000]
+
+
+def test_what_a_larger_batch_takes_is_not_asked_twice() -> None:
+    """By what the smaller batch takes the larger one would fit; its own trace has shown that it does not."""
+    card = Card(excess=200, guessed=200, larger_batch_from=700)
+    assert found_on(card) == 600
+    assert card.traced_peaks == [800, 600]
 
 
 @pytest.mark.parametrize("excess", [0, 500])

@@ -11,16 +11,17 @@ import torch
 import transformers
 from torch import nn
 
-from memplan import repeat
+from memplan import runs
 from memplan.blocks import find_blocks
 from memplan.device import CpuDevice
 from memplan.errors import NoStepInBackward, UsageError
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
 from memplan.levers.stepping import install
+from memplan.losses import loss_of
 from memplan.optimizer_step import STEPPINGS
 from memplan.optimizers import OPTIMIZERS, build
-from memplan.recorder import Recipe, Recorder, loss_of
+from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 
@@ -105,7 +106,7 @@ def test_counters_of_steps_lie_where_torch_puts_them(make: Callable[..., torch.o
 @pytest.mark.parametrize("stepping", STEPPINGS)
 def test_omitted_blocks_are_stepped_like_the_others(stepping: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for model, sample in (two_heads(12), tiny.llama(layers=11)):
-        assert repeat.long_runs(model, find_blocks(model))
+        assert runs.long_runs(model, find_blocks(model), runs.FEWEST)
         recipe = Recipe(optimizer="adamw-foreach", stepping=stepping)
         with monkeypatch.context() as patch:
             patch.setattr("memplan.recorder.long_runs", lambda *_: [])

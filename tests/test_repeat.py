@@ -16,7 +16,8 @@ import memplan.recorder
 from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.recorder import Recipe, Recorder
-from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
+from memplan.repeat import NotPeriodic, lengthened
+from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample
 from memplan.trace import Trace
 
@@ -51,12 +52,14 @@ def traced(
     accumulation: int = 1,
     options: Sequence[str] | None = None,
     autocast: torch.dtype | None = None,
+    times: int = 1,
 ) -> Trace:
-    """As the recorder does it."""
+    """As the recorder does it; the second time, of fewer blocks."""
     model, batch = made
     decisions = dict(zip(find_blocks(model), options, strict=True)) if options else {}
     installed = (lambda: levers.decided(model, decisions)) if options else nullcontext
-    return Recorder(model, Recipe(autocast=autocast, accumulation=accumulation)).record(Sample.of(batch), installed)
+    recorder = Recorder(model, Recipe(autocast=autocast, accumulation=accumulation))
+    return [recorder.record(Sample.of(batch), installed) for _ in range(times)][-1]
 
 
 def whole(
@@ -114,7 +117,7 @@ def _columns(trace: Trace) -> dict[str, np.ndarray]:
     }
 
 
-LAYERS = 9  # seven are traced, two are copies
+LAYERS = 9  # seven are traced at first, then five
 
 LONG: dict[str, Callable[[], tiny.Made]] = {
     "llama": partial(tiny.llama, layers=LAYERS, use_cache=False),
@@ -129,8 +132,8 @@ KEEP, RECOMPUTE = "keep", "recompute"
 )
 def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulation: int, watch: Watch) -> None:
     made = LONG[name]()
-    trace = traced(made, accumulation, [option] * LAYERS)
-    assert [len(run.omitted) for run in watch.runs] == [2]
+    trace = traced(made, accumulation, [option] * LAYERS, times=2)
+    assert [len(run.omitted) for run in watch.runs] == [2, 4]
     assert differences(trace, whole(made, accumulation, [option] * LAYERS)) == []
     assert set(trace.modules) == {path for path, _ in made[0].named_modules()}
 
@@ -139,8 +142,8 @@ def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulatio
 def test_what_autocast_has_cast_goes_at_the_end_of_its_region(name: str, accumulation: int, watch: Watch) -> None:
     """Of all blocks at one moment, in an order of its own, where nothing else keeps it: blocks are recomputed."""
     made, options = LONG[name](), [RECOMPUTE] * LAYERS
-    trace = traced(made, accumulation, options, torch.bfloat16)
-    assert [len(run.omitted) for run in watch.runs] == [2]
+    trace = traced(made, accumulation, options, torch.bfloat16, times=2)
+    assert [len(run.omitted) for run in watch.runs] == [2, 4]
     assert differences(settled(trace), settled(whole(made, accumulation, options, torch.bfloat16))) == []
 
 
@@ -155,7 +158,7 @@ def test_transformers_own_checkpointing(watch: Watch) -> None:
 MIXED = {
     "one long run": [KEEP] * 9 + [RECOMPUTE] * 2,
     "two long runs": [RECOMPUTE] * 8 + [KEEP] * 9,
-    "three long runs": [KEEP] * 8 + [RECOMPUTE] * 8 + [KEEP] * 8,
+    "two, then three": [RECOMPUTE] * 8 + [KEEP] * 8 + [RECOMPUTE] * 6,
 }
 
 
@@ -163,9 +166,10 @@ MIXED = {
 def test_mixed_plans(flags: str, accumulation: int, watch: Watch) -> None:
     options = MIXED[flags]
     made = Chain(len(options)), {"x": torch.randn(4, 8)}
-    trace = traced(made, accumulation, options)
+    trace = traced(made, accumulation, options, times=2)
     assert differences(trace, whole(made, accumulation, options)) == []
-    assert len(watch.runs) == sum(len(list(group)) > 7 for _, group in groupby(options))
+    lengths = [len(list(group)) for _, group in groupby(options)]
+    assert len(watch.runs) == sum(length > kept for kept in (7, 5) for length in lengths)
 
 
 def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
@@ -176,15 +180,16 @@ def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
     assert not watch.refusals
 
 
-@pytest.mark.parametrize("copies", [2, 4])
-def test_a_wrong_number_of_copies_is_seen(copies: int) -> None:
+@pytest.mark.parametrize(("kept", "copies"), [(5, 4), (5, 6), (7, 2), (7, 4)])
+def test_a_wrong_number_of_copies_is_seen(kept: int, copies: int) -> None:
     """The comparison above would not pass whatever it is given."""
     made = Chain(10), {"x": torch.randn(4, 8)}
     model, _ = made
-    (run,) = long_runs(model, find_blocks(model))
+    (run,) = long_runs(model, find_blocks(model), kept)
     with shortened(model, [run]):
         short = whole(made)
-    names = (*run.blocks[:4], *(f"{run.container}.{100 + k}" for k in range(copies)), *run.blocks[-3:])
+    ends = kept // 2
+    names = (*run.blocks[: ends + 1], *(f"{run.container}.{100 + k}" for k in range(copies)), *run.blocks[-ends:])
     wrong = differences(lengthened(short, [replace(run, blocks=names)]), whole(made))
     assert {"ticks", "live", "steps", "op_flops"} <= set(wrong)
 
@@ -192,9 +197,9 @@ def test_a_wrong_number_of_copies_is_seen(copies: int) -> None:
 def test_shortened_puts_every_block_back() -> None:
     model, _ = LONG["llama"]()
     layers = list(model.model.layers)
-    (run,) = long_runs(model, find_blocks(model))
+    (run,) = long_runs(model, find_blocks(model), FEWEST)
     with pytest.raises(KeyboardInterrupt), shortened(model, [run]):  # noqa: PT012 -- what is left by it is put back
-        assert len(model.model.layers) == 7
+        assert len(model.model.layers) == FEWEST
         raise KeyboardInterrupt
     assert all(a is b for a, b in zip(model.model.layers, layers, strict=True))
     assert [name for name, _ in model.model.layers.named_children()] == [str(k) for k in range(LAYERS)]
@@ -231,6 +236,22 @@ class EveryOther(Chain):
     def chain(self, x: Tensor) -> Tensor:
         for number, block in enumerate(self.blocks):
             x = block(x).sin() if number % 2 else block(x)
+        return x
+
+
+class EveryFifth(Chain):
+    """Of five blocks none would differ in what it does up to the next."""
+
+    def chain(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x).sin() if number % 5 == 4 else block(x)
+        return x
+
+
+class OddFirst(Chain):
+    def chain(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x) if number else block(x).sin()
         return x
 
 
@@ -289,12 +310,12 @@ class Fixed(Chain):
 @pytest.mark.parametrize(("kind", "accumulation"), [(Chain, 1), (Chain, 2), (Backwards, 2), (Collects, 2), (Fixed, 1)])
 def test_whatever_is_done_the_trace_is_the_whole_one(kind: type[Chain], accumulation: int, watch: Watch) -> None:
     made = kind(), {"x": torch.randn(4, 8)}
-    assert long_runs(made[0], find_blocks(made[0]))
-    assert differences(traced(made, accumulation), whole(made, accumulation)) == []
+    assert long_runs(made[0], find_blocks(made[0]), ENOUGH)
+    assert differences(traced(made, accumulation, times=2), whole(made, accumulation)) == []
     assert bool(watch.runs) or kind is not Chain
 
 
-@pytest.mark.parametrize("kind", [EveryOther, Twice, Skips, Grows])
+@pytest.mark.parametrize("kind", [EveryOther, EveryFifth, Twice, Skips, Grows])
 def test_differences_are_found_and_said_and_all_blocks_traced(kind: type[Chain], watch: Watch) -> None:
     made = kind(), {"x": torch.randn(4, 8)}
     trace = traced(made)
@@ -304,30 +325,40 @@ def test_differences_are_found_and_said_and_all_blocks_traced(kind: type[Chain],
     assert differences(trace, whole(made)) == []
 
 
+def test_where_five_are_too_few_seven_are_traced_from_there_on(watch: Watch) -> None:
+    model, batch = OddFirst(), {"x": torch.randn(4, 8)}
+    recorder = Recorder(model, Recipe())
+    for _ in range(3):
+        assert differences(recorder.record(Sample.of(batch)), whole((model, batch))) == []
+    assert [run.kept for run in watch.runs] == [ENOUGH] * 3
+    assert len(watch.refusals) == 1
+    assert "blocks.2" in watch.refusals[0]
+
+
 # --- which runs are worth it ------------------------------------------------------------------------------------------
 
 
-def test_seven_blocks_are_traced_whole() -> None:
-    for layers, expected in ((7, []), (8, [1]), (9, [2])):
+def test_a_run_is_longer_than_what_is_kept() -> None:
+    for layers, kept, expected in ((7, 7, []), (8, 7, [1]), (9, 7, [2]), (5, 5, []), (6, 5, [1])):
         model = Chain(layers)
-        assert [len(run.omitted) for run in long_runs(model, find_blocks(model))] == expected
+        assert [len(run.omitted) for run in long_runs(model, find_blocks(model), kept)] == expected
 
 
 def test_a_run_names_its_parts() -> None:
     model = Chain(9)
-    (run,) = long_runs(model, find_blocks(model))
+    (run,) = long_runs(model, find_blocks(model), ENOUGH)
     assert (run.container, run.template, run.omitted) == ("blocks", "blocks.3", ("blocks.4", "blocks.5"))
 
 
 def test_a_sequential_is_not_shortened() -> None:
     model = nn.Sequential(*(Chain.Block() for _ in range(9)))
-    assert long_runs(model, find_blocks(model)) == []
+    assert long_runs(model, find_blocks(model), FEWEST) == []
 
 
 def test_a_config_with_a_list_per_layer_is_believed() -> None:
     model, _ = LONG["llama"]()
-    assert long_runs(model, find_blocks(model))
+    assert long_runs(model, find_blocks(model), FEWEST)
     model.config.rates = [0.1] * LAYERS
-    assert long_runs(model, find_blocks(model))
+    assert long_runs(model, find_blocks(model), FEWEST)
     model.config.rates = [0.1] * (LAYERS - 1) + [0.2]
-    assert long_runs(model, find_blocks(model)) == []
+    assert long_runs(model, find_blocks(model), FEWEST) == []

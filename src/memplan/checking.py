@@ -1,6 +1,6 @@
 """The search for a plan whose own trace, not only its profile, is within a budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from memplan.planner import NoPlan, Outcome
 from memplan.progress import stage
@@ -19,22 +19,18 @@ def checked(
 
     What a trace shows beyond the profile, and a card's allocator beyond the trace, is taken off the budget; where the
     former is much, the profile learns from traces at that micro-batch, for another moment has become the peak. The
-    latter is guessed before the first trace, so that fewer are needed.
+    latter is guessed before the first trace, so that fewer are needed, and known of plans of a kind that was traced.
     """
-    asked, taken, seen = _first_to_ask(study, ask, budget_bytes), None, set()
+    asked, taken = _first_to_ask(study, ask, budget_bytes), None
+    beyond: dict[object, int] = {}  # kind of plan -> what the last one of it needed beyond its peak in the profile
     for _ in range(_CORRECTIONS):
         stage("solving")
-        outcome = ask(asked)
-        if isinstance(outcome, NoPlan):
+        outcome = _worth_tracing(ask, asked, beyond, budget_bytes)
+        if outcome is None or (taken is not None and outcome.samples_per_s <= taken[0].samples_per_s):
             break
-        key = (outcome.micro_batch, outcome.accumulation, outcome.variant, outcome.solution.choice)
-        if key in seen:
-            break
-        seen.add(key)
         stage("checking")
         planned = study.traced(outcome)
-        better = taken is None or outcome.samples_per_s > taken[0].samples_per_s
-        if better and planned.needs_bytes <= budget_bytes:
+        if planned.needs_bytes <= budget_bytes:
             taken = outcome, planned
         surprise = planned.trace.peak_bytes - outcome.timeline.peak_bytes
         room = budget_bytes - (planned.needs_bytes - planned.trace.peak_bytes)
@@ -45,7 +41,24 @@ def checked(
             learn(outcome.micro_batch)
             surprise = 0
         asked = room - surprise
+        beyond[_kind(outcome)] = budget_bytes - asked
     return taken
+
+
+def _worth_tracing(
+    ask: Callable[[int], Outcome | NoPlan], asked: int, beyond: Mapping[object, int], budget_bytes: int
+) -> Outcome | None:
+    """The best plan for what is asked that, going by others of its kind, is within the budget."""
+    while not isinstance(outcome := ask(asked), NoPlan):
+        least = budget_bytes - beyond.get(_kind(outcome), budget_bytes - asked)
+        if outcome.timeline.peak_bytes <= least:
+            return outcome
+        asked = least
+    return None
+
+
+def _kind(outcome: Outcome) -> object:
+    return outcome.micro_batch, outcome.accumulation, outcome.variant
 
 
 def _first_to_ask(study: Study, ask: Callable[[int], Outcome | NoPlan], budget_bytes: int) -> int:

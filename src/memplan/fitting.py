@@ -21,9 +21,10 @@ from memplan.errors import AlreadyApplied, DoesNotFit, MemoryTaken, NoDevice, Pl
 from memplan.levers import stepping
 from memplan.levers.host_memory import pooled_bytes
 from memplan.levers.host_pool import HostPool
+from memplan.losses import Loss, loss_of
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
-from memplan.recorder import Loss, Recipe, loss_of
+from memplan.recorder import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.units import format_bytes
 

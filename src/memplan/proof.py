@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from memplan.abstract import preserved, to_training
-from memplan.recorder import Recipe, loss_of
+from memplan.losses import loss_of
+from memplan.recorder import Recipe
 from memplan.samples import Sample
 
 # What may differ where sums are added up in another order, as a share of the norm. A lever that changes the mathematics

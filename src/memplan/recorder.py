@@ -37,6 +37,7 @@ from memplan.errors import (
 from memplan.kernels import Backend
 from memplan.kernels.cpu import CpuBackend
 from memplan.kernels.probes import probed_bytes
+from memplan.losses import Loss, forward
 from memplan.optimizer_step import (
     IN_BACKWARD,
     PLAIN,
@@ -46,15 +47,14 @@ from memplan.optimizer_step import (
     check_stepping,
     not_in_backward,
 )
-from memplan.repeat import NotPeriodic, Run, lengthened, long_runs, shortened
+from memplan.repeat import NotPeriodic, lengthened
+from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample
 from memplan.sharding import sharded
 from memplan.tape import Tape
 from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_bytes
 from memplan.zero import Zero, letting_go
-
-Loss = Callable[[nn.Module, object], Tensor]
 
 # When the loop drops the gradients of a step: behind it (or before the next forward, which is the same), or only when
 # the next forward has returned, where `zero_grad` stands between forward and backward.
@@ -115,6 +115,7 @@ class Recorder:
         if recipe.replicas < 1 or (recipe.bucket_view and recipe.replicas == 1):
             asked = f"replicas={recipe.replicas}, bucket_view={recipe.bucket_view}"
             raise UsageError(f"{asked}: there is one at least, and only several have buckets")
+        self._few_do: bool | None = None  # for a long run; unknown before the first trace
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
         self._fakes: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # see `AbstractModel`
 
@@ -174,9 +175,14 @@ class Recorder:
         Also the places, among the model's parameters, of those that were given a gradient.
         """
         blocks = find_blocks(self.model)
-        runs = long_runs(self.model, blocks)
+        runs = long_runs(self.model, blocks, FEWEST if self._few_do else ENOUGH)
         static = self._static(batch)
         found = self._shortened(batch, blocks, static, runs, primed) if runs else None
+        if runs and self._few_do and found is None:
+            self._few_do = False  # what one trace of a model shows, others will
+            return self._traced(batch, primed)
+        if found and self._few_do is None:
+            self._few_do = True
         trace, graded = found or self._micro_steps(batch, blocks, static, self.fake, primed)
         return trace, _places(self.model, graded)
 
@@ -273,7 +279,7 @@ class Recorder:
         kind = next(self.model.parameters()).device.type
         try:
             with self.recipe.casting(kind):
-                output, loss = _forward(self.model, batch, self.recipe.loss)
+                output, loss = forward(self.model, batch, self.recipe.loss)
                 held[:] = [output] if self.recipe.keeps_output else []
                 del output
         except _NEEDS_VALUES as error:
@@ -347,44 +353,6 @@ def _likewise(model: nn.Module, graded: set[int], runs: Sequence[Run]) -> set[in
             own = model.get_submodule(path).parameters()
             found |= {id(p) for p, is_graded in zip(own, template, strict=True) if is_graded}
     return found
-
-
-def loss_of(model: nn.Module, batch: Sample, loss: Loss | None) -> Tensor:
-    """The scalar to differentiate: `loss(model, batch)`, else what the model's output calls its loss.
-
-    That is its `.loss` or key "loss", the output itself where it is a tensor, and of a tuple the one differentiable
-    scalar in it, else its first. Nothing else of the output is kept alive. Raises BadLoss, which says what to pass.
-    """
-    return _forward(model, batch, loss)[1]
-
-
-def _forward(model: nn.Module, batch: Sample, loss: Loss | None) -> tuple[object, Tensor]:
-    """The output and the loss in it. Of a `loss` of the user's own only the loss is seen."""
-    if loss is not None:
-        found = _checked(loss(model, batch.content), "loss(model, batch)")
-        return found, found
-    output = batch.call(model)
-    return output, _checked(_loss_in(output), f"the output of {type(model).__name__}")
-
-
-def _loss_in(output: object) -> object:
-    if isinstance(output, dict):  # also transformers' ModelOutput
-        return output.get("loss")
-    if isinstance(output, tuple) and output and not hasattr(output, "loss"):
-        scalars = [part for part in output if isinstance(part, Tensor) and part.dim() == 0 and part.requires_grad]
-        return scalars[0] if len(scalars) == 1 else output[0]  # (logits, loss), or the loss first
-    return output if isinstance(output, Tensor) else getattr(output, "loss", None)
-
-
-def _checked(loss: object, source: str) -> Tensor:
-    way_out = "Pass loss=lambda model, batch: ... that returns one differentiable scalar, or labels in the sample."
-    if not isinstance(loss, Tensor):
-        raise BadLoss(f"{source} holds no loss (found {type(loss).__name__}). {way_out}")
-    if loss.numel() != 1:
-        raise BadLoss(f"{source} is no scalar but of shape {tuple(loss.shape)}. {way_out}")
-    if not loss.requires_grad:
-        raise BadLoss(f"{source} does not depend on a trainable parameter, so there is nothing to learn. {way_out}")
-    return loss
 
 
 def _fill_probes(tape: Tape) -> None:

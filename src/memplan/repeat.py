@@ -1,87 +1,31 @@
 """Trace a long model by a short one, where that is provably the same.
 
-Of a run of blocks that cannot be told apart (`blocks.alike`) seven are traced: three at each end would do, the middle
-three must then have left *the same trace*, event by event: the same allocations of the same sizes, dying at the same
-offsets in the same or the neighbouring block. Since a block's events depend only on what its neighbours hand it, and
-three in a row did the same, every further one inserted between them does the same again; the omitted blocks' events are
-copies of the middle block's, moved. Where the check fails the model is traced whole.
+Of a run of blocks that cannot be told apart (`blocks.alike`) a few are traced. The middle three must have left *the
+same trace*, event by event: the same allocations of the same sizes, dying at the same offsets in the same or the
+neighbouring block. Since a block's events depend only on what its neighbours hand it, and three in a row did the same,
+every further one inserted between them does the same again; the omitted blocks' events are copies of the middle
+block's, moved. A model's first trace is of seven, so that the ends of the run may be another thing, and what the model
+does to its blocks by their number is met. Others are of five, where that suffices. Where the check fails the model is
+traced whole.
 
 What autocast has cast goes at the end of its region, all at one moment and in an order that is chance. It makes no
 difference to any sum, nor to an allocator, so where the check fails it is made again with each moment's tensors in the
 order of their births.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from memplan.blocks import alike
+from memplan.runs import Run
 from memplan.trace import BlockRun, MicroStep, Span, Trace
-
-_KEPT = 7
-_MIDDLE = 3  # of the kept: the one that is copied; its neighbours at 2 and 4 are compared with it
 
 
 class NotPeriodic(Exception):
     """The middle blocks did not leave the same trace."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of alike blocks in one container, and how much of it is traced."""
-
-    container: str
-    blocks: tuple[str, ...]
-
-    @property
-    def template(self) -> str:
-        return self.blocks[_MIDDLE]
-
-    @property
-    def omitted(self) -> tuple[str, ...]:
-        """What is not traced; in forward order right behind the template."""
-        return self.blocks[_MIDDLE + 1 : len(self.blocks) - (_KEPT - _MIDDLE - 1)]
-
-
-def long_runs(model: nn.Module, blocks: Sequence[str]) -> list[Run]:
-    """Runs that are worth shortening: more than seven alike blocks in a ModuleList, indifferent to the config."""
-    runs = []
-    for paths in alike(model, blocks):
-        container = paths[0].rpartition(".")[0]
-        inside = isinstance(model.get_submodule(container), nn.ModuleList)
-        if len(paths) > _KEPT and inside and _uniform(model, len(model.get_submodule(container)._modules)):
-            runs.append(Run(container, paths))
-    return runs
-
-
-def _uniform(model: nn.Module, count: int) -> bool:
-    """No per-layer list in a config says that layers differ (layer_types and the like)."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    for config in {id(c): c for c in configs if c is not None}.values():
-        for value in vars(config).values():
-            if isinstance(value, list | tuple) and len(value) == count and len({str(v) for v in value}) > 1:
-                return False
-    return True
-
-
-@contextmanager
-def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
-    """The model without the runs' omitted blocks, for as long as the `with` block lasts."""
-    containers = {run.container: model.get_submodule(run.container) for run in runs}
-    before = {path: dict(container._modules) for path, container in containers.items()}
-    try:
-        for run in runs:
-            for path in run.omitted:
-                del containers[run.container]._modules[path.rpartition(".")[2]]
-        yield
-    finally:
-        for path, container in containers.items():
-            container._modules.clear()
-            container._modules.update(before[path])
 
 
 def lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
@@ -121,8 +65,9 @@ class _Insertion:
     def __init__(self, trace: Trace, run: Run) -> None:
         self.trace, self.run = trace, run
         self.copies = len(run.omitted)
-        self.places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ticks")]
-        self.op_places = [p for number, step in enumerate(trace.steps) for p in _places(number, step, run, "ops")]
+        births = np.append(np.sort(trace.born), trace.ticks)
+        self.places = [p for n, step in enumerate(trace.steps) for p in _places(n, step, run, "ticks", births)]
+        self.op_places = [p for n, step in enumerate(trace.steps) for p in _places(n, step, run, "ops", births)]
         self.place_of_row, self.offset = _locate(trace.born, self.places)
         self.death_place, self.death_offset = _locate(trace.died, self.places)
         # of each place its number relative to the template; the template's rows, and which go outside of all places
@@ -301,25 +246,37 @@ class _Insertion:
         )
 
 
-def _places(number: int, step: MicroStep, run: Run, axis: str) -> list[_Place]:
-    """The regions of the template and of two blocks on each side, on the axis of ticks or of operators."""
+def _places(number: int, step: MicroStep, run: Run, axis: str, births: NDArray[np.int64]) -> list[_Place]:
+    """The regions of the template and of two blocks on each side, on the axis of ticks or of operators.
+
+    A region goes on to where the next block's begins, of the outermost traced ones to the next birth.
+    """
+
+    def gone(tick: int) -> int:
+        return int(births[np.searchsorted(births, tick)]) if axis == "ticks" else tick
+
     at = next((i for i, block in enumerate(step.blocks) if block.path == run.template), None)
-    if at is None or at < _MIDDLE or at + _MIDDLE >= len(step.blocks):
+    if at is None or at < run.ends or at + run.ends >= len(step.blocks):
         raise NotPeriodic(f"{run.template} did not run once, in order, with its neighbours")
-    around = step.blocks[at - _MIDDLE : at + _MIDDLE + 1]
-    expected = (*run.blocks[: _MIDDLE + 1], *run.blocks[-(_KEPT - _MIDDLE - 1) :])
-    if tuple(block.path for block in around) != expected:
+    around = step.blocks[at - run.ends : at + run.ends + 1]
+    if tuple(block.path for block in around) != run.traced:
         raise NotPeriodic(f"the blocks around {run.template} did not run in the order of their container")
     suffix = "" if axis == "ticks" else "_ops"
-    forward = [getattr(block, f"forward{suffix}").start for block in around]
-    backward = [getattr(block, f"backward{suffix}").start for block in around]
-    if forward != sorted(forward) or backward != sorted(backward, reverse=True):
+    forward: list[Span] = [getattr(block, f"forward{suffix}") for block in around]
+    backward: list[Span] = [getattr(block, f"backward{suffix}") for block in around]
+    if not (_in_order(forward) and _in_order(backward[::-1])):
         raise NotPeriodic(f"the blocks around {run.template} did not run back in reverse order")
     places = []
-    for i in range(1, _KEPT - 1):
-        places.append(_Place(number, "forward", i - _MIDDLE, Span(forward[i], forward[i + 1])))
-        places.append(_Place(number, "backward", i - _MIDDLE, Span(backward[i], backward[i - 1])))
+    for i in range(run.ends - 2, run.ends + 3):
+        ahead = forward[i + 1].start if i + 1 < run.kept else gone(forward[i].stop)
+        behind = backward[i - 1].start if i else gone(backward[i].stop)
+        places.append(_Place(number, "forward", i - run.ends, Span(forward[i].start, ahead)))
+        places.append(_Place(number, "backward", i - run.ends, Span(backward[i].start, behind)))
     return places
+
+
+def _in_order(spans: Sequence[Span]) -> bool:
+    return all(one.start <= other.start for one, other in pairwise(spans))
 
 
 def _locate(ticks: NDArray[np.int64], places: list[_Place]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:

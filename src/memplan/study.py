@@ -44,7 +44,7 @@ from memplan.strategy import LEVERS, Lever
 from memplan.summary import decisions_of
 from memplan.timing import captured, cpu_rates, measured
 from memplan.trace import Trace
-from memplan.training_run import usage_of
+from memplan.training_run import excess_of, usage_of
 
 LARGEST_MICRO_BATCH = 4096
 _LONGEST_S = 120.0  # a step that would take longer, by the roofline, is not timed block by block before it is planned
@@ -347,12 +347,11 @@ class Study:
         if self.gpu.kind == "cpu":
             return 0
         traces = [level.trace for levels in self._profiled.values() for level in levels[KEEP]]
-        nearest = min(traces, key=lambda trace: abs(trace.peak_bytes - peak_bytes))
-        return usage_of(nearest, self.allocator).fits_bytes - nearest.peak_bytes
+        return excess_of(min(traces, key=lambda trace: abs(trace.peak_bytes - peak_bytes)), self.allocator)
 
     @cached_property
     def _first_levels(self) -> list[Level]:
-        known = [(decisions, self._known(decisions)) for decisions in self.menu.levels or [{}]]
+        known = [(d, self._known(d)) for d in self.menu.levels or [{}]]
         return [self._level(self.points[0], d) if trace is None else Level(d, trace) for d, trace in known]
 
     def _known(self, decisions: Mapping[str, str]) -> Trace | None:

@@ -22,11 +22,12 @@ from memplan.errors import ModelFailed, PlanNotFollowed
 from memplan.graph import BlockGraph
 from memplan.laps import by_turns
 from memplan.levers.select import capturing
+from memplan.losses import loss_of
 from memplan.menu import Menu
 from memplan.problem import KEEP, RECOMPUTE
-from memplan.recorder import Recipe, loss_of
-from memplan.repeat import long_runs, shortened
+from memplan.recorder import Recipe
 from memplan.roofline import Rates, StepTimes
+from memplan.runs import FEWEST, long_runs, shortened
 from memplan.samples import Sample
 from memplan.skipping import skipped
 
@@ -269,7 +270,7 @@ class _Clock:
     def _calls(self, blocks: Sequence[str], recomputable: bool) -> dict[tuple[str, ...], _Call]:
         """The inputs of the first block of each group of alike ones, from a forward of a short model if that goes."""
         groups = {group[0]: group for group in alike(self.model, blocks)}
-        runs = long_runs(self.model, blocks)
+        runs = long_runs(self.model, blocks, FEWEST)
         with levers.decided(self.model, dict.fromkeys(blocks, RECOMPUTE if recomputable else KEEP)):  # holds less
             try:
                 with shortened(self.model, runs):

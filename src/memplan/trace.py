@@ -61,7 +61,7 @@ class MicroStep:
     blocks: tuple[BlockRun, ...]  # in forward order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One steady-state training step (optimizer state exists).
 

@@ -8,7 +8,7 @@ with the second step; and only then is every step like the last.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Final
 
@@ -45,6 +45,12 @@ def usage_of(trace: Trace, settings: Settings, *, completes: bool = False) -> Us
             break
     events = Events(*_joined(parts))
     return replayed(events, settings) if completes else usage_after(allocator, events)
+
+
+@lru_cache(maxsize=1)  # a search for a plan asks for the same again and again
+def excess_of(trace: Trace, settings: Settings) -> int:
+    """Bytes that a run of the step needs of a card beyond the step's peak."""
+    return usage_of(trace, settings).fits_bytes - trace.peak_bytes
 
 
 def events_of(trace: Trace, steps: int) -> Events:

@@ -27,10 +27,10 @@ from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, Us
 from memplan.fitting import Fit, Live, apply
 from memplan.gpus import Gpu
 from memplan.laps import by_turns
+from memplan.losses import Loss
 from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE
 from memplan.plan_record import Measured, Plan, Verdict
 from memplan.problem import levers_of
-from memplan.recorder import Loss
 from memplan.session import Session
 from memplan.storages import storage_of
 from memplan.strategy import SAFE_LEVERS, Lever, Strategy, load_strategy

@@ -11,7 +11,8 @@ from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 import memplan
 from memplan.errors import CannotTrace
-from memplan.recorder import Loss, Recipe
+from memplan.losses import Loss
+from memplan.recorder import Recipe
 from memplan.samples import Sample
 
 WRAPPED_NUMBERS = 256
