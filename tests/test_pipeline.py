@@ -13,10 +13,11 @@ import torch
 import transformers
 from imprint import Imprint
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import memplan
 from memplan.device import CpuDevice, resolve_gpu
-from memplan.errors import BadBatch, DoesNotFit, MemoryTaken, ModelFailed
+from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, MemoryTaken, ModelFailed
 from memplan.plan_record import Plan, Verdict
 from memplan.recorder import Recipe
 from memplan.samples import Sample
@@ -106,6 +107,32 @@ def test_predicted_is_what_a_real_step_needs(name: str) -> None:
 def test_a_model_on_meta_needs_the_same() -> None:
     real, meta = LLAMA(), on_meta(LLAMA())
     assert memplan.predict(*meta).model_dump() == memplan.predict(*real).model_dump()
+
+
+def by_transformers(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def by_torch(model: Any) -> None:
+    for at, layer in enumerate(model.model.layers):
+        model.model.layers[at] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+
+
+@pytest.mark.parametrize("checkpoint", [by_transformers, by_torch])
+def test_what_somebody_else_recomputes_is_predicted_as_it_runs(checkpoint: Callable[[Any], None]) -> None:
+    model, batch = LLAMA()
+    plain = memplan.predict(model, batch)
+    checkpoint(model)
+    predicted = memplan.predict(model, batch)
+    assert abs(predicted.peak_bytes - real_peak(model, batch)) <= KIB
+    assert predicted.peak_bytes < plain.peak_bytes
+
+
+def test_what_torch_recomputes_already_is_not_planned_for() -> None:
+    model, batch = LLAMA()
+    by_torch(model)
+    with pytest.raises(AlreadyApplied, match=r"model\.layers\.0 is inside torch's CheckpointWrapper already"):
+        memplan.plan(model, "cpu:1GiB", sample=batch)
 
 
 def test_accumulation_and_optimizer_count() -> None:

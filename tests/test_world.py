@@ -2,17 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import two_ranks
+import world_rank
+from guarding import texts
 
 import memplan
 from memplan.errors import UsageError
-from memplan.world import least_share, odd_ranks, of_first, on_all, said_of
+from memplan.samples import Sample
+from memplan.world import largest, least_share, odd_ranks, of_first, on_all, said_of
 
 RANK = Path(__file__).with_name("world_rank.py")
-BOUND_S = 120  # nothing may hang
+BOUND_S = 240  # nothing may hang
+
+Heard = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
+    """What each of two ranks has heard."""
+    folder = tmp_path_factory.mktemp("ranks")
+    two_ranks.run(RANK, folder, bound_s=BOUND_S)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("wrong", [{"shards": 0}, {"replicas": 1.5}])
@@ -43,6 +57,8 @@ def test_several_ranks_are_fitted_where_they_run() -> None:
 
 def test_without_ranks_everything_is_its_own() -> None:
     assert (of_first(3), on_all(lambda: 4), odd_ranks("a"), least_share(lambda: 5)) == (3, 4, [], 1.0)
+    sample = Sample.of(tiny.tokens(2, 3))
+    assert largest(sample, "it is long") == (sample, ("it is long",))
 
 
 def test_a_plan_says_if_it_is_for_a_rank_with_less_memory() -> None:
@@ -51,13 +67,84 @@ def test_a_plan_says_if_it_is_for_a_rank_with_less_memory() -> None:
 
 
 @pytest.mark.slow
-def test_what_two_ranks_tell_each_other(tmp_path: Path) -> None:
-    two_ranks.run(RANK, tmp_path, bound_s=BOUND_S)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    for heard in (first, second):
-        assert (heard["first"], heard["share"], heard["odd"], heard["alike"]) == ("from 0", 0.75, [1], [])
+def test_what_two_ranks_tell_each_other(heard: Heard) -> None:
+    first, second = heard
+    for own in heard:
+        assert (own["first"], own["share"], own["odd"], own["alike"]) == ("from 0", 0.75, [1], [])
     assert (first["all"], second["all"]) == (0, 1)
     words = "the loader has no batch size"
     assert second["failed"] == f"UsageError: {words}"
     assert first["failed"].startswith("ModelFailed: rank 1 failed, and the others cannot go on without it. UsageError:")
     assert words in first["failed"]
+
+
+@pytest.mark.slow
+def test_the_largest_sample_is_sent_as_it_is(heard: Heard) -> None:
+    """By its rows, of which the first rank has more."""
+    for own in heard:
+        found = own["samples"]
+        assert found["ids"] == [list(range(100, 116))]
+        assert found["mask"] == [[n > 110 for n in range(100, 116)]]
+        assert found["dtypes"] == ["torch.int64", "torch.bool", "torch.float32"]
+        assert found["others"] is False
+        assert found["said"][0] == "seen on rank 1"
+        words = "planned for the batch of rank 1, whose rows are the largest: 144 B each, on the first rank 72 B"
+        assert found["said"][1:] == [words]
+
+
+@pytest.mark.slow
+def test_of_equal_samples_none_is_sent(heard: Heard) -> None:
+    for own in heard:
+        assert own["samples"]["alike"] == [True, ["seen on rank 0"]]
+
+
+@pytest.mark.slow
+def test_a_sample_that_cannot_be_sent_is_everybodys_error(heard: Heard) -> None:
+    first, second = (own["samples"]["unsent"] for own in heard)
+    assert second.startswith("BadSample: the sample of this rank is the largest, and cannot be sent to the first")
+    assert first.startswith("ModelFailed: rank 1 failed, and the others cannot go on without it. BadSample:")
+
+
+@pytest.mark.slow
+def test_one_plan_is_for_the_rank_with_the_longest_rows(heard: Heard) -> None:
+    plans = [memplan.Plan.model_validate(own["fitted"]["plan"]) for own in heard]
+    assert plans[0] == plans[1]
+    sample = world_rank.ids(world_rank.LONG)
+    alone = memplan.plan(texts(False), "cpu:1GiB", sample=sample, world=world_rank.WORLD, **world_rank.SIZES)
+    assert not alone.changed
+    assert plans[0].peak_bytes == alone.peak_bytes
+    assert plans[0].sample == alone.sample
+    assert "planned for the batch of rank 1, whose rows are the largest" in " ".join(plans[0].assumptions)
+
+
+@pytest.mark.slow
+def test_of_data_that_the_sample_is_not_of_nothing_is_said(heard: Heard) -> None:
+    for own in heard:
+        shape, said = own["fitted"]["told"]
+        words = " ".join(said)
+        assert shape == [world_rank.LONG]
+        assert "planned for the batch of rank 1" in words
+        assert "the worst batch that can come" not in words
+
+
+@pytest.mark.slow
+def test_a_bad_sample_of_one_rank_is_everybodys_error(heard: Heard) -> None:
+    first, second = (own["fitted"]["refused"] for own in heard)
+    assert second.startswith("BadSample: a sample is a dict, a tuple or a tensor, got str")
+    assert first.startswith("ModelFailed: rank 1 failed, and the others cannot go on without it. BadSample:")
+
+
+@pytest.mark.slow
+def test_memory_that_is_taken_on_one_rank_is_everybodys_error_and_no_model_runs_by_the_plan(heard: Heard) -> None:
+    (first, again), (second, also) = (own["taken"] for own in heard)
+    assert second.startswith("MemoryTaken: of 24 GiB only 3 are free")
+    assert first.startswith("ModelFailed: rank 1 failed, and the others cannot go on without it. MemoryTaken:")
+    assert again == also == "none: None"
+
+
+@pytest.mark.slow
+def test_a_guards_ladder_is_agreed_on(heard: Heard) -> None:
+    needs = heard[0]["ladder"]["needs"]
+    assert needs == heard[1]["ladder"]["needs"]
+    assert len(needs) > 1
+    assert needs == sorted(needs, reverse=True)

@@ -5,12 +5,100 @@ python -m torch.distributed.run --nproc_per_node=2 world_rank.py FOLDER
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from guarding import VOCABULARY, texts
+from torch import Tensor, nn
 
-from memplan.errors import MemplanError, UsageError
-from memplan.world import least_share, odd_ranks, of_first, on_all
+import memplan
+from memplan import fitting
+from memplan.errors import MemoryTaken, MemplanError, UsageError
+from memplan.samples import Sample
+from memplan.world import World, largest, least_share, odd_ranks, of_first, on_all
+
+WORLD = World(replicas=2)
+SHORT, LONG = 8, 16  # tokens of the first rank's rows and of the second's
+SIZES = {"effective_batch": 4, "micro_batch": 2}
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        return f"none: {call()}"
+    except MemplanError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def ids(length: int) -> Tensor:
+    return torch.arange(2 * length).view(2, length) % VOCABULARY
+
+
+def samples(rank: int) -> dict[str, Any]:
+    """The second rank has fewer rows, which are longer; ids count on, so that they can be told apart."""
+    rows = torch.arange(1000)[: 4 * SHORT].view(4, SHORT) if rank == 0 else torch.arange(100, 100 + LONG)[None]
+    content = {"ids": rows, "mask": rows > 110, "weight": torch.tensor(0.5), "use_cache": False}
+    sample, said = largest(Sample.of(content), f"seen on rank {rank}")
+    own, alike = Sample.of(torch.full((2, 3), rank)), f"seen on rank {rank}"
+    same, words = largest(own, alike)
+    return {
+        "ids": sample.content["ids"].tolist(),
+        "mask": sample.content["mask"].tolist(),
+        "dtypes": [str(t.dtype) for t in sample.tensors()],
+        "others": sample.content["use_cache"],
+        "said": said,
+        "alike": (same is own, words),
+        "unsent": error_of(lambda: largest(Sample.of({"x": rows, "function": lambda: rank}))),
+    }
+
+
+def fitted(rank: int) -> dict[str, Any]:
+    """By the whole way of `autofit`, with a sample on each rank."""
+    length = (SHORT, LONG)[rank]
+    plan = fit(ids(length)).plan
+    told = fit(ids(3), data=memplan.Data([3, length])).plan
+    return {
+        "plan": json.loads(plan.model_dump_json()),
+        "told": [told.sample[0].shape, told.assumptions],
+        "refused": error_of(lambda: fit(ids(length) if rank == 0 else "no sample")),
+    }
+
+
+def fit(sample: object, model: nn.Module | None = None, **more: Any) -> memplan.Fit:
+    keep = memplan.Strategy(name="keep-all", summary="", when_to_use="", levers=())
+    model = texts(False) if model is None else model
+    return memplan.autofit(model, "cpu:1GiB", sample=sample, world=WORLD, strategy=keep, **SIZES, **more)
+
+
+def taken(rank: int) -> list[str]:
+    """Memory that other processes take on the second rank, between plan and training."""
+    model, own = texts(False), fitting._check_room
+
+    def gone(*_: object) -> None:
+        if rank == 1:
+            raise MemoryTaken("of 24 GiB only 3 are free", 2**30)
+
+    fitting._check_room = gone
+    error = error_of(lambda: fit(ids(SHORT), model=model))
+    fitting._check_room = own
+    return [error, error_of(lambda: fit(ids(SHORT), model=model).undo())]
+
+
+def ladder() -> dict[str, Any]:
+    """Made on the first rank, and good for a guard on both."""
+    model = texts(False)
+
+    def make() -> list[memplan.Plan]:
+        plan = memplan.plan(model, "cpu:1GiB", sample=ids(LONG), world=WORLD, **SIZES)
+        return list(memplan.ladder(model, plan, micro_batch=2))
+
+    plans = WORLD.agreed(make, model)
+    replica = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    memplan.Guard(memplan.apply(model, plans[0]), optimizer, plans, replica=replica).undo()
+    return {"needs": [plan.needs_bytes for plan in plans]}
 
 
 def main() -> None:
@@ -22,17 +110,17 @@ def main() -> None:
             raise UsageError("the loader has no batch size")
         return 7
 
-    try:
-        failed = str(on_all(failing))
-    except MemplanError as error:
-        failed = f"{type(error).__name__}: {error}"
     heard = {
         "first": of_first(f"from {rank}"),
         "share": least_share(lambda: (100, 75)[rank]),
         "odd": odd_ranks(f"model {rank}"),
         "alike": odd_ranks("model"),
         "all": on_all(lambda: rank),
-        "failed": failed,
+        "failed": error_of(lambda: on_all(failing)),
+        "samples": samples(rank),
+        "fitted": fitted(rank),
+        "taken": taken(rank),
+        "ladder": ladder(),
     }
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(heard))
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ from torch import nn
 
 from memplan import packed
 from memplan._compat import is_checkpointing_layer
-from memplan.errors import UsageError
+from memplan.errors import AlreadyApplied, UsageError
 from memplan.sharding import Unit, padded_bytes
 
 
@@ -150,14 +150,25 @@ def is_batch_coupled(model: nn.Module) -> bool:
     return any(norm.training or not model.training for norm in norms)
 
 
-def refuse_prompts(model: nn.Module) -> None:
-    """Raises UsageError where adapters hand a cache of keys and values to every block (PEFT's prefix tuning)."""
+def check_plannable(model: nn.Module) -> None:
+    """Before a plan is made.
+
+    Raises:
+        UsageError: adapters hand a cache of keys and values to every block (PEFT's prefix tuning).
+        AlreadyApplied: torch's wrappers recompute blocks already. A plan would recompute them twice.
+    """
     adapters = getattr(model, "peft_config", None)
     kinds = [str(getattr(c, "peft_type", "")) for c in adapters.values()] if isinstance(adapters, dict) else []
     if any(kind.endswith(("PREFIX_TUNING", "CARTRIDGE")) for kind in kinds):
         raise UsageError(
             "the adapter hands a cache of keys and values to every block (prefix tuning), and a block that is run "
             "again would append to it, or go without. PEFT refuses that too. Use another adapter, such as LoRA."
+        )
+    wrapped = [path for path, module in model.named_modules() if type(module).__name__ == "CheckpointWrapper"]
+    if wrapped:
+        raise AlreadyApplied(
+            f"{wrapped[0] or 'the model'} is inside torch's CheckpointWrapper already. Leave it out and let the plan "
+            "decide what is recomputed."
         )
 
 

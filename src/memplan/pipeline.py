@@ -2,9 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from memplan.device import resolve_gpu, room_of
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
 from memplan.fitting import Fit, apply
 from memplan.gpus import Gpu
+from memplan.losses import Loss
 from memplan.plan_record import Plan, Verdict
 from memplan.prediction import Prediction
-from memplan.recorder import Loss, Recipe
+from memplan.recorder import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World, least_share, said_of
+from memplan.world import World, largest, least_share, on_all, said_of
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -141,7 +142,8 @@ def autofit(
     other processes take memory of the card meanwhile, it plans again for what is left.
 
     With a `world` of several cards it is called on every rank, the process group being up and the model not yet
-    wrapped or sharded. There is one plan for all, for the rank with the least memory, and no step is measured.
+    wrapped or sharded. There is one plan for all, for the least memory and the largest sample that a rank has, and no
+    step is measured.
 
     In the place of the model it takes a transformers `Trainer`, also TRL's `SFTTrainer`, just before its `train()`,
     with gpu, strategy, micro_batch and risk; the rest is the trainer's own (docs/trainer.md).
@@ -156,13 +158,16 @@ def autofit(
         integration = import_module("memplan.integrations.transformers")  # it stands above this room
         planned_trainer: Fit = integration.autofit_trainer(model, gpu, strategy, micro_batch, risk)
         return planned_trainer
-    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
-    asked = (model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
+
+    def planner() -> _Planner:
+        recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
+        return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
+
     if world is not None and world.cards > 1:
-        planned = _planner(*asked, share=least_share(lambda: room_of(*resolve_gpu(gpu))))
-        found = _fitting(world.agreed(planned, module_of(model)))
-        return apply(model, found, None if isinstance(optimizer, str) else optimizer)
-    planned = _planner(*asked)
+        found = _fitting(world.agreed(on_all(planner).of_all(), module_of(model)))
+        live = None if isinstance(optimizer, str) else optimizer
+        return on_all(partial(apply, model, found, live), Fit.undo)
+    planned = planner()
     for tries_left in reversed(range(_TRIES)):
         found = _fitting(planned())
         try:
@@ -187,6 +192,35 @@ def _fitting(plan: Plan) -> Plan:
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Makes the plan, and makes it again for the memory that is free then, from what was traced already."""
+
+    session: Session
+    strategy: Strategy
+    effective_batch: int | None
+    micro_batch: int | None
+    data: Data | None  # None also if the sample is not of it
+    said: tuple[str, ...] = ()
+
+    def __call__(self) -> Plan:
+        found = self.session.plan(self.strategy, self.effective_batch, self.micro_batch).assuming(*self.said)
+        return found if self.data is None else found.assuming(self.data.describe(found.micro_batch))
+
+    def of_all(self) -> "_Planner":
+        """For the least memory and the largest sample that a rank has. To be called on every rank."""
+        own, strategy = self.session, self.strategy
+        share = least_share(lambda: room_of(own.gpu, own.device))
+        sample, said = largest(own.sample)
+        return replace(
+            self,
+            session=replace(own, sample=sample),
+            strategy=replace(strategy, budget_share=strategy.budget_share * share),
+            data=self.data if sample is own.sample else None,
+            said=(*said_of(share), *said),
+        )
+
+
 def _planner(
     model: nn.Module,
     gpu: str | Gpu,
@@ -198,29 +232,16 @@ def _planner(
     seq_len: int | None,
     data: Data | None,
     risk: float | None,
-    share: float = 1.0,
-) -> Callable[[], Plan]:
-    """What makes the plan, and makes it again for the memory that is free then, from what was traced already.
-
-    Args:
-        share: of the memory that is here, what the plan may use: another rank may have less.
-    """
+) -> _Planner:
     model = module_of(model)
     if not isinstance(strategy, str | Path | Strategy):
         raise BadStrategy(
             f"a strategy is a name such as 'balanced', the path of a TOML file or a Strategy: {strategy!r}"
         )
     chosen = load_strategy(strategy)
-    chosen = replace(chosen, budget_share=chosen.budget_share * share)
     chosen = chosen if risk is None else replace(chosen, risk=risk)
     session = Session(model, sample_of(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
-
-    def planned() -> Plan:
-        found = session.plan(chosen, effective_batch, micro_batch)
-        found = found.assuming(*said_of(share))
-        return found if data is None else found.assuming(data.describe(found.micro_batch))
-
-    return planned
+    return _Planner(session, chosen, effective_batch, micro_batch, data)
 
 
 def sample_of(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:

@@ -90,6 +90,11 @@ class Sample:
         found = (t.shape[1] for t in self.tensors() if t.dim() == 2 and not t.is_floating_point())
         return next(found, None)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one row, in all tensors that have rows."""
+        return sum(tensor.nbytes for tensor in self.tensors() if tensor.dim()) // self.batch_size
+
     def lengthened(self, tokens: int) -> "Sample":
         """The same rows with so many tokens each, repeated in order where there are fewer.
 

@@ -12,7 +12,7 @@ from memplan import cache, optimizers, packed
 from memplan.advice import ways_out
 from memplan.allocator import Settings
 from memplan.batches import POINTS, profiled, splits
-from memplan.blocks import is_batch_coupled, refuse_prompts, signature
+from memplan.blocks import check_plannable, is_batch_coupled, signature
 from memplan.checking import checked
 from memplan.corrections import Corrections, seconds_by_lever
 from memplan.device import CudaDevice, Device, memory_parts
@@ -111,7 +111,7 @@ class Session:
 
         "uncertain" is a plan that takes more than the budget, but not so much that it surely fails (see `risk`).
         """
-        refuse_prompts(self.model)
+        check_plannable(self.model)
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = profiled(pairs) if effective_batch or micro_batch else POINTS
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)

@@ -1,17 +1,22 @@
 """`World`: how many cards train together, and what each of them holds."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from pydantic import TypeAdapter
+from torch import Tensor, nn
 
 from memplan.blocks import signature
-from memplan.errors import MemplanError, ModelFailed, PlanMismatch, UsageError
+from memplan.errors import BadSample, MemplanError, ModelFailed, PlanMismatch, UsageError
 from memplan.plan_record import Plan
+from memplan.samples import Sample
+from memplan.units import format_bytes
 
 _Said = TypeVar("_Said")
+_Made = TypeVar("_Made", Plan, list[Plan])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,15 @@ class World:
         """Of all replicas and shards; each trains on samples of its own."""
         return self.replicas * self.shards
 
-    def agreed(self, make: Callable[[], Plan], model: nn.Module | None = None) -> Plan:
+    def agreed(self, make: Callable[[], _Made], model: nn.Module | None = None) -> _Made:
         """The plan that `make` makes on the first rank, on all of them: what is timed differs from rank to rank.
 
         To be called on every rank, once the process group is up: `world.agreed(lambda: memplan.plan(...))`. An error
         on the first rank is raised on all, so that nobody waits.
 
         Args:
+            make: makes a plan, or a list of them, such as a guard's `list(memplan.ladder(...))`. What it plans for is
+                its own affair: the sample and the memory of the first rank, unless it asks the others before.
             model: what it is for; it has to be the same one on all ranks.
 
         Raises:
@@ -75,10 +82,13 @@ def odd_ranks(text: str, group: "dist.ProcessGroup | None" = None) -> list[int]:
     return [rank for rank, other in enumerate(others, 1) if other != first]
 
 
-def on_all(make: Callable[[], _Said]) -> _Said:
+def on_all(make: Callable[[], _Said], undo: Callable[[_Said], None] = lambda _: None) -> _Said:
     """What `make` gives on this rank. An error on one of them is an error on all, so that nobody waits for it.
 
     To be called on every rank; `make` itself waits for none.
+
+    Args:
+        undo: what is called with it here, if another rank failed.
 
     Raises:
         ModelFailed: another rank failed; its words are in the message. Of what fails here, that itself.
@@ -94,6 +104,7 @@ def on_all(make: Callable[[], _Said]) -> _Said:
         raise failure
     for rank, words in enumerate(said):
         if words:
+            undo(made[0])
             raise ModelFailed(f"rank {rank} failed, and the others cannot go on without it. {words}")
     return made[0]
 
@@ -109,11 +120,54 @@ def least_share(room_bytes: Callable[[], int]) -> float:
     return min(1.0, min(rooms) / rooms[0])
 
 
+def largest(own: Sample, *said: str) -> tuple[Sample, tuple[str, ...]]:
+    """What the first rank has to plan for: its own sample, or that of the rank whose rows have the most bytes.
+
+    To be called on every rank. Rows count, not how many there are: a sample's batch size binds nothing.
+
+    Args:
+        own: the sample of this rank.
+        said: what has to be assumed about it.
+
+    Returns:
+        The sample, on the CPU if it was sent, on all ranks; where the first rank's is the one, each keeps its own. With
+        it, on all ranks, what its rank says of it, and if that is not the first, that it is not.
+
+    Raises:
+        BadSample: it would have to be sent, and holds what cannot be. ModelFailed: so on another rank.
+    """
+    found = _gathered((own.row_bytes, said))
+    rank = max(range(len(found)), key=lambda at: found[at][0])  # of equal ones the first
+    row_bytes, words = found[rank]
+    if rank == 0:
+        return own, words
+    sent = [on_all(lambda: _packed(own) if dist.get_rank() == rank else b"")]
+    dist.broadcast_object_list(sent, src=rank)
+    sample: Sample = on_all(lambda: pickle.loads(sent[0]))
+    than = f"{format_bytes(row_bytes)} each, on the first rank {format_bytes(found[0][0])}"
+    return sample, (*words, f"planned for the batch of rank {rank}, whose rows are the largest: {than}")
+
+
 def said_of(share: float) -> tuple[str, ...]:
     """What a plan has to say of a share of the first rank's memory; nothing of all of it."""
     if share == 1.0:
         return ()
     return (f"planned for {share:.1%} of the first rank's memory, which is what the rank with the least has",)
+
+
+def _packed(sample: Sample) -> bytes:
+    """Copies, since a view would take all of its storage along."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+
+    try:
+        return pickle.dumps(sample.map(copied))
+    except Exception as error:  # whatever the user's objects raise
+        raise BadSample(
+            f"the sample of this rank is the largest, and cannot be sent to the first, which plans for it: {error}. "
+            "Pass tensors and plain values only."
+        ) from error
 
 
 def _gathered(own: _Said, group: "dist.ProcessGroup | None" = None) -> list[_Said]:
@@ -128,13 +182,14 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _made_on_first(make: Callable[[], Plan]) -> Plan:
+def _made_on_first(make: Callable[[], _Made]) -> _Made:
     if _ranks() == 1:
         return make()
+    kind: TypeAdapter[Any] = TypeAdapter(Plan | list[Plan])
     said: list[str | MemplanError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            said = [make().model_dump_json()]
+            said = [kind.dump_json(make()).decode()]
         except MemplanError as error:
             said = [error]
         except Exception as error:  # anything: the others wait for a word
@@ -142,4 +197,5 @@ def _made_on_first(make: Callable[[], Plan]) -> Plan:
     dist.broadcast_object_list(said)
     if isinstance(said[0], MemplanError):
         raise said[0]
-    return Plan.model_validate_json(str(said[0]))
+    made: _Made = kind.validate_json(str(said[0]))
+    return made

@@ -1,6 +1,8 @@
 """Run by two processes (`torch.distributed.run`): the training script under DistributedDataParallel, weights to a file.
 
-python -m torch.distributed.run --nproc_per_node=2 ranks.py FOLDER PLAN|none ROWS
+python -m torch.distributed.run --nproc_per_node=2 ranks.py FOLDER PLAN|none ROWS MODEL MODEL-OF-RANK-1 [SWITCH...]
+
+The switches are those of Accelerate's DataLoaderConfiguration: split_batches, dispatch_batches.
 """
 
 import json
@@ -11,9 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from integrations.scripts import train
+import torch
+from accelerate import DataLoaderConfiguration
+
+from integrations.scripts import padded, train
 from memplan.errors import MemplanError
 from memplan.integrations.accelerate import attach
+
+LONGEST = 16
+
+
+def equally_long(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Where the first process reads for all, Accelerate joins batches, which have to be of one length."""
+    filled = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    pad = torch.nn.functional.pad
+    return {name: pad(t, (0, LONGEST - t.shape[1]), value=filled[name]) for name, t in padded(rows).items()}
 
 
 def main() -> None:
@@ -22,8 +36,11 @@ def main() -> None:
     line = None if plan == "none" else partial(attach, plan=plan)
     if plan.startswith("cpu"):
         line = partial(attach, gpu=plan, micro_batch=2, strategy="huggingface")
+    switches = sys.argv[6:]
+    own = {"dataloader_config": DataLoaderConfiguration(**dict.fromkeys(switches, True))}
+    loader = {"collate_fn": equally_long} if "dispatch_batches" in switches else {}
     try:
-        ran = train(line, rows=rows, model=model if rank == 0 else sys.argv[5])
+        ran = train(line, rows=rows, model=model if rank == 0 else sys.argv[5], loader=loader, accelerator=own)
     except MemplanError as error:
         (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
         return

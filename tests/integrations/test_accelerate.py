@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch.utils.data import IterableDataset
 
+import memplan
 from integrations import scripts
 from integrations.scripts import Ran, train
 from memplan.integrations import parts
@@ -123,6 +124,34 @@ def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plugin_does_the_same() -> None:
     file = planned().keywords["plan"]
     assert train(MemplanPlugin(plan=file).attach).differs_by(train(planned())) == 0
+
+
+def test_prepare_is_the_line_and_accelerates_own_prepare_in_one_call() -> None:
+    file = planned().keywords["plan"]
+
+    def line(accelerator: Accelerator) -> None:
+        def prepare(*objects: Any) -> Any:
+            del accelerator.prepare  # Accelerate's own from here on
+            return memplan.prepare(accelerator, *objects, plan=file)
+
+        accelerator.prepare = prepare
+
+    ours = train(line, rows=35)
+    assert ours.accelerator.memplan.plan.accumulation == 4
+    assert ours.differs_by(train(planned(), rows=35)) == 0
+    check_same(train(None, rows=35), ours)
+
+
+def test_prepare_gives_back_what_it_was_given_in_that_order() -> None:
+    with scripts.fresh_accelerate():
+        model = scripts.make_model("llama")
+        loader = scripts.DataLoader(scripts.Texts(16), scripts.BATCH, collate_fn=scripts.padded)
+        objects = (loader, torch.optim.AdamW(model.parameters()), model)
+        accelerator = Accelerator(cpu=True)
+        mine = memplan.prepare(accelerator, *objects, plan=planned().keywords["plan"])
+        assert len(next(iter(mine[0]))["labels"]) == 2
+        assert mine[1].optimizer is objects[1]
+        assert mine[2] is model
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

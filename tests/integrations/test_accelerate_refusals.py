@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -10,6 +11,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import memplan
@@ -17,6 +19,7 @@ from integrations import scripts
 from integrations.scripts import BATCH, Texts, fresh_accelerate, padded, train
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, PlanMismatch, UsageError
 from memplan.integrations.accelerate import MemplanAccelerator, attach
+from memplan.integrations.scripts import own_batch_size
 
 
 @pytest.fixture
@@ -46,6 +49,55 @@ def test_attached_late_or_twice(accelerator: Accelerator) -> None:
         attach(accelerator)
     with fresh_accelerate(), pytest.raises(AlreadyApplied):
         attach(MemplanAccelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "settings", "kind", "words"),
+    [
+        ("loader", {}, UsageError, "this call has 1 models and 0 loaders"),
+        ("model", {}, UsageError, "this call has 0 models and 1 loaders"),
+        pytest.param(
+            "", {"gpu": "cpu:600KiB", "strategy": "huggingface"}, DoesNotFit, "does not fit", marks=pytest.mark.slow
+        ),
+        ("", {"normalise": "letters"}, UsageError, "normalise = 'letters' is not one of auto"),
+        ("", {"micro_batch": 0}, UsageError, "micro_batch"),
+    ],
+    ids=["no-loader", "no-model", "no-room", "normalise", "micro-batch"],
+)
+def test_prepare_in_one_call_refuses_what_both_calls_refuse(
+    accelerator: Accelerator, left_out: str, settings: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    objects = dict(zip(("model", "optimizer", "loader"), parts(), strict=True))
+    objects.pop(left_out, None)
+    with pytest.raises(kind, match=words):
+        memplan.prepare(accelerator, *objects.values(), **settings)
+    assert not accelerator._models
+    assert not accelerator._dataloaders
+
+
+def test_prepare_in_one_call_twice_or_late(accelerator: Accelerator) -> None:
+    file = scripts.plan_file("llama", 2, 8)
+    memplan.prepare(accelerator, *parts(), plan=file)
+    with pytest.raises(AlreadyApplied, match="has memplan attached already"):
+        memplan.prepare(accelerator, *parts(), plan=file)
+    with fresh_accelerate():
+        late = Accelerator(cpu=True)
+        late.prepare(parts()[0])
+        with pytest.raises(UsageError, match="has prepared a model or a loader already"):
+            memplan.prepare(late, *parts(), plan=file)
+
+
+def test_prepare_in_one_call_switched_off(accelerator: Accelerator) -> None:
+    _, _, loader = memplan.prepare(accelerator, *parts(), enabled=False)
+    assert not hasattr(accelerator, "memplan")
+    assert [len(batch["labels"]) for batch in loader] == [8, 8, 4]
+
+
+def test_a_shared_batch_that_the_ranks_cannot_share_evenly() -> None:
+    shared = SimpleNamespace(split_batches=True, num_processes=3)
+    assert own_batch_size(shared, parts(batch_size=6)[2]) == 2
+    with pytest.raises(UsageError, match="a batch of 8 has to be a multiple of the 3 processes"):
+        own_batch_size(shared, parts()[2])
 
 
 class ByTokens(BatchSampler):
@@ -84,6 +136,13 @@ def test_checkpointed_by_somebody_else(accelerator: Accelerator) -> None:
     model, optimizer, loader = parts()
     model.gradient_checkpointing_enable()
     with pytest.raises(AlreadyApplied, match="checkpointed by transformers already"):
+        attach(accelerator).prepare(model, optimizer, loader)
+
+
+def test_checkpointed_by_torch(accelerator: Accelerator) -> None:
+    model, optimizer, loader = parts()
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    with pytest.raises(AlreadyApplied, match=r"model\.layers\.1 is inside torch's CheckpointWrapper already"):
         attach(accelerator).prepare(model, optimizer, loader)
 
 

@@ -44,9 +44,18 @@ class Module(LightningModule):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def fit(callback: MemplanCallback | None, rows: int = 40, model: str = "llama", own: int = 1, **trainer: Any) -> Module:
+def fit(
+    callback: MemplanCallback | None,
+    rows: int = 40,
+    model: str = "llama",
+    own: int = 1,
+    checkpointed: bool = False,
+    **trainer: Any,
+) -> Module:
     seed_everything(0, verbose=False)
     module = Module(model, EPOCHS * -(-rows // (BATCH * own)))
+    if checkpointed:
+        module.model.gradient_checkpointing_enable()
     order = torch.Generator().manual_seed(2)
     loader = DataLoader(Texts(rows), BATCH, shuffle=True, collate_fn=padded, generator=order)
     quiet = {
@@ -107,6 +116,21 @@ def test_dropout_where_the_batch_is_not_split() -> None:
     assert callback.plan is not None
     assert callback.plan.recomputed
     assert difference(plain, ours) <= 1e-5
+
+
+def test_a_module_that_transformers_checkpoints_is_planned_as_one_that_it_does_not() -> None:
+    """The plan decides what is recomputed, and afterwards its blocks are checkpointed as they were."""
+    callbacks = [MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface") for _ in range(2)]
+    ours, other = fit(callbacks[0], 35, checkpointed=True), fit(callbacks[1], 35)
+    plan, same = (callback.plan for callback in callbacks)
+    assert plan is not None
+    assert same is not None
+    assert plan.peak_bytes == same.peak_bytes
+    assert plan.recomputed == same.recomputed
+    assert difference(ours, other) == 0
+    assert difference(ours, fit(None, 35)) <= 1e-5
+    assert ours.model.is_gradient_checkpointing
+    assert not other.model.is_gradient_checkpointing
 
 
 def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

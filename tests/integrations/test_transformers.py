@@ -128,6 +128,25 @@ def test_planning_leaves_the_random_state_and_undo_everything_else(make: Any) ->
     assert not any(type(c).__name__ == "PlanCallback" for c in made.callback_handler.callbacks)
 
 
+def test_a_model_that_is_checkpointed_already_is_planned_as_one_that_is_not(make: Any) -> None:
+    """The plan decides what is recomputed; after `undo` it is checkpointed as it was."""
+    models, fits = [], []
+
+    def checkpointed() -> transformers.Trainer:
+        models.append(small())
+        models[-1].gradient_checkpointing_enable()
+        return make(model=models[-1], max_steps=4)
+
+    planned = run(checkpointed, lambda t: fits.append(memplan.autofit(t, **WHOLE, micro_batch=2)))
+    other = run(partial(make, max_steps=4), lambda t: fits.append(memplan.autofit(t, **WHOLE, micro_batch=2)))
+    check_same(planned, other, most=0.0)
+    check_same(planned, run(partial(make, max_steps=4)))
+    mine, same = (fit.plan for fit in fits)
+    assert (mine.peak_bytes, mine.recomputed) == (same.peak_bytes, same.recomputed)
+    fits[0].undo()
+    assert models[0].is_gradient_checkpointing
+
+
 # -- what is adapted ---------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.attachment import Attachment, Wishes
 from memplan.integrations.parts import Count, counter
 from memplan.integrations.scripts import refuse_unknown_runs
-from memplan.recorder import Loss
+from memplan.losses import Loss
 from memplan.settings import Settings
 
 __all__ = ["Attachment", "MemplanAccelerator", "MemplanPlugin", "attach", "prepare"]

@@ -33,12 +33,13 @@ from memplan.integrations.parts import (
 )
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
+from memplan.losses import Loss
 from memplan.plan_record import Plan
-from memplan.recorder import Loss, Recipe
+from memplan.recorder import Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-from memplan.world import World, least_share, of_first, on_all
+from memplan.world import World, largest, least_share, of_first, on_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAN_FILE = "memplan.json"  # beside what `save_state` writes
@@ -109,23 +110,10 @@ class Attachment:
         model, at, batch_size = on_all(partial(_model_and_batch, accelerator, objects))
         loader = objects[at]
         optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
-        if is_deepspeed(accelerator):
-            settle(accelerator, model, batch_size)
+        recipe = on_all(partial(self._settled, model, optimizers, batch_size))
         own_batches = accelerator.gradient_accumulation_steps
-        if accelerator.device_placement and not is_sharded(accelerator):
-            model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
-        recipe = Recipe(
-            self._wishes.loss,
-            optimizers[0] if len(optimizers) == 1 else "adamw",
-            _PRECISIONS.get(accelerator.mixed_precision),
-            keeps_output=True,
-            clips=True,
-            **_ranks(accelerator),
-        )
-        if is_deepspeed(accelerator):
-            recipe = as_the_engine_runs(recipe, accelerator, model)
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
-            sample, said = on_all(partial(self._shown, loader))
+            sample, said = largest(*on_all(partial(self._shown, loader)))
             count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
             make = partial(
                 plan_for,
@@ -140,9 +128,11 @@ class Attachment:
                 share=self._least_room(),
             )
             plan = World(accelerator.num_processes).agreed(make, model)
-        if said:
-            plan = plan.assuming(said)
-        self.fit = apply(model, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None)
+        if self._wishes.settings.plan is not None:  # which was made for another sample
+            said = ()
+        plan = plan.assuming(*said)
+        live = optimizers[0] if len(optimizers) == 1 else None
+        self.fit = on_all(partial(apply, model, plan, live), Fit.undo)
         try:
             split = Split(count or counter(SAMPLES), plan.accumulation, own_batches, batch_size)
             with sharded(accelerator, model, optimizers) if is_sharded(accelerator) else nullcontext():
@@ -153,7 +143,7 @@ class Attachment:
         self.plan = plan
         if accelerator.is_main_process:
             off = "memplan.attach(accelerator, enabled=False)"
-            announce(banner(plan, (batch_size, own_batches), off, said=(said,) if said else ()))
+            announce(banner(plan, (batch_size, own_batches), off, said=said))
         self._tell_trackers()
         return prepared
 
@@ -237,10 +227,26 @@ class Attachment:
 
     # -- planning ------------------------------------------------------------------------------------------------
 
-    def _shown(self, loader: DataLoader[Any]) -> tuple[Sample, str]:
-        """The batch to plan for, and what has to be said of it."""
-        sample, said = longest_batch(loader) if self._wishes.sample is None else (self._wishes.sample, "")
-        return Sample.of(sample), said
+    def _settled(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], batch_size: int) -> Recipe:
+        """What a step is, with model and accelerator as they are going to be in the run."""
+        accelerator = self._accelerator
+        if is_deepspeed(accelerator):
+            settle(accelerator, model, batch_size)
+        if accelerator.device_placement and not is_sharded(accelerator):
+            model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
+        recipe = Recipe(
+            self._wishes.loss,
+            optimizers[0] if len(optimizers) == 1 else "adamw",
+            _PRECISIONS.get(accelerator.mixed_precision),
+            keeps_output=True,
+            clips=True,
+            **_ranks(accelerator),
+        )
+        return as_the_engine_runs(recipe, accelerator, model) if is_deepspeed(accelerator) else recipe
+
+    def _shown(self, loader: DataLoader[Any]) -> tuple[Sample, *tuple[str, ...]]:
+        """The batch to plan for on this rank, and what has to be said of it."""
+        return longest_batch(loader) if self._wishes.sample is None else (Sample.of(self._wishes.sample),)
 
     def _counted(self, model: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
         """What the model's loss is a mean over; None if the batch must not be split. The first rank decides."""

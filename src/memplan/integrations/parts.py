@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from memplan.abstract import preserved
 from memplan.errors import UsageError
+from memplan.losses import loss_of
 from memplan.packed import bits_of
-from memplan.recorder import Recipe, loss_of
+from memplan.recorder import Recipe
 from memplan.samples import Sample
 
 Count = Callable[[Any], "Tensor | int"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from memplan._compat import is_checkpointing_layer
-from memplan.blocks import refuse_prompts
+from memplan.blocks import check_plannable
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.deepspeed import check_engine, is_deepspeed
 from memplan.integrations.fsdp import is_sharded, refuse_uncounted
@@ -30,7 +30,7 @@ def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
         )
     shuffled = [at for at in loaders if isinstance(objects[at].sampler, RandomSampler)]
     (model,) = models
-    refuse_prompts(model)
+    check_plannable(model)
     _refuse_checkpointed(model)
     place = shuffled[0] if len(shuffled) == 1 else loaders[0]
     if getattr(objects[place], "_is_accelerate_prepared", False) or hasattr(objects[place], "base_dataloader"):
@@ -44,11 +44,6 @@ def _refuse_checkpointed(model: nn.Module) -> None:
             raise AlreadyApplied(
                 f"{path or 'the model'} is checkpointed by transformers already. Call "
                 "model.gradient_checkpointing_disable() and let the plan decide what is recomputed."
-            )
-        if type(module).__name__ == "CheckpointWrapper":
-            raise AlreadyApplied(
-                f"{path} is inside torch's CheckpointWrapper already. Leave it out and let the plan decide what is "
-                "recomputed."
             )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 
-from memplan.blocks import refuse_prompts
+from memplan.blocks import check_plannable
 from memplan.errors import UsageError
 from memplan.integrations.scripts import REPLICATED
 from memplan.plan_record import Plan
@@ -87,7 +87,7 @@ def check(trainer: Any) -> None:
     ):
         if is_so:
             raise UsageError(f"memplan.autofit(trainer): {what}.")
-    refuse_prompts(trainer.model)
+    check_plannable(trainer.model)
 
 
 def _replicates(accelerator: Any) -> bool:

@@ -7,7 +7,7 @@ comes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from memplan.data import Data
 from memplan.errors import UsageError
 from memplan.integrations.loaders import same_chance
 from memplan.samples import Sample
+from memplan.world import largest
 
 _UNKNOWN_ROWS: Final = 16  # are enough to see what a batch is like, where nothing says which rows are long
 
@@ -40,6 +41,11 @@ class Rows:
     is_joined: bool
     data: Data | None
     said: tuple[str, ...]
+
+    def of_all(self) -> "Rows":
+        """The same, with the largest sample of all ranks and what is said of it. To be called on every rank."""
+        sample, said = largest(self.sample, *self.said)
+        return replace(self, sample=sample, data=self.data if sample is self.sample else None, said=said)
 
 
 def rows_of(trainer: Any) -> Rows:

@@ -72,8 +72,9 @@ def _value(trainer: Any, batch: dict[str, Any], items: Any, recipe: Recipe, devi
 
 
 def _items(trainer: Any, batch: dict[str, Any]) -> Any:
-    """What the trainer divides the loss by, as it counts it; None if it does not."""
-    return trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))[1]
+    """What the trainer divides the loss by, as it counts it on one rank; None if it does not."""
+    with account_aside(trainer):
+        return trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))[1]
 
 
 def _is_scaled(trainer: Any, items: Any) -> bool:
@@ -88,22 +89,37 @@ def _is_scaled(trainer: Any, items: Any) -> bool:
 def account_aside(trainer: Any) -> Iterator[None]:
     """What is counted and averaged for logging meanwhile is forgotten, and not read: a trace has no values.
 
-    TRL's metrics go through `gather_for_metrics`; it hands out zeros.
+    TRL's metrics go through `gather_for_metrics`; it hands out zeros. `gather` hands out what is this rank's own: none
+    waits for another one.
     """
     before, accelerator = dict(vars(trainer)), trainer.accelerator
-    gathers = vars(accelerator).get("gather_for_metrics")
+    instead = {"gather_for_metrics": lambda data, *_: torch.zeros(data.shape), "gather": lambda data: data}
+    own = {name: vars(accelerator)[name] for name in instead if name in vars(accelerator)}
     if "_metrics" in before:
         trainer._metrics = copy.deepcopy(before["_metrics"])
-    accelerator.gather_for_metrics = lambda data, *_: torch.zeros(data.shape)
+    vars(accelerator).update(instead)
     try:
         yield
     finally:
         vars(trainer).clear()
         vars(trainer).update(before)
-        if gathers is None:
-            del accelerator.gather_for_metrics
-        else:
-            accelerator.gather_for_metrics = gathers
+        for name in instead:
+            del vars(accelerator)[name]
+        vars(accelerator).update(own)
+
+
+@contextmanager
+def account_of_success(trainer: Any) -> Iterator[None]:
+    """What is counted and averaged for logging meanwhile is forgotten if an error ends it."""
+    before, metrics = dict(vars(trainer)), copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        yield
+    except BaseException:
+        vars(trainer).clear()
+        vars(trainer).update(before)
+        if metrics is not None:
+            trainer._metrics = metrics
+        raise
 
 
 @contextmanager

@@ -36,8 +36,7 @@ def evaluation(trainer: Any, plan: Plan) -> tuple[str, ...]:
 
 def fetched(plan: Plan, sample: Sample) -> tuple[str, ...]:
     """A word on the inputs of a step's other micro-batches, which the trainer fetches at once, where they count."""
-    row_bytes = sum(tensor.nbytes for tensor in sample.tensors()) // sample.batch_size
-    others = (plan.accumulation - 1) * plan.micro_batch * row_bytes
+    others = (plan.accumulation - 1) * plan.micro_batch * sample.row_bytes
     if others * _NEGLIGIBLE < plan.budget_bytes:
         return ()
     return (

@@ -1,0 +1,192 @@
+"""What a Lightning fit asks for that no plan goes with: one clear error before any step, and everything as it was."""
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from integrations import scripts
+from integrations.scripts import BATCH, Texts, make_model, padded
+from memplan.errors import DoesNotFit, PlanMismatch, UsageError
+from memplan.integrations.lightning import MemplanCallback
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Lightning's own imports warn of
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR", "lightning.pytorch")
+
+
+class Module(LightningModule):
+    """Notes the batches that it trains on, and may fail at one of them."""
+
+    def __init__(self, by_hand: bool = False, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.model, self.fails_at = make_model("llama"), fails_at
+        self.automatic_optimization = not by_hand
+        self.rows: list[int] = []
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.rows.append(len(batch["labels"]))
+        if batch_idx == self.fails_at:
+            raise KeyError("of the module itself")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def texts(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Texts(16), **({"batch_size": BATCH, "collate_fn": padded} | options))
+
+
+def trainer(callback: MemplanCallback, **options: Any) -> Trainer:
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+        False,
+    )
+    return Trainer(callbacks=[callback], max_epochs=1, accelerator="cpu", **quiet, **options)
+
+
+def state_of(module: Module) -> list[dict[str, object]]:
+    """What says how each of its modules runs, but for what Lightning itself sets on the outermost."""
+    return [{**part.__dict__} for part in module.model.modules()]
+
+
+def refused(
+    kind: type[Exception],
+    words: str,
+    *,
+    module: Module | None = None,
+    loader: Any = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """No batch is trained on, the module and the trainer run afterwards as before."""
+    module = module or Module()
+    callback = MemplanCallback(**({"gpu": "cpu:1GiB", "strategy": "huggingface"} | (settings or {})))
+    lightning, before = trainer(callback, **options), state_of(module)
+    with pytest.raises(kind, match=words):
+        lightning.fit(module, texts() if loader is None else loader)
+    assert callback.plan is None
+    assert module.rows == []
+    assert state_of(module) == before
+    assert not {"training_step", "log", "log_dict"} & module.__dict__.keys()
+    assert lightning.accumulate_grad_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"val_check_interval": 2}, "val_check_interval = 2 counts batches.* such as 0.25"),
+        ({"overfit_batches": 1}, "limit_train_batches = 1 counts batches"),
+        ({"fast_dev_run": 1}, "limit_train_batches = 1 counts batches"),
+    ],
+)
+def test_numbers_of_batches(options: dict[str, Any], words: str) -> None:
+    refused(UsageError, words, **options)
+
+
+def test_a_module_that_optimizes_by_hand() -> None:
+    refused(UsageError, r"automatic_optimization=False.*memplan.autofit\(module", module=Module(by_hand=True))
+
+
+def test_several_devices() -> None:
+    """Told by the trainer's world size, before it is asked for anything else."""
+    with pytest.raises(UsageError, match=r"one device, and this fit has 2: .* Use memplan\.attach with Accelerate"):
+        MemplanCallback(gpu="cpu:1GiB").on_fit_start(SimpleNamespace(world_size=2), Module())  # type: ignore[arg-type]
+
+
+class Once(IterableDataset[dict[str, list[int]]]):
+    """A stream that can be read once."""
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return self
+
+    def __next__(self) -> dict[str, list[int]]:
+        raise AssertionError("nothing of it is used up")
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (lambda: CombinedLoader([texts(), texts()]), "one training DataLoader; this fit has a CombinedLoader"),
+        (lambda: [padded([Texts(8)[at] for at in range(8)])], "one training DataLoader; this fit has a list"),
+        (lambda: texts(batch_size=None, collate_fn=None), "batch_size=None: its data set makes the batches"),
+        (lambda: DataLoader(Once(), BATCH, collate_fn=padded), "a stream that can be read once"),
+    ],
+    ids=["several", "none", "no-batches", "once"],
+)
+def test_loaders_that_cannot_be_cut(loader: Any, words: str) -> None:
+    refused(UsageError, words, loader=loader())
+
+
+@pytest.mark.slow
+def test_no_room() -> None:
+    refused(DoesNotFit, "does not fit", settings={"gpu": "cpu:600KiB"})
+
+
+def test_a_plan_for_another_batch() -> None:
+    refused(
+        PlanMismatch,
+        "16 samples per optimizer step, the script has 8",
+        settings={"plan": scripts.plan_file("llama", 2, 16)},
+    )
+
+
+class Contrastive(Module):
+    """Each row is told from the others of its batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = self.model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state.mean(1)
+        return torch.nn.functional.cross_entropy(hidden @ hidden.T, torch.arange(len(hidden)))
+
+
+def test_a_loss_over_the_batch_cannot_be_made_to_split() -> None:
+    words = "micro_batch=2 would split a batch of 8: its loss is not a mean"
+    refused(UsageError, words, module=Contrastive(), settings={"micro_batch": 2})
+
+
+@pytest.mark.slow
+def test_a_loss_over_the_batch_is_not_split() -> None:
+    callback, module = MemplanCallback(gpu="cpu:1GiB", strategy="huggingface"), Contrastive()
+    trainer(callback).fit(module, texts())
+    assert callback.plan is not None
+    assert (callback.plan.micro_batch, callback.plan.accumulation) == (BATCH, 1)
+    assert module.rows == [8, 8]
+
+
+@pytest.mark.slow
+def test_a_fit_that_fails_leaves_everything_as_it_was() -> None:
+    callback, module = MemplanCallback(gpu="cpu:1GiB", strategy="huggingface", micro_batch=2), Module(fails_at=5)
+    lightning, loader, before = trainer(callback), texts(), state_of(module)
+    with pytest.raises(KeyError, match="of the module itself"):
+        lightning.fit(module, loader)
+    assert callback.plan is not None
+    assert callback.plan.recomputed
+    assert module.rows == [2] * 6
+    assert state_of(module) == before
+    assert "training_step" not in module.__dict__
+    assert lightning.accumulate_grad_batches == 1
+    assert lightning.fit_loop._data_source.instance is loader
+
+
+def test_switched_off() -> None:
+    callback, module = MemplanCallback(gpu="cpu:1GiB", enabled=False), Module()
+    trainer(callback).fit(module, texts())
+    assert callback.plan is None
+    assert module.rows == [8, 8]

@@ -1,0 +1,135 @@
+"""What a Trainer asks for that no plan goes with: one clear error before any step is run, and the trainer as it was."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+import memplan
+from integrations.trainers import arguments, collated, dataset, rows, trainer
+from memplan.errors import BadBatch, DoesNotFit, UsageError
+from memplan.integrations.trainer_data import rows_of
+from memplan.integrations.trainer_loss import coupling
+from memplan.recorder import Recipe
+
+WHOLE = {"gpu": "cpu:100MiB", "strategy": "huggingface"}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    return lambda **changes: trainer(tmp_path, changes.pop("model", None) or tiny.llama(layers=2)[0], **changes)
+
+
+def refused(made: transformers.Trainer, words: str, **asked: Any) -> None:
+    """Nothing of the trainer or of its arguments is another one afterwards."""
+    args, own = dict(vars(made.args)), dict(vars(made))
+    with pytest.raises(UsageError, match=words):
+        memplan.autofit(made, **WHOLE, **asked)
+    assert vars(made.args) == args
+    assert vars(made) == own
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("deepspeed", "zero2.json", "deepspeed divides weights and states by rules of its own"),
+        ("fsdp", True, r"fsdp divides weights over ranks.*fsdp_config\['activation_checkpointing'\]"),
+        ("_n_gpu", 2, r"copied to 2 cards \(DataParallel\).*CUDA_VISIBLE_DEVICES=0"),
+        ("use_liger_kernel", True, "use_liger_kernel changes the model when training starts"),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "use_reentrant=True is asked for"),
+        ("optim", "galore_adamw_layerwise", "optim=galore_adamw_layerwise steps inside the backward"),
+    ],
+)
+def test_arguments_that_contradict_a_plan(make: Any, argument: str, value: object, words: str) -> None:
+    """They are set afterwards, since what most of them ask for is not installed here."""
+    made = make()
+    setattr(made.args, argument, value)
+    refused(made, words)
+
+
+def test_a_model_that_is_made_when_training_starts(tmp_path: Path) -> None:
+    made = transformers.Trainer(
+        args=arguments(tmp_path),
+        model_init=lambda: tiny.llama(layers=2)[0],
+        train_dataset=dataset(),
+        data_collator=collated,
+    )
+    refused(made, "model_init makes another model when training starts. Pass the model itself")
+
+
+def test_ranks_that_divide_the_model_by_a_config(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make()
+    monkeypatch.setattr(type(made.args), "world_size", 2)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_GPU)
+    monkeypatch.setattr(Accelerator, "parallelism_config", object())
+    refused(made, "2 ranks divide the model by MULTI_GPU")
+
+
+# -- no batch to plan for ----------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_without_data(make: Any) -> None:
+    made = make()
+    made.train_dataset = None
+    refused(made, "the trainer has no train_dataset")
+
+
+def test_a_loader_of_ones_own_that_makes_no_batch_before_training(make: Any) -> None:
+    made = make()
+    made.get_train_dataloader = lambda: [collated(rows(2))]
+    refused(made, "loader is a list without dataset and collate_fn")
+
+
+# -- batches that stay as they are -------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Rows in an order of their own, as often as they are asked for."""
+
+    def __iter__(self) -> Any:
+        return iter(rows(16))
+
+
+class MeanOfItems(nn.Module):
+    """A mean over a micro-batch's labels, though transformers would have it divide by the items of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(tiny.VOCABULARY, 8)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **_: object) -> dict[str, Tensor]:
+        scores = self.words(input_ids) @ self.words.weight.T
+        return {"loss": nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.slow
+def test_a_stream_is_not_divided_otherwise(make: Any) -> None:
+    made = partial(make, train_dataset=Stream(), max_steps=2)
+    with pytest.raises(BadBatch, match=r"micro_batch=2 would change the result of the 8 x 1 .* the data is a stream"):
+        memplan.autofit(made(), **WHOLE, micro_batch=2)
+    fit = memplan.autofit(made(), **WHOLE)
+    assert (fit.plan.micro_batch, fit.plan.accumulation) == (8, 1)
+    assert any("the batch stays divided as it is, 8 x 1" in said for said in fit.plan.assumptions)
+
+
+def test_a_mean_that_transformers_would_add_up_is_told_apart(make: Any) -> None:
+    alike = [{name: ids[:8] for name, ids in row.items()} for row in rows(64) if len(row["input_ids"]) >= 8]
+    made = make(model=MeanOfItems(), train_dataset=alike)
+    assert "so that transformers adds those means up" in str(coupling(made, rows_of(made), Recipe()))
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_too_large_and_not_to_be_divided_says_why(make: Any) -> None:
+    made = make(dataloader_drop_last=True)
+    args, own = dict(vars(made.args)), dict(vars(made))
+    with pytest.raises(DoesNotFit, match="the batch stays divided as it is, 8 x 1: dataloader_drop_last"):
+        memplan.autofit(made, "cpu:600KiB", strategy="huggingface")
+    assert vars(made.args) == args
+    assert vars(made) == own
