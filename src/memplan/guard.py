@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
 from memplan.device import Device, resolve_gpu
-from memplan.errors import DoesNotFit, MemoryTaken, ModelFailed, UsageError
+from memplan.errors import DoesNotFit, MemoryTaken, ModelError, ModelFailed, UsageError
 from memplan.fitting import Fit, apply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
@@ -109,6 +109,7 @@ class Guard:
         self._bucket, self._exchanged, self._over = 0, False, False
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
         self._said: list[tuple[Word, int]] = []
+        self._since: list[Callable[[], object]] = []  # the micro-steps since the optimizer's last step
         self._rows: int | None = None  # what an evaluation has come down to
 
     @property
@@ -116,9 +117,13 @@ class Guard:
         """The plan in force."""
         return self.fit.plan
 
+    def end(self) -> None:
+        """The optimizer steps by itself again; the model stays by the plan in force."""
+        self._careful.undo()
+
     def undo(self) -> None:
         """The model, the optimizer and the replica as they were before any plan."""
-        self._careful.undo()
+        self.end()
         self.fit.undo()
         if self._replicas is not None:
             self._replicas.undo()
@@ -149,8 +154,7 @@ class Guard:
                 f"{held} parameters hold gradients before the step, and a copy of them would take memory. Call "
                 "optimizer.zero_grad(set_to_none=True) at the end of each step."
             )
-        self._before.note()
-        self._bucket = bucket
+        self._begin(bucket)
         while True:
             self._exchanged = False
             self._careful.reset()
@@ -163,6 +167,33 @@ class Guard:
                 return result[0]
             self._recover(failure)
             del failure
+
+    def micro_step(self, run: Callable[[], _Result]) -> _Result:
+        """One micro-step of a step that another's loop takes, and what `run` returns.
+
+        `run` does a forward and a backward. Where memory runs out in it, the gradients so far are dropped, and the
+        micro-steps since the optimizer's last step run again by the next plan: what they read is held until then. For
+        one rank, and plans with one micro-batch, since the loop divides the batch. A step has begun where no parameter
+        holds a gradient.
+
+        Raises as `step` does.
+        """
+        if self._replicas is not None or len(self._limits) > 1:
+            raise UsageError("micro-steps are guarded on one rank, with plans for any length: call guard.step(run)")
+        if not self._before.gradients():
+            self._watch()
+            self._begin(0)
+            self._careful.reset()
+            self._since.clear()
+        self._since.append(run)
+        result, failure = _outcome(run)
+        while failure is not None:
+            self._recover(failure)
+            failure = next((error for each in self._since[:-1] if (error := _outcome(each)[1]) is not None), None)
+            if failure is None:
+                result, failure = _outcome(run)
+        assert result is not None
+        return result[0]
 
     def exchange(self) -> None:
         """After a step's last backward: gradients become their mean over the ranks. With one rank, nothing.
@@ -205,6 +236,10 @@ class Guard:
             self._rows = now // 2
             self._note(f"an evaluation ran out of memory in batches of {now}; it goes on with {self._rows}")
             del failure
+
+    def _begin(self, bucket: int) -> None:
+        self._before.note()
+        self._bucket = bucket
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
@@ -280,7 +315,7 @@ class Guard:
         in_force = self.plan is before
         if in_force:
             self.fit.undo()  # a smaller plan is made for the model as it is
-        while rungs.fall():
+        while self._smaller(rungs):
             if in_force:
                 try:
                     self.fit = apply(self.fit.model, rungs.plan, self._optimizer)
@@ -295,6 +330,15 @@ class Guard:
         if in_force:
             self.fit = apply(self.fit.model, before, self._optimizer)
         return False
+
+    @staticmethod
+    def _smaller(rungs: Rungs) -> bool:
+        """Whether there is a next plan. One that is made in this need, and cannot be, is none."""
+        try:
+            return rungs.fall()
+        except ModelError as error:
+            _log.warning("memplan: no smaller plan could be made: %s", error)
+            return False
 
     def _follow(self, plan: Plan) -> None:
         if self.plan is not plan:

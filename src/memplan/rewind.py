@@ -96,6 +96,15 @@ def forget(error: BaseException) -> None:
         traceback.clear_frames(one.__traceback__)
 
 
+def steps_in_parts(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step can be guarded without a copy of all that it changes."""
+    return _is_foreign(optimizer) or stepping.refusal(optimizer, 1) is None
+
+
+def _is_foreign(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.partition(".")[0] == "bitsandbytes"  # kernels without temporaries
+
+
 class CarefulStep:
     """Stands in for an optimizer's `step`: it is taken whole, or in part and said so, whatever memory does.
 
@@ -109,8 +118,8 @@ class CarefulStep:
         self._model, self._optimizer, self._device, self._before = model, optimizer, device, before
         self._own: Any = optimizer.step
         self._shadowed = vars(optimizer).get("step")
-        self._foreign = type(optimizer).__module__.partition(".")[0] == "bitsandbytes"  # kernels without temporaries
-        self._parts = self._foreign or stepping.refusal(optimizer, 1) is None
+        self._foreign = _is_foreign(optimizer)
+        self._parts = steps_in_parts(optimizer)
 
         def step(optimizer: Optimizer, closure: Callable[[], float] | None = None) -> None:
             self._step(optimizer, closure)

@@ -36,6 +36,11 @@ class PlanCallback(TrainerCallback):
         self._planned = _switches(fit)
         self._watch: Watch | None = None
 
+    def replanned(self) -> None:
+        """The fit has another plan, by which the blocks run already. A step that is being measured was of neither."""
+        self._planned = _switches(self.fit)
+        self.stop()
+
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Before any step: the arguments are the plan's, and so are the blocks of the model that is trained.
 
@@ -93,10 +98,13 @@ class PlanCallback(TrainerCallback):
             self._watch = None
 
 
-def attached(trainer: Any, callback: PlanCallback) -> Callable[[], None]:
+def attached(trainer: Any, callback: PlanCallback, ended: Callable[[], None]) -> Callable[[], None]:
     """With the callback in a trainer, and what memplan knows on the error of a run that is out of memory.
 
     What is returned takes both away.
+
+    Args:
+        ended: called when a run is over.
     """
     trainer.add_callback(callback)
     train = trainer.train
@@ -112,6 +120,7 @@ def attached(trainer: Any, callback: PlanCallback) -> Callable[[], None]:
             raise
         finally:
             callback.stop()
+            ended()
 
     before = vars(trainer).get("train")
     trainer.train = guarded

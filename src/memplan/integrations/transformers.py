@@ -7,6 +7,8 @@ the weights after training are those of the unplanned run but for rounding.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from memplan.gpus import Gpu
 from memplan.integrations.trainer_arguments import autocast_of, check, optimizer_of, set_arguments
 from memplan.integrations.trainer_callback import PlanCallback, attached
 from memplan.integrations.trainer_data import Rows, rows_of
+from memplan.integrations.trainer_guard import GuardedSteps
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
 from memplan.integrations.trainer_words import evaluation, fetched, filled_up
 from memplan.pipeline import autofit
 from memplan.recorder import Recipe
 from memplan.report.banner import announce, banner
 from memplan.report.settings import stride_of
-from memplan.strategy import Strategy
-from memplan.world import World
+from memplan.strategy import Strategy, load_strategy
+from memplan.world import World, on_all
 
 
 def autofit_trainer(
@@ -39,7 +42,7 @@ def autofit_trainer(
 ) -> Fit:
     """Plan the step that a trainer runs, and write the plan into the trainer. Nothing of its run is used up.
 
-    Of several ranks all have to call it: the first one plans, for the one with the least memory.
+    Of several ranks all have to call it: the first one plans, for the one with the least memory and the longest rows.
 
     Args:
         gpu: as for `memplan.plan`; "auto" is the trainer's own device.
@@ -55,12 +58,11 @@ def autofit_trainer(
         BadBatch: micro_batch would divide a batch that has to stay as it is.
         MemplanError: as `memplan.autofit` for a model.
     """
-    check(trainer)
+    rows = on_all(partial(_rows_of, trainer)).of_all()
     args, had = trainer.args, trainer.optimizer
     before = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    rows = rows_of(trainer)
     recipe = Recipe(autocast=autocast_of(args))
-    fixed, why = _division(trainer, rows, recipe, micro_batch)
+    fixed, why = on_all(partial(_division, trainer, rows, recipe, micro_batch))
     try:
         fit = autofit(
             trainer.model,
@@ -82,14 +84,8 @@ def autofit_trainer(
         if isinstance(error, DoesNotFit) and why:
             raise DoesNotFit(f"{error}\n  {why[0]}", error.smallest_bytes) from None
         raise
-    undo_model, undo_trainer = fit._undo, _written(trainer, fit, had)
-    assert undo_model is not None
-
-    def undo() -> None:
-        undo_trainer()
-        undo_model()
-
-    fit._undo = undo
+    chosen = load_strategy(strategy)
+    fit._undo = _written(trainer, fit, had, chosen if risk is None else replace(chosen, risk=risk))
     said = (*why, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
     said += filled_up(trainer, before[0], fit.plan)
     fit.plan = fit.plan.assuming(*said)
@@ -101,6 +97,11 @@ def autofit_trainer(
         beside = " (the trainer's own checkpointing is off)"
         announce(banner(fit.plan, before, off, beside=beside, said=(*data, *said), alone=alone))
     return fit
+
+
+def _rows_of(trainer: Any) -> Rows:
+    check(trainer)
+    return rows_of(trainer)
 
 
 def _division(trainer: Any, rows: Rows, recipe: Recipe, wanted: int | None) -> tuple[int | None, tuple[str, ...]]:
@@ -139,13 +140,18 @@ def _why_whole(trainer: Any, rows: Rows, recipe: Recipe, effective: int) -> str 
     return coupling(trainer, rows, recipe)
 
 
-def _written(trainer: Any, fit: Fit, had: "torch.optim.Optimizer | None") -> Callable[[], None]:
-    """The plan in the trainer: arguments and callback. What is returned takes both out again."""
+def _written(trainer: Any, fit: Fit, had: "torch.optim.Optimizer | None", smaller: Strategy) -> Callable[[], None]:
+    """The plan in the trainer: arguments, callback and guard. What is returned takes all out again."""
+    undo_model = fit._undo
+    assert undo_model is not None
     undo_arguments = set_arguments(trainer, fit.plan)
-    detach = attached(trainer, PlanCallback(trainer, fit))
+    callback = PlanCallback(trainer, fit)
+    steps = GuardedSteps(trainer, fit, undo_model, callback, smaller)
+    detach = attached(trainer, callback, steps.end)
 
     def undo() -> None:
         detach()
+        steps.undo()
         undo_arguments()
         trainer.optimizer = had
 
