@@ -43,7 +43,6 @@ def main() -> None:
         optimizer.zero_grad()
         if accelerator.sync_gradients:
             print(f"loss {loss.item():.3f}   learning rate {schedule.get_last_lr()[0]:.1e}")
-    print(accelerator.memplan.plan.describe())  # +
 
 
 if __name__ == "__main__":

@@ -40,14 +40,16 @@ class Model(LightningModule):
 
 def main() -> None:
     torch.manual_seed(0)
-    callback = MemplanCallback(gpu="cpu:32MiB")  # +
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", gradient_clip_val=1.0, callbacks=[callback], **quiet
-    )  # + callbacks
+        callbacks=[MemplanCallback(gpu="cpu:32MiB")],  # + the one callback
+        max_epochs=1,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        **quiet,
+    )
     trainer.fit(Model(), DataLoader(rows(), batch_size=BATCH, shuffle=True))
     print(f"{trainer.global_step} optimizer steps, last loss {trainer.callback_metrics['loss']:.3f}")
-    print(callback.plan.describe())  # +
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_trainers_keep_to_their_budget(name: str, tmp_path: Path) -> None:
 )
 def test_loops_train_by_a_plan_that_fits(name: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
     said = output_of(name, tmp_path, *launcher)
-    assert "fits: " in said
+    assert "fits" in said
     assert " accumulated = " in said
 
 
@@ -57,8 +57,10 @@ def test_loops_train_by_a_plan_that_fits(name: str, launcher: tuple[str, ...], t
 def test_the_lines_that_memplan_takes_are_marked(name: str) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     assert text.count("\n") <= 60
-    code = text.split('"""')[2].splitlines()
+    code = text.split('"""', 2)[2].splitlines()
     assert all("# +" in line for line in code if "memplan" in line)
+    if name != "06_fsdp2.py":  # whose loop takes the micro-batch from the plan
+        assert sum("# +" in line for line in code) == 2
 
 
 @pytest.mark.parametrize("name", ["03_trainer.py", "04_sft_lora.py"])
