@@ -8,7 +8,7 @@ import tiny
 from rich.console import Console
 
 import memplan
-from memplan.progress import STAGES, shown, stage
+from memplan.progress import STAGES, part, shown, stage
 
 
 class Terminal(io.StringIO):
@@ -48,6 +48,29 @@ def test_it_never_goes_back_and_an_inner_one_is_the_outer_one(monkeypatch: pytes
     assert "checking" in terminal.getvalue()
     assert "inner" not in terminal.getvalue()
     assert "tracing" not in terminal.getvalue()
+
+
+def test_parts_come_after_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = made_stderr(monkeypatch)
+    with shown("tuning"):
+        stage("checking")
+        part(1, 4, "trial")
+        stage("solving")
+        part(2, 4, "trial")
+        part(1, 4, "trial")
+    drawn = terminal.getvalue()
+    places = [drawn.index(words) for words in ("checking", "trial 1 of 4", "trial 2 of 4")]
+    assert places == sorted(places)
+    assert drawn.count("trial 1 of 4") == 1
+    assert "solving" not in drawn
+
+
+def test_tuning_says_which_trial_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = made_stderr(monkeypatch)
+    model, batch = tiny.plain(layers=2)
+    memplan.tune(model, "cpu:1GiB", sample=batch, effective_batch=2, n_trials=1)
+    assert "tuning" in terminal.getvalue()
+    assert "trial 1 of 1" in terminal.getvalue()
 
 
 @shown("work")

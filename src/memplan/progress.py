@@ -14,14 +14,25 @@ if TYPE_CHECKING:
 
 STAGES: Final = ("tracing", "timing", "solving", "checking")  # of planning, in this order
 
-_reached: ContextVar[Callable[[str], None] | None] = ContextVar("_reached", default=None)
+_Place = tuple[bool, int]  # whether it is of the parts, which come after all stages; and how many are behind it
+
+_reached: ContextVar[Callable[[_Place, int, str], None] | None] = ContextVar("_reached", default=None)
 
 
 def stage(name: str) -> None:
     """Say which of `STAGES` the work is in. A bar never goes back: tracing once more, to check, is checking."""
+    _tell((False, STAGES.index(name)), len(STAGES), name)
+
+
+def part(number: int, of: int, what: str) -> None:
+    """Say which of its parts the work is at, counted from 1. They come after all stages."""
+    _tell((True, number - 1), of, f"{what} {number} of {of}")
+
+
+def _tell(place: _Place, of: int, words: str) -> None:
     tell = _reached.get()
     if tell is not None:
-        tell(name)
+        tell(place, of, words)
 
 
 @contextmanager
@@ -49,12 +60,13 @@ def shown(doing: str, console: "Console | None" = None) -> Iterator[None]:
         redirect_stderr=False,
     )
     task = bar.add_task(doing, total=len(STAGES), stage="")
-    at = -1
+    at: _Place = (False, -1)
 
-    def tell(name: str) -> None:
+    def tell(place: _Place, of: int, words: str) -> None:
         nonlocal at
-        at = max(at, STAGES.index(name))
-        bar.update(task, completed=at, stage=STAGES[at], refresh=True)
+        if place > at:
+            at = place
+            bar.update(task, completed=place[1], total=of, stage=words, refresh=True)
 
     with bar:
         token = _reached.set(tell)

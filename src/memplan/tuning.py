@@ -31,6 +31,7 @@ from memplan.losses import Loss
 from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE
 from memplan.plan_record import Measured, Plan, Verdict
 from memplan.problem import levers_of
+from memplan.progress import part, shown
 from memplan.session import Session
 from memplan.storages import storage_of
 from memplan.strategy import SAFE_LEVERS, Lever, Strategy, load_strategy
@@ -168,7 +169,7 @@ def tune(
         "budget_shares": shares,
         "sample": [field.model_dump(mode="json") for field in session.sample.fields()],
     }
-    with _quiet():
+    with _quiet(), shown("tuning"):
         trials = Trials(
             storage_of(storage),
             study,
@@ -179,6 +180,7 @@ def tune(
         most = n_trials or max(_LEAST, len(trials.all) // _PART)
         with Bench(model, recipe, session.sample, live_device) as bench:
             while (trial := trials.claim(most)) is not None:
+                part(sum(one.began for one in trials.all), most, "trial")
                 try:
                     _try(trial, trials, bench)
                 except BaseException:
