@@ -62,7 +62,8 @@ class Before:
         else:
             for copy, buffer in zip(self._copies, now, strict=True):
                 copy.copy_(buffer)
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        # As bytes: a tensor of 5 KiB would be held through the step, and no plan knows of it.
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes()
         self._on_cards = [torch.get_device_module(card).get_rng_state(card) for card in self._cards]
         self._of_generators = [generator.get_state() for generator in self._generators]
 
@@ -83,7 +84,7 @@ class Before:
         python, numpy, torch_state = self._random
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
+        torch.set_rng_state(torch.frombuffer(bytearray(torch_state), dtype=torch.uint8))
         for card, state in zip(self._cards, self._on_cards, strict=True):
             torch.get_device_module(card).set_rng_state(state, card)
         for generator, state in zip(self._generators, self._of_generators, strict=True):

@@ -306,15 +306,16 @@ def test_what_is_changed_after_planning_stops_the_run_before_its_first_step(make
 
 def test_running_out_of_memory_ends_with_the_way_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make()
-    fit = memplan.autofit(made, **WHOLE, micro_batch=4)
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(made, "training_step", full)
+    fit = memplan.autofit(made, **WHOLE, micro_batch=4)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         made.train()
-    assert "memplan.autofit(trainer, micro_batch=2, strategy='smallest-memory')" in caught.value.__notes__[0]
+    assert "there is no smaller plan" in caught.value.__notes__[0]
+    assert "memplan.autofit(trainer, micro_batch=2, strategy='smallest-memory')" in caught.value.__notes__[1]
     fit.undo()
     with pytest.raises(torch.OutOfMemoryError) as caught:
         made.train()
