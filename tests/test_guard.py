@@ -425,6 +425,67 @@ def test_an_evaluation_of_one_row_that_does_not_fit_is_an_error() -> None:
 # --- wrong use --------------------------------------------------------------------------------------------------------
 
 
+# --- the loop of another ----------------------------------------------------------------------------------------------
+
+
+def train_by_micro_steps(ours: Loop, *, keeps_zeros: bool = False) -> None:
+    """A loop that hands out micro-batches, and steps the optimizer itself."""
+    guard = ours.guard
+    assert guard is not None
+    for batch in batches():
+        total = 0.0
+        for part in batch.split(MICRO):
+
+            def run(part: Tensor = part) -> float:
+                loss: Tensor = ours.model(part) * (MICRO / ROWS)
+                loss.backward()
+                return loss.item()
+
+            total += guard.micro_step(run)
+        ours.optimizer.step()
+        ours.optimizer.zero_grad(set_to_none=not keeps_zeros)
+        ours.schedule.step()
+        ours.fetched += 1
+        ours.losses.append(total)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("at", [1, 2, 7, 8])  # the first and the second micro-step of a step
+def test_a_step_in_micro_steps_is_run_again(where: str, at: int) -> None:
+    ours = loop()
+    with Fault(where, at).on(ours.model):
+        train_by_micro_steps(ours)
+    assert ours.guard is not None
+    assert len(ours.guard.falls) == 1
+    check_as_unfaulted(ours)
+
+
+def test_a_second_fault_while_micro_steps_run_again() -> None:
+    ours = loop()
+    with Fault("backward", 8, times=2).on(ours.model):  # the second micro-step, then the first of the next attempt
+        train_by_micro_steps(ours)
+    assert ours.guard is not None
+    assert len(ours.guard.falls) == 2
+    check_as_unfaulted(ours)
+
+
+def test_a_step_that_begins_with_gradients_is_not_guarded() -> None:
+    ours = loop()
+    train_by_micro_steps(ours, keeps_zeros=True)
+    check_as_unfaulted(ours)
+    with Fault("forward", 1).on(ours.model), pytest.raises(torch.OutOfMemoryError):
+        train_by_micro_steps(ours)
+    assert ours.guard is not None
+    assert not ours.guard.falls
+
+
+def test_micro_steps_by_plans_of_several_lengths_are_refused() -> None:
+    model, optimizer = texts(), torch.optim.AdamW(texts().parameters())
+    guard = Guard(memplan.apply(model, plans()[0]), optimizer, {8: plans()[:1], 16: plans()[:1]})
+    with pytest.raises(UsageError, match="on one rank, with plans for any length"):
+        guard.micro_step(lambda: None)
+
+
 def test_gradients_before_a_step_are_refused() -> None:
     ours = loop()
     assert ours.guard is not None

@@ -154,7 +154,8 @@ class Guard:
                 f"{held} parameters hold gradients before the step, and a copy of them would take memory. Call "
                 "optimizer.zero_grad(set_to_none=True) at the end of each step."
             )
-        self._begin(bucket)
+        self._before.note()
+        self._bucket = bucket
         while True:
             self._exchanged = False
             self._careful.reset()
@@ -169,22 +170,23 @@ class Guard:
             del failure
 
     def micro_step(self, run: Callable[[], _Result]) -> _Result:
-        """One micro-step of a step that another's loop takes, and what `run` returns.
+        """One micro-step of a step that another's loop takes, and what `run` returns. Raises as `step` does.
 
         `run` does a forward and a backward. Where memory runs out in it, the gradients so far are dropped, and the
         micro-steps since the optimizer's last step run again by the next plan: what they read is held until then. For
-        one rank, and plans with one micro-batch, since the loop divides the batch. A step has begun where no parameter
-        holds a gradient.
-
-        Raises as `step` does.
+        one rank, and plans with one micro-batch, since the loop divides the batch. A step that begins with gradients
+        of an earlier one is not guarded: they could not be put back.
         """
         if self._replicas is not None or len(self._limits) > 1:
             raise UsageError("micro-steps are guarded on one rank, with plans for any length: call guard.step(run)")
-        if not self._before.gradients():
+        held = self._before.gradients()
+        if self._careful.begun or not (self._since and held):
             self._watch()
-            self._begin(0)
             self._careful.reset()
             self._since.clear()
+            if held:
+                return run()
+            self._before.note()
         self._since.append(run)
         result, failure = _outcome(run)
         while failure is not None:
@@ -236,10 +238,6 @@ class Guard:
             self._rows = now // 2
             self._note(f"an evaluation ran out of memory in batches of {now}; it goes on with {self._rows}")
             del failure
-
-    def _begin(self, bucket: int) -> None:
-        self._before.note()
-        self._bucket = bucket
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
