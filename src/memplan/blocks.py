@@ -95,9 +95,11 @@ def describe(block: nn.Module, path: str) -> tuple[object, ...]:
     for name, module in block.named_modules():
         rows.append((name, type(module), module.training))
         rows += [(n, tuple(p.shape), p.stride(), p.dtype, p.requires_grad) for n, p in _tensors(module)]
-        own = [(n, v) for n, v in sorted(vars(module).items()) if n[0] != "_" and _tells(n, v, position)]
-        rows += [(n, _plain(v, f".{last}.")) for n, v in own]
-        rows += [(n, len(v)) for n, v in sorted(vars(module).items()) if n.endswith("_hooks") and v]
+        for n, v in sorted(vars(module).items()):
+            if n.endswith("_hooks"):
+                rows += [(n, len(v))] if v else []
+            elif n[0] != "_" and _tells(n, v, position):
+                rows.append((n, _plain(v, f".{last}.")))
     return tuple(rows)
 
 

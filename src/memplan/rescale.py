@@ -115,13 +115,15 @@ def _columns(*columns: NDArray[Any]) -> list[tuple[int, ...]]:
 def _agreed(pairs: Sequence[tuple[Row, Row]], sizes: int) -> dict[Row, Row]:
     """What all rows that were seen alike became; their first so many columns are sizes."""
     became: dict[Row, set[Row]] = defaultdict(set)
-    for one, other in pairs:
+    for one, other in dict.fromkeys(pairs):  # blocks do the same again and again
         for known in _less_and_less(one):
             became[known].add(other[:sizes])
     return {row: found.pop() for row, found in became.items() if len(found) == 1}
 
 
 def _found(known: Mapping[Row, Row], row: Row) -> Row | None:
+    if row in known:  # as most are
+        return known[row]
     return next((known[less] for less in _less_and_less(row) if less in known), None)
 
 
