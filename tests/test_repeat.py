@@ -54,7 +54,7 @@ def traced(
     autocast: torch.dtype | None = None,
     times: int = 1,
 ) -> Trace:
-    """As the recorder does it; the second time, of fewer blocks."""
+    """As the recorder does it; the second time of few blocks too, the third time of them alone."""
     model, batch = made
     decisions = dict(zip(find_blocks(model), options, strict=True)) if options else {}
     installed = (lambda: levers.decided(model, decisions)) if options else nullcontext
@@ -132,8 +132,8 @@ KEEP, RECOMPUTE = "keep", "recompute"
 )
 def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulation: int, watch: Watch) -> None:
     made = LONG[name]()
-    trace = traced(made, accumulation, [option] * LAYERS, times=2)
-    assert [len(run.omitted) for run in watch.runs] == [2, 4]
+    trace = traced(made, accumulation, [option] * LAYERS, times=3)
+    assert [len(run.omitted) for run in watch.runs] == [2, 2, 4, 4]
     assert differences(trace, whole(made, accumulation, [option] * LAYERS)) == []
     assert set(trace.modules) == {path for path, _ in made[0].named_modules()}
 
@@ -142,8 +142,8 @@ def test_a_lengthened_trace_is_the_whole_one(name: str, option: str, accumulatio
 def test_what_autocast_has_cast_goes_at_the_end_of_its_region(name: str, accumulation: int, watch: Watch) -> None:
     """Of all blocks at one moment, in an order of its own, where nothing else keeps it: blocks are recomputed."""
     made, options = LONG[name](), [RECOMPUTE] * LAYERS
-    trace = traced(made, accumulation, options, torch.bfloat16, times=2)
-    assert [len(run.omitted) for run in watch.runs] == [2, 4]
+    trace = traced(made, accumulation, options, torch.bfloat16, times=3)
+    assert [len(run.omitted) for run in watch.runs] == [2, 2, 4, 4]
     assert differences(settled(trace), settled(whole(made, accumulation, options, torch.bfloat16))) == []
 
 
@@ -166,10 +166,10 @@ MIXED = {
 def test_mixed_plans(flags: str, accumulation: int, watch: Watch) -> None:
     options = MIXED[flags]
     made = Chain(len(options)), {"x": torch.randn(4, 8)}
-    trace = traced(made, accumulation, options, times=2)
+    trace = traced(made, accumulation, options, times=3)
     assert differences(trace, whole(made, accumulation, options)) == []
     lengths = [len(list(group)) for _, group in groupby(options)]
-    assert len(watch.runs) == sum(length > kept for kept in (7, 5) for length in lengths)
+    assert len(watch.runs) == sum(length > kept for kept in (7, 7, 5, 5) for length in lengths)
 
 
 def test_a_plan_with_no_long_run_is_traced_whole(watch: Watch) -> None:
@@ -248,6 +248,17 @@ class EveryFifth(Chain):
         return x
 
 
+class Tapped(Chain):
+    """The sixth block's output is used twice, which five blocks do not show."""
+
+    def chain(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 5:
+                x = x + x.tanh()
+        return x
+
+
 class OddFirst(Chain):
     def chain(self, x: Tensor) -> Tensor:
         for number, block in enumerate(self.blocks):
@@ -311,7 +322,7 @@ class Fixed(Chain):
 def test_whatever_is_done_the_trace_is_the_whole_one(kind: type[Chain], accumulation: int, watch: Watch) -> None:
     made = kind(), {"x": torch.randn(4, 8)}
     assert long_runs(made[0], find_blocks(made[0]), ENOUGH)
-    assert differences(traced(made, accumulation, times=2), whole(made, accumulation)) == []
+    assert differences(traced(made, accumulation, times=3), whole(made, accumulation)) == []
     assert bool(watch.runs) or kind is not Chain
 
 
@@ -333,6 +344,14 @@ def test_where_five_are_too_few_seven_are_traced_from_there_on(watch: Watch) -> 
     assert [run.kept for run in watch.runs] == [ENOUGH] * 3
     assert len(watch.refusals) == 1
     assert "blocks.2" in watch.refusals[0]
+
+
+def test_what_only_seven_show_is_not_traced_by_five(watch: Watch) -> None:
+    model, batch = Tapped(12), {"x": torch.randn(4, 8)}
+    recorder = Recorder(model, Recipe())
+    for _ in range(3):
+        recorder.record(Sample.of(batch))
+    assert [run.kept for run in watch.runs] == [ENOUGH, ENOUGH, FEWEST, ENOUGH]
 
 
 # --- which runs are worth it ------------------------------------------------------------------------------------------

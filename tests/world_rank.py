@@ -97,7 +97,7 @@ def ladder() -> dict[str, Any]:
     plans = WORLD.agreed(make, model)
     replica = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    memplan.Guard(memplan.apply(model, plans[0]), optimizer, plans, replica=replica).undo()
+    memplan.Guard(memplan.apply(model, plans[0], optimizer), optimizer, plans, replica=replica).undo()
     return {"needs": [plan.needs_bytes for plan in plans]}
 
 

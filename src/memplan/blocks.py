@@ -96,9 +96,9 @@ def describe(block: nn.Module, path: str) -> tuple[object, ...]:
         rows.append((name, type(module), module.training))
         rows += [(n, tuple(p.shape), p.stride(), p.dtype, p.requires_grad) for n, p in _tensors(module)]
         for n, v in sorted(vars(module).items()):
-            if n.endswith("_hooks"):
-                rows += [(n, len(v))] if v else []
-            elif n[0] != "_" and _tells(n, v, position):
+            if n[0] == "_":
+                rows += [(n, len(v))] if n.endswith("_hooks") and v else []
+            elif _tells(n, v, position):
                 rows.append((n, _plain(v, f".{last}.")))
     return tuple(rows)
 

@@ -48,7 +48,7 @@ def checked(
 def _worth_tracing(
     ask: Callable[[int], Outcome | NoPlan], asked: int, beyond: Mapping[object, int], budget_bytes: int
 ) -> Outcome | None:
-    """The best plan for what is asked that, going by others of its kind, is within the budget."""
+    """The best plan for what is asked; where others of its kind rule it out, for what they leave."""
     while not isinstance(outcome := ask(asked), NoPlan):
         least = budget_bytes - beyond.get(_kind(outcome), budget_bytes - asked)
         if outcome.timeline.peak_bytes <= least:

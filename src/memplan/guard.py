@@ -28,12 +28,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
 from memplan.device import Device, resolve_gpu
-from memplan.errors import DoesNotFit, MemoryTaken, ModelError, ModelFailed, UsageError
+from memplan.errors import DoesNotFit, MemoryTaken, ModelFailed, UsageError
 from memplan.fitting import Fit, apply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
 from memplan.ranks import Replicas, Word
-from memplan.rewind import Before, CarefulStep, forget
+from memplan.rewind import Before, CarefulStep, forget, outcome
 from memplan.rungs import Rungs
 from memplan.units import format_bytes
 
@@ -105,7 +105,7 @@ class Guard:
             self._replicas.check_same("\n".join(plan.model_dump_json() for rungs in self._rungs for plan in rungs.all))
         self._careful = CarefulStep(fit.model, self._optimizer, self._device, self._check_exchanged)
         self._device.release()  # the peak so far is of what was before
-        self._retries = self._device.pressure()[0]
+        self._retries, self._reserved, self._strained = self._device.pressure()[0], 0, False
         self._bucket, self._exchanged, self._over = 0, False, False
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
         self._said: list[tuple[Word, int]] = []
@@ -159,11 +159,11 @@ class Guard:
         while True:
             self._exchanged = False
             self._careful.reset()
-            result, failure = _outcome(run)
+            result, failure = outcome(run)
             if failure is None:
                 if self._replicas is not None and not self._exchanged:
                     raise UsageError("call guard.exchange() in the step, after its last backward")
-                self._watch()
+                self._watch(self._is_close())
                 assert result is not None
                 return result[0]
             self._recover(failure)
@@ -181,19 +181,25 @@ class Guard:
             raise UsageError("micro-steps are guarded on one rank, with plans for any length: call guard.step(run)")
         held = self._before.gradients()
         if self._careful.begun or not (self._since and held):
-            self._watch()
+            self._watch(self._strained)
             self._careful.reset()
             self._since.clear()
             if held:
                 return run()
             self._before.note()
+            self._strained, (self._retries, self._reserved) = False, self._device.pressure()
         self._since.append(run)
-        result, failure = _outcome(run)
-        while failure is not None:
-            self._recover(failure)
-            failure = next((error for each in self._since[:-1] if (error := _outcome(each)[1]) is not None), None)
-            if failure is None:
-                result, failure = _outcome(run)
+        try:
+            result, failure = outcome(run)
+            while failure is not None:
+                self._recover(failure)
+                failure = next((error for each in self._since[:-1] if (error := outcome(each)[1]) is not None), None)
+                if failure is None:
+                    result, failure = outcome(run)
+        except BaseException:
+            self._since.clear()
+            raise
+        self._strained |= self._is_close()
         assert result is not None
         return result[0]
 
@@ -223,7 +229,7 @@ class Guard:
         self._before.note()
         while True:
             now = min(rows, self._rows or rows)
-            result, failure = _outcome(partial(run, now))
+            result, failure = outcome(partial(run, now))
             found = None if failure is None else self._found(failure)
             if failure is not None and found is None:
                 self._give_up()
@@ -291,12 +297,16 @@ class Guard:
 
     # -- falling -------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """After a step that went well: was it close? With several ranks, all fall when all have said so."""
+    def _is_close(self) -> bool:
+        """Whether memory nearly ran out since this was asked."""
         retries, reserved = self._device.pressure()
         foreseen = max(max(rungs.plan.budget_bytes, rungs.plan.reserved_bytes or 0) for rungs in self._rungs)
-        close = retries > self._retries or reserved > foreseen
+        close = retries > self._retries or reserved > max(foreseen, self._reserved)
         self._retries = retries
+        return close
+
+    def _watch(self, close: bool) -> None:
+        """After a step that went well. If it was close, fall; with several ranks, when all have said so."""
         if self._replicas is None:
             self._said = [(Word.NEARLY if close else Word.WELL, self._bucket)]
         fallen = [
@@ -313,30 +323,26 @@ class Guard:
         in_force = self.plan is before
         if in_force:
             self.fit.undo()  # a smaller plan is made for the model as it is
-        while self._smaller(rungs):
-            if in_force:
-                try:
-                    self.fit = apply(self.fit.model, rungs.plan, self._optimizer)
-                except MemoryTaken:  # by other processes: a still smaller plan may do
-                    continue
+        fallen = False
+        try:
+            while not fallen and rungs.fall():
+                if in_force:
+                    try:
+                        self.fit = apply(self.fit.model, rungs.plan, self._optimizer)
+                    except MemoryTaken:  # by other processes: a still smaller plan may do
+                        continue
+                fallen = True
+        finally:
+            if not fallen:
+                rungs.plan = before
+                if in_force:
+                    self.fit = apply(self.fit.model, before, self._optimizer)
+        if fallen:
             self._device.release()
             self._retries = self._device.pressure()[0]
             needs = f"{format_bytes(before.needs_bytes)} to {format_bytes(rungs.plan.needs_bytes)}"
             self._note(f"a step {why}; its plan falls from {needs}, {rungs.plan.micro_batch} samples at a time")
-            return True
-        rungs.plan = before
-        if in_force:
-            self.fit = apply(self.fit.model, before, self._optimizer)
-        return False
-
-    @staticmethod
-    def _smaller(rungs: Rungs) -> bool:
-        """Whether there is a next plan. One that is made in this need, and cannot be, is none."""
-        try:
-            return rungs.fall()
-        except ModelError as error:
-            _log.warning("memplan: no smaller plan could be made: %s", error)
-            return False
+        return fallen
 
     def _follow(self, plan: Plan) -> None:
         if self.plan is not plan:
@@ -379,14 +385,6 @@ class Guard:
     def _note(self, text: str) -> None:
         self.falls.append(text)
         _log.warning("memplan: %s", text)
-
-
-def _outcome(run: Callable[[], _Result]) -> tuple[tuple[_Result] | None, Exception | None]:
-    """What it returns, or what it raises: recovery must not run while an error is handled, which holds its tensors."""
-    try:
-        return (run(),), None
-    except Exception as error:
-        return None, error
 
 
 def _device_of(model: nn.Module) -> Device:

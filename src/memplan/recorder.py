@@ -47,7 +47,7 @@ from memplan.optimizer_step import (
     check_stepping,
     not_in_backward,
 )
-from memplan.repeat import NotPeriodic, lengthened
+from memplan.repeat import NotPeriodic, alike, lengthened
 from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample
 from memplan.sharding import sharded
@@ -115,7 +115,8 @@ class Recorder:
         if recipe.replicas < 1 or (recipe.bucket_view and recipe.replicas == 1):
             asked = f"replicas={recipe.replicas}, bucket_view={recipe.bucket_view}"
             raise UsageError(f"{asked}: there is one at least, and only several have buckets")
-        self._few_do: bool | None = None  # for a long run; unknown before the first trace
+        self._by_enough = False  # whether a trace was made of `ENOUGH` blocks of each long run
+        self._few_do: bool | None = None  # whether one of `FEWEST` is the same; the second trace tells
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
         self._fakes: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # see `AbstractModel`
 
@@ -174,15 +175,17 @@ class Recorder:
 
         Also the places, among the model's parameters, of those that were given a gradient.
         """
-        blocks = find_blocks(self.model)
-        runs = long_runs(self.model, blocks, FEWEST if self._few_do else ENOUGH)
-        static = self._static(batch)
-        found = self._shortened(batch, blocks, static, runs, primed) if runs else None
-        if runs and self._few_do and found is None:
-            self._few_do = False  # what one trace of a model shows, others will
-            return self._traced(batch, primed)
-        if found and self._few_do is None:
-            self._few_do = True
+        blocks, static = find_blocks(self.model), self._static(batch)
+        found = self._shortened(batch, blocks, static, FEWEST, primed) if self._few_do else None
+        if found is None:
+            found = self._shortened(batch, blocks, static, ENOUGH, primed)
+            if self._few_do:
+                self._few_do = False  # what one trace of a model shows, others will
+            elif found is not None and primed is None and self._few_do is None:
+                if self._by_enough:
+                    few = self._shortened(batch, blocks, static, FEWEST, primed)
+                    self._few_do = few is not None and alike(few[0], found[0])
+                self._by_enough = True
         trace, graded = found or self._micro_steps(batch, blocks, static, self.fake, primed)
         return trace, _places(self.model, graded)
 
@@ -204,15 +207,18 @@ class Recorder:
         batch: Sample,
         blocks: Sequence[str],
         static: list[Static],
-        runs: list[Run],
+        kept: int,
         primed: PrimedOptimizer | None,
     ) -> tuple[Trace, set[int]] | None:
-        """None if it cannot be shown to be the same."""
+        """By so many blocks of each long run. None if there is none, or it cannot be shown to be the same."""
+        runs = long_runs(self.model, blocks, kept)
+        if not runs:
+            return None
         omitted = {path for run in runs for path in run.omitted}
-        kept = [path for path in blocks if path not in omitted]
+        rest = [path for path in blocks if path not in omitted]
         try:
             with shortened(self.model, runs):
-                short, graded = self._micro_steps(batch, kept, static, self.fake, primed)
+                short, graded = self._micro_steps(batch, rest, static, self.fake, primed)
             trace = lengthened(short, runs)
         except (NotPeriodic, MemplanError):  # a true error of the model comes again when it is traced whole
             return None

@@ -4,9 +4,9 @@ Of a run of blocks that cannot be told apart (`blocks.alike`) a few are traced. 
 same trace*, event by event: the same allocations of the same sizes, dying at the same offsets in the same or the
 neighbouring block. Since a block's events depend only on what its neighbours hand it, and three in a row did the same,
 every further one inserted between them does the same again; the omitted blocks' events are copies of the middle
-block's, moved. A model's first trace is of seven, so that the ends of the run may be another thing, and what the model
-does to its blocks by their number is met. Others are of five, where that suffices. Where the check fails the model is
-traced whole.
+block's, moved. A model's first trace is of seven blocks of a run, so that its ends may be another thing, and what the
+model does to the first of its blocks by their number is met. The second is of seven and of five; if both come to the
+same, those that follow are of five. Where the check fails the model is traced whole.
 
 What autocast has cast goes at the end of its region, all at one moment and in an order that is chance. It makes no
 difference to any sum, nor to an allocator, so where the check fails it is made again with each moment's tensors in the
@@ -34,6 +34,21 @@ def lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
         return _lengthened(trace, runs)
     except NotPeriodic:
         return _lengthened(_settled(trace), runs)
+
+
+def alike(one: Trace, other: Trace) -> bool:
+    """Whether two traces have the same events; what goes in one moment may go in any order."""
+
+    def events(trace: Trace) -> NDArray[np.int64]:
+        settled = _settled(trace)
+        rows = settled.storage_bytes, settled.died, settled.born
+        return np.stack(rows)[:, np.lexsort(rows)]
+
+    work = ((trace.op_flops, trace.op_bytes) for trace in (one, other))
+    return all(
+        np.array_equal(mine, theirs)
+        for mine, theirs in zip((events(one), *next(work)), (events(other), *next(work)), strict=True)
+    )
 
 
 def _lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from memplan.errors import UsageError
 from memplan.levers import stepping
 from memplan.optimizer_step import SINGLE, tensors_in
 from memplan.out_of_memory import diagnose, inside
+
+_Result = TypeVar("_Result")
 
 PART_BYTES: Final = 64 * 2**20
 """Weights that are stepped together; with Adam's states copied, that takes 192 MiB for a moment. Chosen by hand: large
@@ -89,6 +91,14 @@ class Before:
             torch.get_device_module(card).set_rng_state(state, card)
         for generator, state in zip(self._generators, self._of_generators, strict=True):
             generator.set_state(state)
+
+
+def outcome(run: Callable[[], _Result]) -> tuple[tuple[_Result] | None, Exception | None]:
+    """What it returns, or what it raises: recovery must not run while an error is handled, which holds its tensors."""
+    try:
+        return (run(),), None
+    except Exception as error:
+        return None, error
 
 
 def forget(error: BaseException) -> None:

@@ -1,5 +1,6 @@
 """Ever smaller plans for one step: `ladder` makes them, `Rungs` is where a run stands on them."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -9,13 +10,15 @@ from torch import nn
 
 from memplan import fitting
 from memplan.device import resolve_gpu
-from memplan.errors import AlreadyApplied, DoesNotFit, UsageError
+from memplan.errors import AlreadyApplied, DoesNotFit, ModelError, UsageError
 from memplan.fitting import Live
 from memplan.optimizer_step import IN_BACKWARD
 from memplan.plan_record import Plan, Verdict
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
+
+_log = logging.getLogger(__name__)
 
 RUNG: Final = 0.6
 """Of what a plan needs beyond the smallest one, the budget of the next: the first to fail is seldom far too large."""
@@ -85,8 +88,12 @@ class Rungs:
         self.plan, self.ended = first, False
 
     def fall(self) -> bool:
-        """To the next plan, if there is one."""
-        after = next(self._coming, None)
+        """To the next plan, if there is one. One that is made now, and cannot be, is none."""
+        try:
+            after = next(self._coming, None)
+        except (ModelError, DoesNotFit) as error:
+            _log.warning("memplan: no smaller plan could be made: %s", error)
+            after = None
         if after is None:
             self.ended = True
             return False

@@ -121,7 +121,7 @@ def least_share(room_bytes: Callable[[], int]) -> float:
 
 
 def largest(own: Sample, *said: str) -> tuple[Sample, tuple[str, ...]]:
-    """What the first rank has to plan for: its own sample, or that of the rank whose rows have the most bytes.
+    """What is to be planned for: the first rank's own sample, or that of the rank whose rows have the most bytes.
 
     To be called on every rank. Rows count, not how many there are: a sample's batch size binds nothing.
 

@@ -73,6 +73,8 @@ def test_prepare_in_one_call_refuses_what_both_calls_refuse(
         memplan.prepare(accelerator, *objects.values(), **settings)
     assert not accelerator._models
     assert not accelerator._dataloaders
+    memplan.prepare(accelerator, *parts(), plan=scripts.plan_file("llama", 2, 8))  # what is right comes after all
+    assert accelerator.memplan.plan.micro_batch == 2
 
 
 def test_prepare_in_one_call_twice_or_late(accelerator: Accelerator) -> None:
@@ -263,6 +265,8 @@ def test_evaluation_is_left_alone(driven: Any) -> None:
 def test_undo(driven: Any) -> None:
     accelerator, model, _, _ = driven
     accelerator.memplan.undo()
+    assert not accelerator._save_model_state_pre_hook
+    assert not accelerator._load_model_state_pre_hook
     assert accelerator.backward.__func__ is Accelerator.backward
     assert memplan.apply(model, accelerator.memplan.plan)
 

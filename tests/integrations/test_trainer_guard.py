@@ -134,6 +134,9 @@ def test_where_no_plan_is_smaller_the_error_says_so(tmp_path: Path) -> None:
     assert any("there is no smaller plan" in note for note in caught.value.__notes__)
     assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
     assert all(p.grad is None for p in made.model.parameters())
+    forwards = [type(m).forward for m in made.model.modules()]
+    fits[0].undo()
+    assert [m.forward.__func__ for m in made.model.modules()] == forwards
 
 
 def test_undo_and_a_second_run_after_a_fall(tmp_path: Path) -> None:

@@ -101,9 +101,17 @@ def attach(accelerator: Accelerator, plugin: MemplanPlugin | None = None, **sett
 def prepare(accelerator: Accelerator, *objects: Any, **settings: Any) -> Any:
     """`attach` and the accelerator's `prepare` in one call, for a model with its training loader.
 
-    Raises what `attach` and `memplan.plan` raise; DoesNotFit if no plan meets the budget.
+    Raises what `attach` and `memplan.plan` raise; DoesNotFit if no plan meets the budget. Where no plan could be made
+    the accelerator is as it was, so that it can be called again.
     """
-    return attach(accelerator, **settings).prepare(*objects)
+    attach(accelerator, **settings)
+    try:
+        return accelerator.prepare(*objects)
+    except BaseException:
+        if isinstance(attachment := getattr(accelerator, "memplan", None), Attachment):
+            attachment.undo()
+            del accelerator.memplan
+        raise
 
 
 class MemplanAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate ships no types

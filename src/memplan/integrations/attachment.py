@@ -73,8 +73,8 @@ class Attachment:
         self._own = {name: getattr(accelerator, name) for name in _WRAPPED}
         for name, wrapper in _WRAPPED.items():
             setattr(accelerator, name, wraps(self._own[name])(partial(wrapper, self)))
-        accelerator.register_save_state_pre_hook(self._save)
-        accelerator.register_load_state_pre_hook(self._load)
+        hooked = accelerator.register_save_state_pre_hook, accelerator.register_load_state_pre_hook
+        self._hooks = [register(hook) for register, hook in zip(hooked, (self._save, self._load), strict=True)]
 
     @property
     def loss(self) -> "Tensor | float":
@@ -94,6 +94,8 @@ class Attachment:
             self.fit.undo()
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def _planned(self) -> Plan:
@@ -139,6 +141,7 @@ class Attachment:
                 prepared = self._driven(objects, at, plan, split, options)
         except BaseException:
             self.fit.undo()
+            accelerator.gradient_accumulation_steps = own_batches
             raise
         self.plan = plan
         if accelerator.is_main_process:

@@ -43,6 +43,7 @@ class GuardedSteps:
         self._model_fit = Fit(fit.model, fit.plan, undo_model, fit._live)
         self._strategy = strategy
         self._guard: Guard | None = None
+        self._has_begun = False
         self._own: Callable[..., Tensor] = trainer.training_step
         self._shadowed = vars(trainer).get("training_step")
         trainer.training_step = self
@@ -57,15 +58,23 @@ class GuardedSteps:
             done = True
             return loss
 
-        guard = self._guard or self._begun()
-        if guard is None:
-            return run()
-        loss = guard.micro_step(run)
-        if guard.fit is not self._model_fit:
-            self._model_fit = guard.fit
-            self._fit.plan = guard.plan.assuming(*guard.falls)
-            self._callback.replanned()
-        return loss
+        if not self._has_begun:
+            self._guard, self._has_begun = self._begun(), True
+        if self._guard is None:
+            return self._own(model, inputs, num_items_in_batch)
+        try:
+            return self._guard.micro_step(run)
+        finally:
+            self._follow(self._guard)
+
+    def _follow(self, guard: Guard) -> None:
+        """The plan in force is the fit's, with what was said of the one before."""
+        if guard.fit is self._model_fit:
+            return
+        self._model_fit = guard.fit
+        said = (line for line in (*self._fit.plan.assumptions, *guard.falls) if line not in guard.plan.assumptions)
+        self._fit.plan = guard.plan.assuming(*dict.fromkeys(said))
+        self._callback.replanned()
 
     def _begun(self) -> Guard | None:
         """At the first step of a run: its optimizer is there by then."""
@@ -74,15 +83,19 @@ class GuardedSteps:
         if not alone or plan.stepping == IN_BACKWARD or not steps_in_parts(optimizers.unwrapped(trainer.optimizer)):
             return None
         self._model_fit.plan = plan
+        if (
+            self._fit._step is not None
+        ):  # of the two fits the one that the guard takes back says how the optimizer steps
+            self._model_fit._step, self._model_fit._unstep = self._fit._step, self._fit._unstep
+            self._fit._step = self._fit._unstep = None
         smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch)
-        self._guard = Guard(self._model_fit, trainer.optimizer, smaller)
-        return self._guard
+        return Guard(self._model_fit, trainer.optimizer, smaller)
 
     def end(self) -> None:
         """The run is over."""
         if self._guard is not None:
             self._guard.end()
-            self._guard = None
+        self._guard, self._has_begun = None, False
 
     def undo(self) -> None:
         """The trainer steps by itself again, and the model as it did before any plan."""

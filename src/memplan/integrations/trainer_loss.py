@@ -111,14 +111,16 @@ def account_aside(trainer: Any) -> Iterator[None]:
 @contextmanager
 def account_of_success(trainer: Any) -> Iterator[None]:
     """What is counted and averaged for logging meanwhile is forgotten if an error ends it."""
-    before, metrics = dict(vars(trainer)), copy.deepcopy(getattr(trainer, "_metrics", None))
+    before, metrics = dict(vars(trainer)), getattr(trainer, "_metrics", {})
+    counts = {(mode, name): len(found) for mode, by_name in metrics.items() for name, found in by_name.items()}
     try:
         yield
     except BaseException:
         vars(trainer).clear()
         vars(trainer).update(before)
-        if metrics is not None:
-            trainer._metrics = metrics
+        for mode, by_name in metrics.items():
+            for name, found in by_name.items():
+                del found[counts.get((mode, name), 0) :]
         raise
 
 

@@ -140,13 +140,13 @@ def _why_whole(trainer: Any, rows: Rows, recipe: Recipe, effective: int) -> str 
     return coupling(trainer, rows, recipe)
 
 
-def _written(trainer: Any, fit: Fit, had: "torch.optim.Optimizer | None", smaller: Strategy) -> Callable[[], None]:
+def _written(trainer: Any, fit: Fit, had: "torch.optim.Optimizer | None", strategy: Strategy) -> Callable[[], None]:
     """The plan in the trainer: arguments, callback and guard. What is returned takes all out again."""
     undo_model = fit._undo
     assert undo_model is not None
     undo_arguments = set_arguments(trainer, fit.plan)
     callback = PlanCallback(trainer, fit)
-    steps = GuardedSteps(trainer, fit, undo_model, callback, smaller)
+    steps = GuardedSteps(trainer, fit, undo_model, callback, strategy)
     detach = attached(trainer, callback, steps.end)
 
     def undo() -> None:
