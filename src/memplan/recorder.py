@@ -47,7 +47,7 @@ from memplan.optimizer_step import (
     check_stepping,
     not_in_backward,
 )
-from memplan.repeat import NotPeriodic, alike, lengthened
+from memplan.repeat import NotPeriodic, lengthened, same_events
 from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample
 from memplan.sharding import sharded
@@ -184,7 +184,7 @@ class Recorder:
             elif found is not None and primed is None and self._few_do is None:
                 if self._by_enough:
                     few = self._shortened(batch, blocks, static, FEWEST, primed)
-                    self._few_do = few is not None and alike(few[0], found[0])
+                    self._few_do = few is not None and same_events(few[0], found[0])
                 self._by_enough = True
         trace, graded = found or self._micro_steps(batch, blocks, static, self.fake, primed)
         return trace, _places(self.model, graded)

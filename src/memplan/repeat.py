@@ -36,19 +36,15 @@ def lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
         return _lengthened(_settled(trace), runs)
 
 
-def alike(one: Trace, other: Trace) -> bool:
+def same_events(one: Trace, other: Trace) -> bool:
     """Whether two traces have the same events; what goes in one moment may go in any order."""
 
-    def events(trace: Trace) -> NDArray[np.int64]:
+    def columns(trace: Trace) -> tuple[NDArray[np.int64], ...]:
         settled = _settled(trace)
         rows = settled.storage_bytes, settled.died, settled.born
-        return np.stack(rows)[:, np.lexsort(rows)]
+        return np.stack(rows)[:, np.lexsort(rows)], trace.op_flops, trace.op_bytes
 
-    work = ((trace.op_flops, trace.op_bytes) for trace in (one, other))
-    return all(
-        np.array_equal(mine, theirs)
-        for mine, theirs in zip((events(one), *next(work)), (events(other), *next(work)), strict=True)
-    )
+    return all(map(np.array_equal, columns(one), columns(other)))
 
 
 def _lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:

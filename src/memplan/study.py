@@ -351,7 +351,7 @@ class Study:
 
     @cached_property
     def _first_levels(self) -> list[Level]:
-        known = [(d, self._known(d)) for d in self.menu.levels or [{}]]
+        known = [(decisions, self._known(decisions)) for decisions in self.menu.levels or [{}]]
         return [self._level(self.points[0], d) if trace is None else Level(d, trace) for d, trace in known]
 
     def _known(self, decisions: Mapping[str, str]) -> Trace | None:

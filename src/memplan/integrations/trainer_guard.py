@@ -83,9 +83,8 @@ class GuardedSteps:
         if not alone or plan.stepping == IN_BACKWARD or not steps_in_parts(optimizers.unwrapped(trainer.optimizer)):
             return None
         self._model_fit.plan = plan
-        if (
-            self._fit._step is not None
-        ):  # of the two fits the one that the guard takes back says how the optimizer steps
+        if self._fit._step is not None:
+            # Of the two fits the one that the guard takes back says how the optimizer steps.
             self._model_fit._step, self._model_fit._unstep = self._fit._step, self._fit._unstep
             self._fit._step = self._fit._unstep = None
         smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch)
