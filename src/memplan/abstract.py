@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan import packed
+from memplan.kernels import forms
 
 _CONTAINERS = (dict, list, set)
 
@@ -133,8 +134,7 @@ class AbstractModel:
         data = tensor.detach()
         if not (data.is_floating_point() or data.is_complex()):
             return torch.zeros_like(data, device="cpu") if data.is_meta else data.cpu().clone()
-        with self.fake:
-            return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu")
+        return forms.empty(self.fake, data.shape, data.dtype, data.stride())
 
 
 def _form(parameter: nn.Parameter) -> tuple[object, ...]:

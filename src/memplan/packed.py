@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan.errors import ModelError
+from memplan.kernels import forms
 
 _BLOCK: Final = 64  # weights that share a scale, unless the parameter says otherwise
 _NESTED_BLOCK: Final = 256  # scales that share a scale, with double quantisation
@@ -222,8 +223,7 @@ class Imitation:
         return self._twins[id(tensor)][1]
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        with self.fake:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+        return forms.empty(self.fake, shape, dtype)
 
 
 def statements(model: nn.Module) -> tuple[str, ...]:

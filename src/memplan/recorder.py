@@ -120,6 +120,13 @@ class Recorder:
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
         self._fakes: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # see `AbstractModel`
 
+    def on(self, backend: Backend) -> "Recorder":
+        """For another card: what was found out about the model holds there too."""
+        other = Recorder(self.model, self.recipe, backend)
+        other.fake, other._fakes = self.fake, self._fakes
+        other._by_enough, other._few_do = self._by_enough, self._few_do
+        return other
+
     def record(
         self,
         sample: Sample,

@@ -127,13 +127,13 @@ class Study:
 
     @cached_property
     def _first(self) -> tuple[Trace, dict[str, Captured]]:
-        """The plain trace, and what was captured in it of the first of each group of alike blocks."""
+        """The plain trace, and what was captured in it of the first of each group of alike blocks, to drop parts."""
         found: dict[str, Captured] = {}
         blocks = find_blocks(self.model)
 
         @contextmanager
         def installed() -> Iterator[None]:
-            heads = [group[0] for group in alike(self.model, blocks)]
+            heads = [group[0] for group in alike(self.model, blocks)] if "select" in self.levers else []
             with levers.decided(self.model, self._as_it_is(blocks)), watched(self.model, heads, found):
                 yield
 

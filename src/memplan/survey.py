@@ -33,7 +33,7 @@ from memplan.offer import Offer
 from memplan.pipeline import sample_of
 from memplan.plan_record import Verdict
 from memplan.planner import Outcome, search
-from memplan.problem import RECOMPUTE
+from memplan.problem import KEEP, RECOMPUTE
 from memplan.profile import Level, Profile
 from memplan.recorder import Recipe, Recorder
 from memplan.risk import usable_bytes
@@ -82,8 +82,10 @@ def survey(
     shown = sample_of(model, sample, seq_len, None)
     recipe = Recipe(optimizer=optimizer, autocast=autocast, clips=clip_grad_norm)
     offers: dict[str, Offer] = {}
+    recorder = Recorder(model, recipe)
     while waiting := [card for card in cards if card.name not in offers]:
-        group = _Group(model, shown, recipe, waiting, samples)
+        group = _Group(recorder, shown, waiting, samples)
+        recorder = group.study.recorder
         made = [(card, group.offer(card, method)) for card in waiting if group.speaks_for(card)]
         offers.update((card.name, offer) for card, offer in made if group.speaks_for(card))  # after all its traces
     return tuple(offers[card.name] for card in cards)
@@ -92,13 +94,14 @@ def survey(
 class _Group:
     """Cards that share traces: the first of some, and those which turn out to run all operators as it does."""
 
-    def __init__(self, model: nn.Module, sample: Sample, recipe: Recipe, cards: Sequence[Gpu], samples: int) -> None:
+    def __init__(self, recorder: Recorder, sample: Sample, cards: Sequence[Gpu], samples: int) -> None:
+        model, recipe = recorder.model, recorder.recipe
         self.samples = samples
         self.can_split = not is_batch_coupled(model)
         self.backend = CudaBackend(capability_of(cards[0]), {capability_of(card) for card in cards})
         pairs = splits(samples, None, self.can_split)
         self.points, accumulation = profiled(pairs), 2 if pairs[0][1] > 1 else 1
-        recorder = Recorder(model, recipe, self.backend)
+        recorder = recorder.on(self.backend)
         self.study = Study(model, sample, recipe, recorder, cards[0], None, self.points, accumulation, STRATEGY.levers)
         self._by_libraries: dict[tuple[int, ...], _Sized] = {}  # what they keep -> the profile with it
 
@@ -146,6 +149,15 @@ class _Group:
         return {point: self.study.levels(point) for point in self.points}
 
     @cached_property
+    def excess(self) -> float:
+        """What an allocator takes beyond the tensors, as a share of them: the most that it did in any trace.
+
+        What libraries keep makes no difference to it, and the loss in chunks none for the worse.
+        """
+        traces = [level.trace for variants in self.levels.values() for level in variants[KEEP]]
+        return max(_needs(trace) / trace.peak_bytes - 1 for trace in traces)
+
+    @cached_property
     def leanest_trace(self) -> Trace:
         """What libraries keep, and how fast a card is, make no difference to which plan is the leanest."""
         return self.study.traced(self._sized(self.backend.fixed_bytes()).leanest).trace
@@ -188,15 +200,9 @@ class _Sized:
         """Of the card's memory, for the leanest plan."""
         return _needs(_with_libraries(self.group.leanest_trace, self.libraries))
 
-    @cached_property
-    def _excess(self) -> float:
-        """What an allocator takes beyond the tensors, as a share of them: the most that it did in any trace."""
-        traces = [level.trace for variants in self.levels.values() for found in variants.values() for level in found]
-        return max(_needs(trace) / trace.peak_bytes - 1 for trace in traces)
-
     def taken(self, card: Gpu, room_bytes: int) -> Outcome:
         """The fastest plan for so much room, which is enough for the leanest."""
-        asked = max(int(room_bytes / (1 + self._excess)), self.leanest.timeline.peak_bytes)
+        asked = max(int(room_bytes / (1 + self.group.excess)), self.leanest.timeline.peak_bytes)
         profile = replace(self.profile, times=estimated(self.levels, Rates.of(card)))
         return _found(profile, asked, STRATEGY, self.group.samples)
 

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from memplan.errors import CannotTrace
 from memplan.inplace import sole_owner_counts, would_write
-from memplan.kernels import Backend, cpu, probes, quantised
+from memplan.kernels import Backend, cpu, forms, probes, quantised
 from memplan.kernels.fakes import on_fakes
 from memplan.kernels.flops import flops_of
+from memplan.kernels.forms import leaves
 
 # What is made of known values is computed for real up to a size, since models read it: is this mask full, which
 # position is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants.
@@ -211,10 +211,11 @@ class Tape(TorchDispatchMode):
         if steps is not None:
             with quantised.watching(self):
                 return steps(quantised.Place(self.backend.name, self._cast), *args, **kwargs)
-        flat = [*tree_iter(args), *tree_iter(kwargs)] if kwargs else list(tree_iter(args))
-        in_place = self.backward and would_write(func, args)
-        out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)
-        self._note(func, args, kwargs, flat, out, args[0] if in_place else None)
+        with torch._C.DisableTorchFunction():  # the backend's kernels were chosen above; to pass by them takes its time
+            flat = [*leaves(args), *leaves(kwargs.values())]
+            in_place = self.backward and would_write(func, args)
+            out = func(*args, **kwargs) if self.fake is None else self._abstractly(func, flat, args, kwargs)
+            self._note(func, args, kwargs, flat, out, args[0] if in_place else None)
         return out
 
     def _abstractly(
@@ -226,8 +227,7 @@ class Tape(TorchDispatchMode):
             if func is _ITEM and self.answer is not None:
                 return self.answer
             self._overwritten.update(map(_key_of, written))
-            with self.fake:
-                out = on_fakes(func, args, kwargs)
+            out = forms.results(self.fake, on_fakes, func, args, kwargs)
             if written and isinstance(args[0], Tensor):
                 return args[0]
             return _constant(out, _CONSTANTS[func]) if func in _CONSTANTS else out
@@ -240,7 +240,7 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DataDependentOutputException:
             return func(*args, **kwargs)
-        results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        results = [t for t in leaves((out,)) if isinstance(t, Tensor)]
         if not results or any(t.nbytes > _real_limit(t) for t in results):
             return out
         real = func(*args, **kwargs)
@@ -271,7 +271,7 @@ class Tape(TorchDispatchMode):
         module = self.running()
         self._last_module = module
         self.op_ticks.append(self.now)
-        outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        outputs = [t for t in leaves((out,)) if isinstance(t, Tensor)]
         fresh = [t for t in outputs if self._follow(t, module, written)]
         flops = moved = 0
         worked = bool(fresh) or written is not None or func._schema.is_mutable
@@ -389,7 +389,7 @@ def _written_by(func: torch._ops.OpOverload, args: Sequence[Any]) -> list[Tensor
     if not func._schema.is_mutable:
         return []
     written = [arg for arg, known in zip(args, func._schema.arguments, strict=False) if known.is_write]
-    return [t for t in tree_iter(written) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
+    return [t for t in leaves(written) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
 
 
 def _key_of(tensor: Tensor) -> int:

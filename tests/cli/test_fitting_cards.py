@@ -2,7 +2,10 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import tiny
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from memplan.cli import app
+from memplan.cli import app, fitting_cards
 from memplan.gpus import Gpu, all_gpus
 from memplan.offer import Offer
 from memplan.plan_record import Verdict
@@ -55,6 +58,7 @@ class Survey(SimpleNamespace):
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Survey:
     survey = Survey(asked=[])
     monkeypatch.setitem(sys.modules, "memplan.survey", survey)
+    monkeypatch.setattr(fitting_cards, "_cores", lambda: 1)  # nothing stands in for it in another process
     return survey
 
 
@@ -155,3 +159,42 @@ def test_a_survey_of_adapters_on_four_bits_needs_no_weights(tmp_path: Path) -> N
     assert card["band"][0] < card["samples_per_s"] < card["band"][1]
     assert (unknown["gpu"], unknown["samples_per_s"]) == ("mi300x", None)
     assert "mi300x: only the memory is known" in result.stderr
+
+
+def test_methods_are_planned_side_by_side_where_there_are_cores(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--method", "full", "--method", "lora", "--gpus", "rtx-4090", "--seq-len", 16, "--tokens-per-step", 64)
+    begun: list[Sequence[str]] = []
+    begin = fitting_cards._begun
+    monkeypatch.setattr(fitting_cards, "_begun", lambda asked, methods: begun.append(methods) or begin(asked, methods))
+    said = []
+    for cores in (1, 2):
+        monkeypatch.setattr(fitting_cards, "_cores", lambda cores=cores: cores)
+        result = run(config, *asked, "--json")
+        assert result.exit_code == 0
+        said.append((result.stdout, result.stderr))
+    assert begun == [[], ["lora"]]
+    assert said[0] == said[1]
+
+
+def test_what_another_process_cannot_use_is_refused_as_here(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes from the other one alone: this one has nothing to do."""
+    monkeypatch.setattr(fitting_cards, "_cores", lambda: 2)
+    monkeypatch.setattr(fitting_cards._Asked, "found", lambda _self, _method: ())
+    result = run(config, "--method", "full", "--method", "lora", "--seq-len", 16, "--tokens-per-step", 100)
+    assert result.exit_code == 2
+    assert "nearest: 96 and 112" in result.stderr
+
+
+def test_a_process_that_is_gone_is_said(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def gone(_asked: object, _methods: Sequence[str]) -> Iterator[list[Connection]]:
+        end, other = Pipe(duplex=False)
+        other.close()
+        yield [end]
+
+    monkeypatch.setattr(fitting_cards, "_cores", lambda: 2)
+    monkeypatch.setattr(fitting_cards, "_begun", gone)
+    monkeypatch.setattr(fitting_cards._Asked, "found", lambda _self, _method: ())
+    result = run(config, "--method", "full", "--method", "lora")
+    assert isinstance(result.exception, RuntimeError)
+    assert "the process that planned lora is gone; ask with --method lora alone" in str(result.exception)

@@ -182,6 +182,10 @@ class CachingAllocator:
             blocks += (Block(key & ADDRESS, key >> SHIFT, "free", pool) for key in pool.free)
         return listed(blocks)
 
+    def free_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """What is reserved and not in use, in comparable form."""
+        return tuple(tuple(pool.free) for pools in (self._small, self._large) for pool in pools.in_order())
+
     def _fit(self, pool: Pool, rounded: int, i: int) -> int:
         """Which free block to take if the best fit is number `i`; their count if none."""
         if self._ages is not None and not pool.is_small:

@@ -1,6 +1,12 @@
 """`memplan fit`: which card a way to train a model needs."""
 
 import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,11 +21,11 @@ from memplan.cli.options import (
     ModelArgument,
     OptimizerOption,
     SeqLenOption,
-    build,
+    built,
     one_model,
 )
 from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, progress, stderr_console
-from memplan.errors import BadBatch, UsageError
+from memplan.errors import BadBatch, MemplanError, UsageError
 
 if TYPE_CHECKING:
     from memplan.gpus import Gpu
@@ -55,31 +61,26 @@ def fit(
     offers: list[Offer] = []
     left_out: list[str] = []
     with errors_as_exit_codes():
-        named, cards = one_model(model, config), _cards(gpus)
-        for each in method or list(Method):
-            try:
-                built = build(console, named, each, lora_rank, dtype)
-            except UsageError as error:
-                if method or each is Method.FULL:
-                    raise
-                left_out.append(f"{each} is left out: {error}")
-                continue
-            with progress(console, f"planning {each} for {len(cards)} cards"):
-                from memplan.samples import sample_for
-                from memplan.survey import survey
-
-                sample = sample_for(built, 2, seq_len)
-                cast = autocast or (Autocast.BF16 if each is Method.QLORA else Autocast.NONE)
-                offers += survey(
-                    built,
-                    cards,
-                    _samples(tokens_per_step, sample.tokens),
-                    method=each,
-                    sample=sample,
-                    optimizer=optimizer,
-                    autocast=cast.dtype(),
-                    clip_grad_norm=clip_grad_norm,
-                )
+        asked = _Asked(
+            named=one_model(model, config),
+            cards=_cards(gpus),
+            lora_rank=lora_rank,
+            dtype=dtype,
+            seq_len=seq_len,
+            tokens_per_step=tokens_per_step,
+            optimizer=optimizer,
+            autocast=autocast,
+            clip_grad_norm=clip_grad_norm,
+        )
+        methods = method or list(Method)
+        with progress(console, f"planning {' and '.join(methods)} for {len(asked.cards)} cards"):
+            for each, found in zip(methods, _found(asked, methods), strict=True):
+                if not isinstance(found, UsageError):
+                    offers += found
+                elif method or each is Method.FULL:
+                    raise found
+                else:
+                    left_out.append(f"{each} is left out: {found}")
     from memplan.report.offers import offer_tables, ranked
 
     console.print(offer_tables(offers))
@@ -90,6 +91,92 @@ def fit(
         typer.echo(json.dumps({"schema_version": 1, "offers": record}, indent=1))
     if not any(offer.fits for offer in offers):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """For whatever method."""
+
+    named: str
+    cards: "list[Gpu]"
+    lora_rank: int
+    dtype: str | None
+    seq_len: int | None
+    tokens_per_step: int | None
+    optimizer: str
+    autocast: Autocast | None
+    clip_grad_norm: bool
+
+    def found(self, method: Method) -> "Sequence[Offer] | UsageError":
+        """Offers in the order of the cards, or why the model cannot be built for the method."""
+        try:
+            model = built(self.named, method, self.lora_rank, self.dtype)
+        except UsageError as error:
+            return error
+        from memplan.samples import sample_for
+        from memplan.survey import survey
+
+        sample = sample_for(model, 2, self.seq_len)
+        cast = self.autocast or (Autocast.BF16 if method is Method.QLORA else Autocast.NONE)
+        return survey(
+            model,
+            self.cards,
+            _samples(self.tokens_per_step, sample.tokens),
+            method=method,
+            sample=sample,
+            optimizer=self.optimizer,
+            autocast=cast.dtype(),
+            clip_grad_norm=self.clip_grad_norm,
+        )
+
+
+def _found(asked: _Asked, methods: Sequence[Method]) -> "Iterator[Sequence[Offer] | UsageError]":
+    """What is found for each method; for the last ones meanwhile, on other cores, by processes of their own."""
+    elsewhere = min(len(methods), _cores()) - 1
+    here, rest = methods[: len(methods) - elsewhere], methods[len(methods) - elsewhere :]
+    with _begun(asked, rest) as ends:
+        for method in here:
+            yield asked.found(method)
+        for method, end in zip(rest, ends, strict=True):
+            try:
+                found, error = end.recv()
+            except EOFError:
+                raise RuntimeError(
+                    f"the process that planned {method} is gone; ask with --method {method} alone"
+                ) from None
+            if error is not None:
+                raise error
+            yield found
+
+
+@contextmanager
+def _begun(asked: _Asked, methods: Sequence[Method]) -> Iterator[list[Connection]]:
+    """A process for each method, and the ends at which to receive what it found."""
+    context, ends, processes = get_context("spawn"), [], []
+    try:
+        for method in methods:
+            end, other = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(asked, method, other), daemon=True)
+            process.start()
+            other.close()  # so that `end` knows when the process is gone
+            ends.append(end)
+            processes.append(process)
+        yield ends
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _send(asked: _Asked, method: Method, end: Connection) -> None:
+    try:
+        end.send((asked.found(method), None))
+    except MemplanError as error:
+        end.send((None, error))
+
+
+def _cores() -> int:
+    """On which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cards(gpus: str | None) -> "list[Gpu]":

@@ -77,11 +77,15 @@ def one_model(model: str | None, config: Path | None) -> str:
     return str(config)
 
 
+def built(named: str, method: Method, lora_rank: int, dtype: str | None, device: str = "meta") -> "nn.Module":
+    from memplan.cli.models import build_model
+
+    rank = None if method is Method.FULL else lora_rank
+    return build_model(named, dtype=dtype, lora_rank=rank, quantised=method is Method.QLORA, device=device)
+
+
 def build(
     console: "Console", named: str, method: Method, lora_rank: int, dtype: str | None, device: str = "meta"
 ) -> "nn.Module":
     with progress(console, f"building {named}"):
-        from memplan.cli.models import build_model
-
-        rank = None if method is Method.FULL else lora_rank
-        return build_model(named, dtype=dtype, lora_rank=rank, quantised=method is Method.QLORA, device=device)
+        return built(named, method, lora_rank, dtype, device)
