@@ -1,9 +1,11 @@
 """A script with the one line trains what it trains without: the same weights, steps, learning rates and losses."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
@@ -12,6 +14,7 @@ from torch.utils.data import IterableDataset
 import memplan
 from integrations import scripts
 from integrations.scripts import Ran, train
+from memplan import cache
 from memplan.integrations import parts
 from memplan.integrations.accelerate import MemplanPlugin, attach
 
@@ -203,3 +206,44 @@ def test_trackers_are_told_the_plan(early: bool, capsys: pytest.CaptureFixture[s
         said = capsys.readouterr().err
         assert "2 x 4 accumulated = 8 per step (was 8 x 1)" in said
         assert "memplan.attach(accelerator, enabled=False)" in said
+
+
+@pytest.mark.parametrize("zero_first", [False, True])
+def test_the_second_step_is_measured_and_remembered(zero_first: bool, cache_folder: Path) -> None:
+    model, batch = tiny.llama(layers=6, rows=32, length=64, hidden_size=128, intermediate_size=352, use_cache=False)
+    rows = [{name: value[at] for name, value in batch.items()} for at in range(32)]
+    with scripts.fresh_accelerate():
+        notebook = Notebook()
+        accelerator = Accelerator(cpu=True, log_with=[notebook])
+        accelerator.init_trackers("run")
+        memplan.attach(accelerator, gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")
+        made = model, torch.optim.AdamW(model.parameters()), scripts.DataLoader(rows, scripts.BATCH)
+        model, optimizer, loader = accelerator.prepare(*made)
+        for batch in loader:
+            output = model(**batch)
+            if zero_first:
+                optimizer.zero_grad()
+            accelerator.backward(output.loss)
+            optimizer.step()
+            if not zero_first:
+                optimizer.zero_grad()
+    plan = accelerator.memplan.plan
+    _, measured = notebook.records
+    assert measured == {"memplan/peak_bytes": measured["memplan/peak_bytes"], **plan.record()}
+    assert measured["memplan/peak_bytes"] == pytest.approx(plan.peak_bytes, rel=0.01)
+    ((run,),) = cache.all_runs().values()
+    assert (run.step_s, run.peak_bytes) == (None, measured["memplan/peak_bytes"])
+
+
+def test_a_loop_that_ends_with_the_first_step_measures_nothing(cache_folder: Path) -> None:
+    model, _ = tiny.llama()
+    with scripts.fresh_accelerate():
+        accelerator = Accelerator(cpu=True)
+        planned()(accelerator)
+        loader = scripts.DataLoader(scripts.Texts(8), scripts.BATCH, collate_fn=scripts.padded)
+        model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not cache.all_runs()

@@ -1,6 +1,7 @@
 """A fit with the callback trains what it trains without."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from integrations.scripts import BATCH, EPOCHS, Texts, make_model, padded
+from memplan import cache
 from memplan.errors import UsageError
 from memplan.integrations import parts
 from memplan.integrations.lightning import MemplanCallback
@@ -108,6 +110,18 @@ def test_the_plan_is_said_and_logged(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().err
     assert "2 x 4 accumulated = 8 per step (was 8 x 1)" in said
     assert "MemplanCallback(enabled=False)" in said
+
+
+def test_the_second_step_is_measured_and_remembered(cache_folder: Path) -> None:
+    callback, notebook = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface"), Notebook()
+    fit(callback, 32, logger=notebook)
+    plan = callback.plan
+    assert plan is not None
+    (measured,) = (record for record in notebook.records if "memplan/peak_bytes" in record)
+    assert measured == {"memplan/peak_bytes": measured["memplan/peak_bytes"], **plan.record()}
+    assert measured["memplan/peak_bytes"] == pytest.approx(plan.peak_bytes, rel=0.03)
+    ((run,),) = cache.all_runs().values()
+    assert (run.step_s, run.peak_bytes) == (None, measured["memplan/peak_bytes"])
 
 
 def test_dropout_where_the_batch_is_not_split() -> None:

@@ -33,6 +33,7 @@ from memplan.integrations.parts import (
 )
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
+from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
 from memplan.plan_record import Plan
 from memplan.recorder import Recipe
@@ -156,8 +157,12 @@ class Attachment:
 
     def _tell_trackers(self) -> None:
         """Once there are both a plan and trackers, whichever comes first."""
-        if self.plan is not None and self._accelerator.trackers:
-            self._accelerator.log(self.record(), step=0)
+        if self.plan is not None:
+            self._log(self.record(), step=0)
+
+    def _log(self, record: dict[str, float], step: int | None = None) -> None:
+        if self._accelerator.trackers:
+            self._accelerator.log(record, step=step)
 
     def _driven(self, objects: tuple[Any, ...], at: int, plan: Plan, split: Split, options: dict[str, Any]) -> Any:
         """The objects, prepared by Accelerate, with the loader in micro-batches and the optimizers in step with it."""
@@ -171,7 +176,10 @@ class Attachment:
             drop_last=bool(loader.drop_last) and isinstance(loader.dataset, IterableDataset),
             models=[o for o in prepared if isinstance(o, nn.Module)],
             optimizers=[o for o in prepared if isinstance(o, AcceleratedOptimizer)],
+            device=accelerator.device,
         )
+        if self.fit is not None and not (is_deepspeed(accelerator) or is_sharded(accelerator)):
+            group.second = SecondStep(self.fit, self._log)
         for optimizer in group.optimizers:
             _drive(optimizer, group)
         if plan.micro_batch != split.own_rows:
@@ -309,8 +317,9 @@ def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
     own_step = optimizer.step
 
     def step(*args: Any, **options: Any) -> Any:
-        group.stepped |= group.is_last
-        return own_step(*args, **options)
+        stepped = own_step(*args, **options)
+        group.has_stepped(optimizer)
+        return stepped
 
     def zero_grad(set_to_none: bool = True) -> None:
         if group.weight is None or group.stepped or not group.backwards:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from memplan.errors import UsageError
 from memplan.integrations.parts import Split
+from memplan.integrations.watching import SecondStep
 
 
 @dataclass
@@ -26,24 +28,28 @@ class Group:
         split: how a step is cut into micro-batches.
         drop_last: whether a stream's rows that make no whole batch of the script's are left out; samplers see to it.
         models, optimizers: as prepared.
+        device: where they are.
         weight: the part of the step's loss that the micro-batch at hand has; None outside of a step.
         is_last: whether the optimizer steps after the micro-batch at hand.
         backwards: through micro-batches of this step so far.
         stepped: whether the optimizer has stepped since the group was begun.
         loss: of the step so far, as the script would have seen it for its own batches; detached.
         steps: finished so far.
+        second: what measures the second step, if anything does.
     """
 
     split: Split
     drop_last: bool
     models: list[Any]
     optimizers: list[Any]
+    device: torch.device
     weight: float | None = None
     is_last: bool = True
     backwards: int = 0
     stepped: bool = False
     loss: "Tensor | float" = 0.0
     steps: int = 0
+    second: SecondStep | None = None
 
     def begin(self) -> None:
         """A new step. What is left of the last one's gradients would only take memory in the next forward."""
@@ -51,6 +57,8 @@ class Group:
         if self.steps:
             for optimizer in self.optimizers:
                 optimizer.optimizer.zero_grad(set_to_none=True)
+        if self.second is not None:
+            self.second.begin(self.steps, self.models[0], self.optimizers, self.device)
 
     def at(self, weight: float, is_last: bool) -> None:
         """The next micro-batch is handed out."""
@@ -79,6 +87,12 @@ class Group:
                 "Accelerator, and call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
         self.steps += 1
+
+    def has_stepped(self, optimizer: Any) -> None:
+        """An optimizer has taken the gradients of the step under way, if they are all there."""
+        self.stepped |= self.is_last
+        if self.is_last and self.second is not None and optimizer is self.optimizers[-1]:
+            self.second.end()
 
 
 class _Grouped:

@@ -12,7 +12,7 @@ Lightning divides the loss of each micro-batch by their number, so each is multi
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final
 
 import torch
@@ -26,6 +26,7 @@ from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import batch_size_of, cut, longest_batch
 from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
 from memplan.integrations.planning import plan_for
+from memplan.integrations.watching import SecondStep
 from memplan.plan_record import Plan
 from memplan.recorder import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
@@ -53,6 +54,8 @@ class MemplanCallback(Callback):
         self.settings = Settings.found(settings)
         self.plan: Plan | None = None
         self._undo: list[Callable[[], None]] = []
+        self._second: SecondStep | None = None
+        self._first_step = 0  # of the fit, which may go on from a checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan, apply, and cut the training loader."""
@@ -86,13 +89,32 @@ class MemplanCallback(Callback):
             )
         self.plan = plan.assuming(said)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
-        self._install(trainer, pl_module, loader, split, apply(pl_module, plan))
+        fit = apply(pl_module, plan)
+        self._install(trainer, pl_module, loader, split, fit)
         announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=(said,)))
-        for logger in trainer.loggers:
-            logger.log_metrics(self.plan.record(), step=0)
+        _log(trainer, self.plan.record())
+        self._second = SecondStep(fit, partial(_log, trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
+        """The checkpoint, if the fit goes on from one, is there."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Measure the second step, from its first micro-batch on."""
+        if self._second is not None:
+            done = trainer.global_step - self._first_step
+            self._second.begin(done, pl_module, trainer.optimizers, pl_module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Until the optimizer has stepped."""
+        if self._second is not None and trainer.global_step - self._first_step > 1:
+            self._second.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
         """Everything as it was."""
+        if self._second is not None:
+            self._second.stop()
+            self._second = None
         while self._undo:
             self._undo.pop()()
 
@@ -167,6 +189,11 @@ def _weighted(training_step: Callable[..., Any], trainer: Trainer, loader: _Weig
         return output if output is None else output * factor
 
     return step
+
+
+def _log(trainer: Trainer, record: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(record, step=trainer.global_step)
 
 
 def _step_loss(module: nn.Module, batch: object) -> Tensor:

@@ -1,0 +1,119 @@
+"""The measured peak of a real step, beside the predicted one."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.fitting import Fit
+from memplan.meter import Allocations, allocator_record, survivors
+from memplan.units import format_budget, format_bytes
+
+_log = logging.getLogger("memplan")
+
+
+class SecondStep:
+    """Measures the second step of a run, which has the optimizer's state already.
+
+    Args:
+        fit: the model and its plan.
+        say: is given the measured peak and the plan as flat numbers.
+    """
+
+    def __init__(self, fit: Fit, say: Callable[[dict[str, float]], None]) -> None:
+        self._fit, self._say = fit, say
+        self._watch: Watch | None = None
+
+    def begin(self, done: int, model: nn.Module, optimizers: Sequence[Any], device: torch.device) -> None:
+        """A step begins after so many, or goes on."""
+        if done == 0 and self._watch is None:
+            self._watch = Watch(device)
+        elif done == 1 and self._watch is not None and not self._watch.counts:
+            self._watch.count(model, optimizers)
+
+    def end(self) -> None:
+        """The optimizer has stepped."""
+        if self._watch is None or not self._watch.counts:
+            return
+        peak_bytes = self._watch.stop()
+        if peak_bytes is not None:
+            self._say(_reported(self._fit, peak_bytes))
+
+    def stop(self) -> None:
+        """The run is over, or goes on by another plan."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+
+def _reported(fit: Fit, peak_bytes: int) -> dict[str, float]:
+    """Say in the log what was measured, and keep it for the next plan on this machine."""
+    plan = fit.plan
+    fit.remember(peak_bytes)
+    text = (
+        f"peak of the second step {format_bytes(peak_bytes)}, predicted {format_bytes(plan.peak_bytes)} for the "
+        f"worst batch, budget {format_budget(plan.budget_bytes)}"
+    )
+    if peak_bytes > plan.budget_bytes:
+        _log.warning("%s: more than the budget", text)
+    else:
+        _log.info("%s", text)
+    return {"memplan/peak_bytes": peak_bytes, **plan.record()}
+
+
+class Watch:
+    """The most that tensors need from `count` to `stop`, weights, gradients and optimizer state included.
+
+    On a card that is the allocator's own figure, for all tensors there. On the CPU it is read from the record of
+    torch's allocator, as in `CpuDevice`. It tells of a free only if it was there at the allocation, so it is to be made
+    a step before. The buckets of DistributedDataParallel are not in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = self._is_over = False
+        self._device, self._open = device, ExitStack()
+        self._alive: dict[int, int] = {}  # when counting began: bytes by address
+        self._record = self._recording()
+
+    def count(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        """From here on."""
+        self.counts = True
+        self._open.close()
+        if self._device.type == "cpu":
+            self._alive = survivors(self._record) | _own(model, optimizers)
+        elif hasattr(torch.accelerator, "reset_peak_memory_stats"):
+            torch.accelerator.reset_peak_memory_stats(self._device)
+        self._record = self._recording()
+
+    def stop(self) -> int | None:
+        """The peak in bytes; None where nothing was counted or could be, and by a second call."""
+        self._open.close()
+        if self._is_over or not self.counts:
+            return None
+        self._is_over = True
+        if self._device.type != "cpu":
+            measures = hasattr(torch.accelerator, "max_memory_allocated")
+            return int(torch.accelerator.max_memory_allocated(self._device)) if measures else None
+        now = peak = sum(self._alive.values())
+        for _, change in self._record:
+            now += change
+            peak = max(peak, now)
+        return peak if self._record else None
+
+    def _recording(self) -> Allocations:
+        if self._device.type == "cpu":
+            with suppress(RuntimeError):  # the user's own profiler is running
+                return self._open.enter_context(allocator_record())
+        return []
+
+
+def _own(model: nn.Module, optimizers: Sequence[Any]) -> dict[int, int]:
+    """Bytes by address of weights, buffers, gradients and optimizer states."""
+    kept = [state for optimizer in optimizers for state in optimizer.state.values()]
+    states = [value for state in kept for value in state.values() if isinstance(value, torch.Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states, *gradients)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
