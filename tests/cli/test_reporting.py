@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,15 +87,37 @@ def test_pictures_alone_and_what_cannot_be_drawn(plan_file: Path, tmp_path: Path
     result = run(plan_file, "-o", tmp_path / "page.html", "--svg", tmp_path / "pictures")
     assert result.exit_code == 0
     assert (tmp_path / "pictures" / "timeline.svg").read_text(encoding="utf-8") == timeline_svg(Plan.load(plan_file))
-    assert "no frontier.svg: the plan carries no other plans" in result.stderr
+    assert "no frontier: the plan carries no other plans" in result.stderr
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["timeline.svg"]
+
+
+def test_pictures_in_pixels_show_their_words(plan_file: Path, tmp_path: Path) -> None:
+    resvg_py = pytest.importorskip("resvg_py")
+    result = run(plan_file, "-o", tmp_path / "page.html", "--png", tmp_path / "pictures")
+    assert result.exit_code == 0
+    drawn = (tmp_path / "pictures" / "timeline.png").read_bytes()
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["timeline.png"]
+    assert drawn[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(drawn[16:20], "big") == 2000
+    wordless = re.sub(r"<text.*?</text>", "", timeline_svg(Plan.load(plan_file)))
+    assert len(bytes(resvg_py.svg_to_bytes(svg_string=wordless, zoom=2))) < 0.9 * len(drawn)
+
+
+def test_pixels_need_a_package_and_nothing_is_written_without(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    result = run(plan_file, "-o", tmp_path / "page.html", "--png", tmp_path)
+    assert result.exit_code == 2
+    assert "pip install 'memplan[png]'" in result.stderr
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_plan_without_timeline_has_a_page(tmp_path: Path) -> None:
     a_plan().save(tmp_path / "plan.json")
     result = run(tmp_path / "plan.json", "-o", tmp_path / "page.html", "--svg", tmp_path)
     assert result.exit_code == 0
-    assert "no timeline.svg" in result.stderr
+    assert "no timeline: " in result.stderr
     assert "carries no timeline" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

@@ -9,6 +9,8 @@ from memplan.cli.terminal import errors_as_exit_codes
 from memplan.errors import PlanSchema, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memplan.plan_record import Measured
 
 
@@ -21,6 +23,9 @@ def report(
     svg: Annotated[
         Path | None, typer.Option(help="A folder for the pictures alone: timeline.svg and frontier.svg.")
     ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="The same as timeline.png and frontier.png, 2000 pixels wide (memplan[png]).")
+    ] = None,
 ) -> None:
     """Draw a plan as one HTML page: memory over the step, every block, other plans, and the peak part by part."""
     from memplan.plan_record import Plan
@@ -30,16 +35,28 @@ def report(
     with errors_as_exit_codes():
         record = Plan.load(plan)
         run = None if measured is None else _measured(measured)
+        rasterised = None if png is None else _rasteriser()
         _write(output, page_html(record, run))
-        if svg is None:
-            return
-        for name, draw in (("timeline.svg", timeline_svg), ("frontier.svg", frontier_svg)):
+        for name, draw in (("timeline", timeline_svg), ("frontier", frontier_svg)):
+            if svg is None and rasterised is None:
+                break
             try:
                 picture = draw(record, run)
             except UsageError as error:
                 typer.echo(f"memplan: no {name}: {error}", err=True)
-            else:
-                _write(svg / name, picture)
+                continue
+            if svg is not None:
+                _write(svg / f"{name}.svg", picture)
+            if png is not None and rasterised is not None:
+                _write(png / f"{name}.png", rasterised(picture))
+
+
+def _rasteriser() -> "Callable[[str], bytes]":
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise UsageError("--png needs resvg_py: pip install 'memplan[png]', or take --svg") from error
+    return lambda picture: bytes(svg_to_bytes(svg_string=picture, zoom=2))
 
 
 def _measured(path: Path) -> "Measured":
@@ -55,10 +72,10 @@ def _measured(path: Path) -> "Measured":
         raise PlanSchema(f"{path} is no measurement: write fit.measured.model_dump_json() into it") from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}. Name another place.") from error
     typer.echo(f"wrote {path}", err=True)
