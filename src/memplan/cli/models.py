@@ -1,5 +1,6 @@
 """Models for the command line: built from a config, with shapes and dtypes but without weights."""
 
+import logging
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ def build_model(
         UsageError: no config there, a class that this transformers does not have, an unknown dtype, no peft or no
             bitsandbytes.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for a CPU, where nothing is run
     config = _read_config(named)
     for part in {id(config): config, id(text := config.get_text_config()): text}.values():
         if getattr(part, "use_cache", None):
