@@ -4,31 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import peft
 import pytest
 import tiny
-import torch
 
 import memplan
 from memplan import rescale, study
 from memplan.profile import Level
 from memplan.rescale import Scaling
 
-
-def adapted() -> tiny.Made:
-    """Adapters on a base as wide as a batch has tokens: a gradient to be added has the size of an activation."""
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 1000}
-    base, batch = tiny.llama(rows=2, length=128, **sizes)
-    adapters = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(base.to(torch.bfloat16), adapters).train(), batch  # which are of float32
-
-
-MODELS: dict[str, Callable[[], tiny.Made]] = {
-    "bert": tiny.bert,
-    "vit": tiny.vit,
-    "llama": tiny.llama,
-    "adapted": adapted,
-}
+MODELS: dict[str, Callable[[], tiny.Made]] = {"bert": tiny.bert, "vit": tiny.vit, "llama": tiny.llama}
 AMBIGUOUS = "llama"  # so small that weights and activations have sizes in common
 
 
@@ -49,7 +33,7 @@ def levels(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> tuple[list[L
 
     monkeypatch.setattr(study, "levels_at", watched)
     model, batch = MODELS[name]()
-    memplan.plan(model.to("meta"), gpu, sample=batch, effective_batch=8 if name == "adapted" else None)
+    memplan.plan(model.to("meta"), gpu, sample=batch)
     return seen[0]
 
 

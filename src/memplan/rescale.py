@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from memplan.profile import Level
 from memplan.trace import Trace
 
-Row = tuple[object, ...]  # sizes first, the module in the fifth place; of storages then their neighbours' sizes
+Row = tuple[object, ...]  # sizes first, the module last
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ class Scaling:
 
     Attributes:
         micro_batch: the other.
-        storages: (bytes, whether the optimizer makes it, block, category, module) -> bytes. Where those differ, as if a
-            batch has as many tokens as the model is wide, they are told by what the module makes just before, or just
-            behind. Where all that were seen without the last, the last two or three agree, that much is known of any.
-        operators: (flops, bytes, name, dtype, module) -> flops and bytes, but for the neighbours in the same way.
+        storages: (bytes, whether the optimizer makes it, block, category, module) -> bytes. Where all that were seen
+            without the last, the last two or three agree, that much is known of any.
+        operators: (flops, bytes, name, dtype, module) -> flops and bytes, in the same way.
     """
 
     micro_batch: int
@@ -47,7 +46,7 @@ class Scaling:
                 operators += zip(_working(one), _working(other), strict=True)
             except ValueError:  # another number of them
                 return None
-        if other is None or any(a[1:5] != b[1:5] for a, b in storages) or any(a[2:5] != b[2:5] for a, b in operators):
+        if other is None or any(a[1:] != b[1:] for a, b in storages) or any(a[2:] != b[2:] for a, b in operators):
             return None
         return cls(other.micro_batch, _agreed(storages, 1), _agreed(operators, 2))
 
@@ -79,22 +78,10 @@ def levels_at(firsts: Sequence[Level], teachers: Sequence[Level], take: Callable
 
 
 def _storages(trace: Trace) -> list[Row]:
-    """With the bytes of what is born before and behind each in its module."""
     made = trace.born >= trace.optimizer.start
-    homes, modules = _homes(trace), trace.modules
-    rows = _columns(trace.storage_bytes, made, trace.storage_category, trace.storage_module, *_neighbours(trace))
-    return [(size, made, homes[at], category, modules[at], *beside) for size, made, category, at, *beside in rows]
-
-
-def _neighbours(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes of the storages that are born before and behind each, of the same module; -1 for none."""
-    order = np.lexsort((trace.storage_bytes, trace.storage_category, trace.born, trace.storage_module))
-    sizes, modules = trace.storage_bytes[order], trace.storage_module[order]
-    same = modules[1:] == modules[:-1]
-    before, behind = np.full((2, len(order)), -1, np.int64)
-    before[order[1:]] = np.where(same, sizes[:-1], -1)
-    behind[order[:-1]] = np.where(same, sizes[1:], -1)
-    return before, behind
+    homes = _homes(trace)
+    rows = _columns(trace.storage_bytes, made, trace.storage_category, trace.storage_module)
+    return [(size, made, homes[module], category, trace.modules[module]) for size, made, category, module in rows]
 
 
 def _homes(trace: Trace) -> list[str]:
@@ -129,19 +116,16 @@ def _agreed(pairs: Sequence[tuple[Row, Row]], sizes: int) -> dict[Row, Row]:
     """What all rows that were seen alike became; their first so many columns are sizes."""
     became: dict[Row, set[Row]] = defaultdict(set)
     for one, other in dict.fromkeys(pairs):  # blocks do the same again and again
-        for known in _keys(one):
+        for known in _less_and_less(one):
             became[known].add(other[:sizes])
     return {row: found.pop() for row, found in became.items() if len(found) == 1}
 
 
 def _found(known: Mapping[Row, Row], row: Row) -> Row | None:
-    if (whole := row[:5]) in known:  # as most are
-        return known[whole]
-    return next((known[key] for key in _keys(row) if key in known), None)
+    if row in known:  # as most are
+        return known[row]
+    return next((known[less] for less in _less_and_less(row) if less in known), None)
 
 
-def _keys(row: Row) -> tuple[Row, ...]:
-    """By which a row may be known, the best first."""
-    whole = row[:5]
-    beside = (("before", *row[:6]), ("behind", *whole, row[6])) if row[5:] else ()
-    return whole, *beside, whole[:-1], whole[:-2], whole[:-3]
+def _less_and_less(row: Row) -> tuple[Row, ...]:
+    return row, row[:-1], row[:-2], row[:-3]
