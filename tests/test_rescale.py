@@ -2,17 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import peft
 import pytest
 import tiny
+import torch
 
 import memplan
 from memplan import rescale, study
 from memplan.profile import Level
 from memplan.rescale import Scaling
 
-MODELS: dict[str, Callable[[], tiny.Made]] = {"bert": tiny.bert, "vit": tiny.vit, "llama": tiny.llama}
+
+def adapted() -> tiny.Made:
+    """Adapters on a base as wide as two rows have tokens: a gradient to be added has the size of an activation."""
+    sizes = {"hidden_size": 224, "intermediate_size": 608, "vocab_size": 1000}
+    base, batch = tiny.llama(rows=2, length=112, **sizes)
+    adapters = peft.LoraConfig(r=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(base.to(torch.bfloat16), adapters).train(), batch  # which are of float32
+
+
+MODELS: dict[str, Callable[[], tiny.Made]] = {
+    "bert": tiny.bert,
+    "vit": tiny.vit,
+    "llama": tiny.llama,
+    "adapted": adapted,
+}
 AMBIGUOUS = "llama"  # so small that weights and activations have sizes in common
 
 
@@ -33,12 +50,13 @@ def levels(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> tuple[list[L
 
     monkeypatch.setattr(study, "levels_at", watched)
     model, batch = MODELS[name]()
-    memplan.plan(model.to("meta"), gpu, sample=batch)
+    memplan.plan(model.to("meta"), gpu, sample=batch, effective_batch=8 if name == "adapted" else None)
     return seen[0]
 
 
-@pytest.mark.parametrize("gpu", ["cpu:1GiB", "rtx-4090"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "gpu"), [*product(("bert", "vit", "llama"), ("cpu:1GiB", "rtx-4090")), ("adapted", "rtx-4090")]
+)
 def test_scaled_traces_are_those_that_would_be_taken(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> None:
     firsts, found, real, taken = levels(monkeypatch, name, gpu)
     assert len(firsts) > 4
@@ -48,6 +66,13 @@ def test_scaled_traces_are_those_that_would_be_taken(monkeypatch: pytest.MonkeyP
         assert scaled.trace.micro_batch == true.trace.micro_batch
         for column in ("storage_bytes", "born", "died", "op_flops", "op_bytes"):
             assert np.array_equal(getattr(scaled.trace, column), getattr(true.trace, column)), column
+
+
+def test_most_is_traced_where_the_batch_is_as_long_as_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts, found, _, _ = levels(monkeypatch, "adapted", "rtx-4090")
+    assert (firsts[0].trace.micro_batch, found[0].trace.micro_batch) == (4, 2)
+    firsts, found, _, _ = levels(monkeypatch, "bert", "rtx-4090")
+    assert (firsts[0].trace.micro_batch, found[0].trace.micro_batch) == (2, 4)
 
 
 def test_what_was_not_seen_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

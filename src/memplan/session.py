@@ -113,7 +113,7 @@ class Session:
         """
         check_plannable(self.model)
         pairs = splits(effective_batch, micro_batch, self._can_split)
-        points = profiled(pairs) if effective_batch or micro_batch else POINTS
+        points = self._clearest_first(profiled(pairs) if effective_batch or micro_batch else POINTS)
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
         budget = self._budget(strategy, study.plain)
         self._refuse_below_static(study.plain, budget)
@@ -144,6 +144,14 @@ class Session:
             if found is not None:
                 return self._record(study, profile, *found, budget, strategy, verdict)
         return self._misfit(study, profile, ask, budget, strategy)
+
+    def _clearest_first(self, points: Sequence[int]) -> Sequence[int]:
+        """First the point where sizes can be told apart, at which most is traced and from which it is scaled: not one
+        with as many tokens as a weight is wide. Where blocks are run, the smallest is first."""
+        if self.device is not None:
+            return points
+        widths = {size for parameter in self.model.parameters() for size in parameter.shape}
+        return sorted(points, key=lambda point: point * (self.sample.tokens or 1) in widths)
 
     def _study(self, points: Sequence[int], accumulation: int, strategy: Strategy) -> Study:
         asked = (self.model, self.sample, self.recipe, self.recorder, self.gpu, self.device)
