@@ -247,3 +247,4 @@ def test_a_loop_that_ends_with_the_first_step_measures_nothing(cache_folder: Pat
             optimizer.step()
             optimizer.zero_grad()
     assert not cache.all_runs()
+    assert not torch.autograd._profiler_enabled()  # the record of allocations is not kept any longer

@@ -35,7 +35,7 @@ class Group:
         stepped: whether the optimizer has stepped since the group was begun.
         loss: of the step so far, as the script would have seen it for its own batches; detached.
         steps: finished so far.
-        second: what measures the second step, if anything does.
+        second: what measures the second step, if anything does; given up where the loop ends before that.
     """
 
     split: Split
@@ -125,6 +125,8 @@ class _Grouped:
         finally:
             inner.close()
             group.weight = None
+            if group.second is not None:
+                group.second.stop()
             if device is not None:
                 self.device = device
 

@@ -23,7 +23,7 @@ _PLAIN: Final = frozenset(
 )
 
 _CPU: Final = torch.device("cpu")
-_MOST_KNOWN: Final = 50_000  # a few hundred a model; some 50 MB
+_MOST_KNOWN: Final = 50_000  # for processes that plan many models; one model, for all cards, makes 1,600
 _FIELDS: dict[torch.device, dict[str, Any]] = {}  # of fakes, but for their mode
 _KNOWN: dict[tuple[Any, ...], Make] = {}
 
@@ -90,9 +90,10 @@ def _maker(
         return None
     if args and out is args[0]:
         return _first
+    places = {tensor.untyped_storage()._cdata: at for at, tensor in enumerate(tensors)}
     if not isinstance(out, list | tuple):
-        return _Tensor.like(out, mode, args, tensors)
-    made = [None if one is None else _Tensor.like(one, mode, args, tensors) for one in out]
+        return _Tensor.like(out, mode, tensors, places)
+    made = [None if one is None else _Tensor.like(one, mode, tensors, places) for one in out]
     own = [one.untyped_storage()._cdata for one, make in zip(out, made, strict=True) if make and make.shares is None]
     is_known = all((one is None) == (make is None) for one, make in zip(out, made, strict=True))
     return _Several(type(out), tuple(made)) if is_known and len(set(own)) == len(own) else None
@@ -123,19 +124,20 @@ class _Tensor:
 
     @classmethod
     def like(
-        cls, out: Any, mode: FakeTensorMode, args: Sequence[Any], tensors: Sequence[FakeTensor]
+        cls, out: Any, mode: FakeTensorMode, tensors: Sequence[FakeTensor], places: Mapping[int, int]
     ) -> "_Tensor | None":
+        """`places`: storage -> where among the tensors one has it."""
         if type(out) is not FakeTensor or out.constant is not None or out.layout is not torch.strided:
             return None
-        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
         storage = out.untyped_storage()
-        shares = storages.index(storage._cdata) if storage._cdata in storages else None
+        shares = places.get(storage._cdata)
         found = cls(out.shape, out.stride(), int(out.storage_offset()), out.dtype, out.fake_device, shares)
-        again = found(mode, args, tensors)
+        again = found(mode, (), tensors)
         is_same = (
             torch._C._dispatch_key_set(again) == torch._C._dispatch_key_set(out)
             and again.untyped_storage().nbytes() == storage.nbytes()
             and again.storage_offset() == out.storage_offset()
+            and not out.requires_grad
         )
         return found if is_same else None
 
