@@ -44,6 +44,7 @@ def results_in(path: Path) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow
 def test_the_trainings_dry(folder: Path) -> None:
     text = cuda.main(["--dry-run", "--tasks", f"mistral-7b int8,{TASK}"], Here("fake"))
     results = results_in(folder / "cuda.json")

@@ -321,6 +321,7 @@ def test_batches_that_are_given_are_taken(settings: dict[str, int], micro_batch:
     assert plan.effective_batch == micro_batch * accumulation
 
 
+@pytest.mark.slow
 def test_an_effective_batch_is_split_as_the_budget_wants() -> None:
     whole = planned("llama", GIB, effective_batch=6)
     assert (whole.micro_batch, whole.accumulation, whole.changed) == (6, 1, ())
@@ -395,6 +396,7 @@ def test_what_does_not_fit_says_what_would(name: str) -> None:
     assert planned(name, enough, micro_batch=plan.micro_batch).verdict is Verdict.FITS
 
 
+@pytest.mark.slow
 def test_with_a_free_batch_the_smallest_budget_fits_too() -> None:
     plan = planned("llama", ample("llama").breakdown["params"] * 4, effective_batch=4)
     assert plan.verdict is Verdict.DOES_NOT_FIT

@@ -55,7 +55,11 @@ def levels(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> tuple[list[L
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu"), [*product(("bert", "vit", "llama"), ("cpu:1GiB", "rtx-4090")), ("adapted", "rtx-4090")]
+    ("name", "gpu"),
+    [
+        *product(("bert", "vit", "llama"), ("cpu:1GiB", "rtx-4090")),
+        pytest.param("adapted", "rtx-4090", marks=pytest.mark.slow),
+    ],
 )
 def test_scaled_traces_are_those_that_would_be_taken(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> None:
     firsts, found, real, taken = levels(monkeypatch, name, gpu)
@@ -68,6 +72,7 @@ def test_scaled_traces_are_those_that_would_be_taken(monkeypatch: pytest.MonkeyP
             assert np.array_equal(getattr(scaled.trace, column), getattr(true.trace, column)), column
 
 
+@pytest.mark.slow
 def test_most_is_traced_where_the_batch_is_as_long_as_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     firsts, found, _, _ = levels(monkeypatch, "adapted", "rtx-4090")
     assert (firsts[0].trace.micro_batch, found[0].trace.micro_batch) == (4, 2)

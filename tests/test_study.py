@@ -317,6 +317,7 @@ def test_the_plans_own_selections_are_what_it_drops() -> None:
         assert all(block.forward.found == block.forward.dropped for block in blocks)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_steps_in_the_backward_is_planned_applied_measured_and_undone() -> None:
     model, batch = tiny.llama(layers=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -343,6 +344,7 @@ def test_no_strategy_that_is_shipped_steps_in_the_backward() -> None:
     assert plan.stepping != "in-backward"
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_cannot_make_an_optimizer_step_otherwise() -> None:
     model, batch = tiny.llama(layers=4)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -83,6 +83,7 @@ def test_the_best_is_measured_within_the_budget(first: tuple[Path, Tuned]) -> No
     assert f"{found.plan.micro_batch} x {found.plan.accumulation} accumulated" in text
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_leaves_the_model_as_it_was(study: Path) -> None:
     model, _ = model_and_batch()
     before = Imprint(model)
@@ -131,6 +132,7 @@ def spoil(made: tiny.Made, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     return install
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_the_model_is_restored_and_the_study_goes_on(
     made: tiny.Made, spoil: Spoil, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

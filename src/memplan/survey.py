@@ -10,7 +10,7 @@ how fast a card is. `plan` has more of them, so it finds the same or better.
 
 Whether a card has enough memory is checked: the leanest plan is traced as planned and its run played on the card's
 allocator. How a card with more than that would be used is read off the profile, less the largest share that the
-allocator took beyond the tensors in any trace; `plan` for that card has the last word on it.
+allocator took beyond the tensors in traces without the loss in chunks; `plan` for that card has the last word on it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -150,10 +150,8 @@ class _Group:
 
     @cached_property
     def excess(self) -> float:
-        """What an allocator takes beyond the tensors, as a share of them: the most that it did in any trace.
-
-        What libraries keep makes no difference to it, and the loss in chunks none for the worse.
-        """
+        """What an allocator takes beyond the tensors, as a share of them: the most that it did in a trace of the first
+        card with the loss as it is. Of the others, and with the loss in chunks, it may be another."""
         traces = [level.trace for variants in self.levels.values() for level in variants[KEEP]]
         return max(_needs(trace) / trace.peak_bytes - 1 for trace in traces)
 

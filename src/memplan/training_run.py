@@ -33,16 +33,17 @@ def usage_of(trace: Trace, settings: Settings, *, completes: bool = False) -> Us
     """What a run of the step needs of a card's allocator, of as many steps as it takes until no more is reserved.
 
     Free blocks fit a step less well than the one that left them, so reserved memory can grow for some steps. A run has
-    settled when a step leaves the free blocks as it found them, when two in a row reserve nothing new, or after 16.
-    Only with `completes` it is also searched for the least cap under which it comes to its end.
+    settled when two in a row reserve nothing new, or after 16; also when one reserves nothing new and leaves the free
+    blocks as it found them, since the next would do the same. Only with `completes`, and not by that short way, it is
+    searched for the least cap under which it comes to its end.
     """
     allocator, parts, quiet = CachingAllocator(settings), list[_Part](), 0
     for part in islice(_Run(trace).parts(), _MOST_STEPS):
-        reserved, free = allocator.peak_reserved, allocator.free_blocks()
+        reserved, free = allocator.peak_reserved, None if completes else allocator.free_blocks()
         _play(part, allocator)
         parts.append(part)
         quiet = quiet + 1 if allocator.peak_reserved == reserved else 0
-        if quiet == _QUIET_STEPS or (len(parts) > _OWN_WAY and allocator.free_blocks() == free):
+        if quiet == _QUIET_STEPS or (quiet and len(parts) > _OWN_WAY and allocator.free_blocks() == free):
             break
     events = Events(*_joined(parts))
     return replayed(events, settings) if completes else usage_after(allocator, events)

@@ -161,6 +161,7 @@ def test_a_survey_of_adapters_on_four_bits_needs_no_weights(tmp_path: Path) -> N
     assert "mi300x: only the memory is known" in result.stderr
 
 
+@pytest.mark.slow
 def test_methods_are_planned_side_by_side_where_there_are_cores(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("--method", "full", "--method", "lora", "--gpus", "rtx-4090", "--seq-len", 16, "--tokens-per-step", 64)
     begun: list[Sequence[str]] = []

@@ -1,5 +1,6 @@
 """A trainer whose memory runs out inside a step: the run goes on, and ends with the weights it would have had."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,10 @@ def test_the_step_is_taken_again_by_a_smaller_plan(
     where: str, at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fits: list[Fit] = []
+    caplog.set_level(logging.INFO, "memplan")
     plain = run(lambda: dropping(tmp_path), planned([]))
     faulty = run(lambda: dropping(tmp_path), planned(fits, Fault(where, at)))
+    assert caplog.text.count("peak of the second step") == 2  # of each run, by whatever plan it takes that
     assert faulty.logged == plain.logged
     assert faulty.steps == plain.steps
     assert faulty.distance(plain) == 0

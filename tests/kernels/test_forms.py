@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from memplan.kernels import forms
 from memplan.kernels.cuda import CudaBackend
@@ -148,6 +149,58 @@ def test_lists_are_told_from_what_is_beside_them() -> None:
 )
 def test_what_the_form_does_not_say_is_run_each_time(func: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
     assert [ran(func, arguments())[1] for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.slow
+def test_an_lstm_keeps_nothing_without_gradients_and_something_with_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm = nn.Linear(16, 16), nn.LSTM(16, 32, batch_first=True)
+            self.start = nn.Parameter(torch.zeros(1, 4, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = self.start * 2, self.start * 3
+            kept: Tensor = checkpoint(lambda x: self.lstm(x, states)[0], self.first(x), use_reentrant=True)
+            return kept
+
+    def peak(model: nn.Module) -> int:
+        batch = torch.randn(4, 64, 16)
+        recipe = Recipe(loss=lambda model, batch: model(batch).square().mean())
+        return Recorder(model, recipe).record(Sample.of(batch)).peak_bytes
+
+    model = Net()
+    known = peak(model), peak(model)
+    forms._KNOWN.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "_described", lambda *_: None)
+        assert known == (peak(model),) * 2
+
+
+def test_a_view_in_inference_mode_is_what_torch_makes_of_it() -> None:
+    ran(aten.slice.Tensor, (fake(6, 4), 0, 2, 5))
+    mine = fake(6, 4)
+    with torch.inference_mode():
+        view, has_run = ran(aten.slice.Tensor, (mine, 0, 2, 5))
+        assert has_run
+    assert not view.is_inference()
+
+
+def test_what_is_not_torch_s_own_is_run_each_time() -> None:
+    rows = 3
+
+    @torch.library.custom_op("memplan_tests::padded", mutates_args=())
+    def padded(x: Tensor) -> Tensor:
+        return x.new_zeros(rows)
+
+    @padded.register_fake
+    def _(x: Tensor) -> Tensor:
+        return x.new_zeros(rows)
+
+    func = torch.ops.memplan_tests.padded.default
+    assert ran(func, (fake(2),))[0].shape == (3,)
+    rows = 5
+    assert ran(func, (fake(2),))[0].shape == (5,)
 
 
 def test_an_error_is_raised_each_time() -> None:

@@ -12,6 +12,7 @@ from memplan.plan_record import Plan
 HOOK_S = 2e-3  # of each saved tensor, where the block itself takes a few milliseconds
 
 
+@pytest.mark.slow
 def test_where_hooks_cost_more_than_the_block_it_is_recomputed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replay.Saved.__init__
 

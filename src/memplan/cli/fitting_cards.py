@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,7 @@ def _begun(asked: _Asked, methods: Sequence[Method]) -> Iterator[list[Connection
 
 
 def _send(asked: _Asked, method: Method, end: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits, which ends this one
     try:
         end.send((asked.found(method), None))
     except MemplanError as error:

@@ -93,6 +93,9 @@ class Attachment:
         """
         if self.fit is not None:
             self.fit.undo()
+        if self._group is not None and self._group.second is not None:
+            self._group.second.stop()
+            self._group.second = None
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
         for hook in self._hooks:
@@ -178,7 +181,7 @@ class Attachment:
             optimizers=[o for o in prepared if isinstance(o, AcceleratedOptimizer)],
             device=accelerator.device,
         )
-        if self.fit is not None and not (is_deepspeed(accelerator) or is_sharded(accelerator)):
+        if self.fit is not None and accelerator.num_processes == 1 and not is_deepspeed(accelerator):
             group.second = SecondStep(self.fit, self._log)
         for optimizer in group.optimizers:
             _drive(optimizer, group)
@@ -317,6 +320,7 @@ def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
     own_step = optimizer.step
 
     def step(*args: Any, **options: Any) -> Any:
+        group.stepped |= group.is_last
         stepped = own_step(*args, **options)
         group.has_stepped(optimizer)
         return stepped

@@ -6,7 +6,7 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -36,6 +36,7 @@ class Group:
         loss: of the step so far, as the script would have seen it for its own batches; detached.
         steps: finished so far.
         second: what measures the second step, if anything does; given up where the loop ends before that.
+        to_step: the ids of the optimizers that have not stepped in this step.
     """
 
     split: Split
@@ -50,10 +51,12 @@ class Group:
     loss: "Tensor | float" = 0.0
     steps: int = 0
     second: SecondStep | None = None
+    to_step: set[int] = field(default_factory=set)
 
     def begin(self) -> None:
         """A new step. What is left of the last one's gradients would only take memory in the next forward."""
         self.backwards, self.stepped, self.loss = 0, False, 0.0
+        self.to_step = {id(optimizer) for optimizer in self.optimizers}
         if self.steps:
             for optimizer in self.optimizers:
                 optimizer.optimizer.zero_grad(set_to_none=True)
@@ -90,8 +93,9 @@ class Group:
 
     def has_stepped(self, optimizer: Any) -> None:
         """An optimizer has taken the gradients of the step under way, if they are all there."""
-        self.stepped |= self.is_last
-        if self.is_last and self.second is not None and optimizer is self.optimizers[-1]:
+        if self.is_last:
+            self.to_step.discard(id(optimizer))
+        if self.second is not None and not self.to_step:
             self.second.end()
 
 

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, ClassVar
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
 
 from memplan.fitting import Fit
-from memplan.meter import Allocations, allocator_record, survivors
+from memplan.meter import Allocations, allocator_record
 from memplan.units import format_budget, format_bytes
 
 _log = logging.getLogger("memplan")
@@ -23,16 +24,29 @@ class SecondStep:
         say: is given the measured peak and the plan as flat numbers.
     """
 
+    _latest: ClassVar["ReferenceType[SecondStep] | None"] = None
+
     def __init__(self, fit: Fit, say: Callable[[dict[str, float]], None]) -> None:
         self._fit, self._say = fit, say
         self._watch: Watch | None = None
 
     def begin(self, done: int, model: nn.Module, optimizers: Sequence[Any], device: torch.device) -> None:
         """A step begins after so many, or goes on."""
-        if done == 0 and self._watch is None:
+        if done > 1:  # an optimizer has left out the second step
+            self.stop()
+            return
+        if self._watch is None:
+            self._give_way()
             self._watch = Watch(device)
-        elif done == 1 and self._watch is not None and not self._watch.counts:
+        if done == 1 and not self._watch.counts:
             self._watch.count(model, optimizers)
+
+    def _give_way(self) -> None:
+        """One run is watched at a time: what is left of one that has failed, and is kept by its traceback, ends."""
+        latest = None if SecondStep._latest is None else SecondStep._latest()
+        if latest is not None:
+            latest.stop()
+        SecondStep._latest = ref(self)
 
     def end(self) -> None:
         """The optimizer has stepped."""
@@ -69,7 +83,8 @@ class Watch:
 
     On a card that is the allocator's own figure, for all tensors there. On the CPU it is read from the record of
     torch's allocator, as in `CpuDevice`. It tells of a free only if it was there at the allocation, so it is to be made
-    a step before. The buckets of DistributedDataParallel are not in it.
+    a step before, for the gradients of that one. What else is there when counting begins is left out, such as what a
+    loop holds of the step before, and buckets of DistributedDataParallel.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,7 +98,7 @@ class Watch:
         self.counts = True
         self._open.close()
         if self._device.type == "cpu":
-            self._alive = survivors(self._record) | _own(model, optimizers)
+            self._alive = _own(model, optimizers)
         elif hasattr(torch.accelerator, "reset_peak_memory_stats"):
             torch.accelerator.reset_peak_memory_stats(self._device)
         self._record = self._recording()
@@ -98,9 +113,12 @@ class Watch:
             measures = hasattr(torch.accelerator, "max_memory_allocated")
             return int(torch.accelerator.max_memory_allocated(self._device)) if measures else None
         now = peak = sum(self._alive.values())
-        for _, change in self._record:
-            now += change
-            peak = max(peak, now)
+        for address, change in self._record:
+            if change > 0:
+                self._alive[address] = change
+                now, peak = now + change, max(peak, now + change)
+            else:
+                now -= self._alive.pop(address, 0)  # what else the loop has kept since the first step is not the step's
         return peak if self._record else None
 
     def _recording(self) -> Allocations:

@@ -22,6 +22,7 @@ _PLAIN: Final = frozenset(
     {int, float, bool, str, NoneType, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 
+_TORCH_S_OWN: Final = frozenset({"aten", "prim", "prims"})  # as torch._library.utils.is_builtin
 _CPU: Final = torch.device("cpu")
 _MOST_KNOWN: Final = 50_000  # for processes that plan many models; one model, for all cards, makes 1,600
 _FIELDS: dict[torch.device, dict[str, Any]] = {}  # of fakes, but for their mode
@@ -59,7 +60,9 @@ def _described(
     func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[FakeTensor]
 ) -> tuple[Any, ...] | None:
     """What a result depends on; the tensors are added to theirs. None if there may be more to it."""
-    form: list[Any] = [func, torch.get_default_dtype()]
+    if torch.is_inference_mode_enabled():  # in which a view of a normal tensor is one too, and all else is not
+        return None
+    form: list[Any] = [func, torch.get_default_dtype(), torch.is_grad_enabled()]  # an LSTM keeps nothing without grad
     return tuple(form) if _describe(args, form, tensors) and _describe(kwargs.items(), form, tensors) else None
 
 
@@ -67,8 +70,8 @@ def _describe(values: Iterable[Any], form: list[Any], tensors: list[FakeTensor])
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.dtype.is_complex:  # has values, or may be a conjugate to be
-                return False
+            if value.constant is not None or value.dtype.is_complex or value.is_neg() or value.is_inference():
+                return False  # it has values, is to be conjugated or negated, or must not be changed
             form.append((value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device))
             tensors.append(value)
         elif kind in _PLAIN:
@@ -86,6 +89,8 @@ def _maker(
     func: Operator, out: Any, mode: FakeTensorMode, args: tuple[Any, ...], tensors: Sequence[FakeTensor]
 ) -> Make | None:
     """How to make the same of other arguments of the same form; None if that cannot be said."""
+    if func.namespace not in _TORCH_S_OWN:  # others may look at what they like
+        return None
     if func._schema.is_mutable and torch.Tag.inplace_view in func.tags:  # gives a tensor another storage
         return None
     if args and out is args[0]:
