@@ -96,9 +96,8 @@ def lines(place: Path) -> Iterator[str]:
         for command in part.commands:
             text, seconds = printed(command, place)
             print(f"{seconds:6.1f} s  memplan {command}", flush=True)
-            yield (
-                f"```console\n$ memplan {command}\n{text}\n```\n" if text else f"```console\n$ memplan {command}\n```\n"
-            )
+            shown = f"$ memplan {command}\n{text}".rstrip()
+            yield f"```console\n{shown}\n```\n"
             if command.startswith("fit"):
                 there = f"{len(all_gpus())} cards and three methods, with all imports"
                 yield f"That took {seconds:.0f} s on {len(os.sched_getaffinity(0))} cores: {there}.\n"

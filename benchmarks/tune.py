@@ -134,12 +134,12 @@ def page(results: dict[str, Answer]) -> str:
         ran = sum(plan["tuned_s"] is not None for plan in plans.values())
         least = min(plan["swept_s"] for plan in plans.values())
         slower = plans[result["taken"]]["swept_s"] / least - 1
-        told = slower <= MOST_SLOWER or slower > result["doubt"]
-        good = "pass" if slower <= MOST_SLOWER and ran <= MOST_RUN * len(plans) else "**fail**"
+        fails = ran > MOST_RUN * len(plans) or slower > max(MOST_SLOWER, result["doubt"])
+        verdict = "**fail**" if fails else "pass" if slower <= MOST_SLOWER else "open"
         cut = ", ".join(f"{count} {what}" for what, count in result["reduced"].items() if count is not None)
         lines.append(
             f"| {name}: {result['about']} | {cut or 'whole'} | {format_bytes(result['budget_bytes'])} | {len(plans)} |"
-            f" {ran} | {slower:.1%} | {result['doubt']:.1%} | {good if told else 'open'} |"
+            f" {ran} | {slower:.1%} | {result['doubt']:.1%} | {verdict} |"
         )
     missing = [name for name in NAMES if name not in results]
     lines += ["", f"Not yet measured: {', '.join(missing)}."] if missing else []

@@ -35,20 +35,18 @@ def report(
     with errors_as_exit_codes():
         record = Plan.load(plan)
         run = None if measured is None else _measured(measured)
-        rasterised = None if png is None else _rasteriser()
-        _write(output, page_html(record, run))
-        for name, draw in (("timeline", timeline_svg), ("frontier", frontier_svg)):
-            if svg is None and rasterised is None:
-                break
+        kinds: list[tuple[Path, str, Callable[[str], bytes]]] = []
+        kinds += [(svg, "svg", str.encode)] if svg is not None else []
+        kinds += [(png, "png", _rasteriser())] if png is not None else []
+        _write(output, page_html(record, run).encode())
+        for name, draw in (("timeline", timeline_svg), ("frontier", frontier_svg)) if kinds else ():
             try:
                 picture = draw(record, run)
             except UsageError as error:
                 typer.echo(f"memplan: no {name}: {error}", err=True)
                 continue
-            if svg is not None:
-                _write(svg / f"{name}.svg", picture)
-            if png is not None and rasterised is not None:
-                _write(png / f"{name}.png", rasterised(picture))
+            for folder, kind, encoded in kinds:
+                _write(folder / f"{name}.{kind}", encoded(picture))
 
 
 def _rasteriser() -> "Callable[[str], bytes]":
@@ -72,10 +70,10 @@ def _measured(path: Path) -> "Measured":
         raise PlanSchema(f"{path} is no measurement: write fit.measured.model_dump_json() into it") from error
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}. Name another place.") from error
     typer.echo(f"wrote {path}", err=True)

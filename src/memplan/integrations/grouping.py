@@ -153,7 +153,7 @@ class GroupedShard(_Grouped, DataLoaderShard):  # type: ignore[misc]  # Accelera
     """A loader of which each process reads its own part."""
 
 
-class GroupedDispatcher(_Grouped, DataLoaderDispatcher):  # type: ignore[misc]
+class GroupedDispatcher(_Grouped, DataLoaderDispatcher):  # type: ignore[misc]  # as above
     """A loader that the first process reads for all."""
 
 

@@ -142,9 +142,10 @@ class MemplanCallback(Callback):
             if own is None:
                 del module.training_step
             else:
-                module.training_step = own  # type: ignore[method-assign]
+                module.training_step = own  # type: ignore[method-assign]  # the instance had one of its own
 
-        module.training_step = _weighted(module.training_step, trainer, weighed)  # type: ignore[method-assign]
+        weighted = _weighted(module.training_step, trainer, weighed)
+        module.training_step = weighted  # type: ignore[method-assign]  # of this instance, for this fit
         source.instance, trainer.accumulate_grad_batches = weighed, split.micro_batches
         self._undo.append(undo)
 

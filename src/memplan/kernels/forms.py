@@ -169,7 +169,10 @@ class _Several:
 
 
 def leaves(values: Iterable[Any]) -> list[Any]:
-    """All that is in an operator's arguments or results, which are nested in lists and tuples at most."""
+    """All that is in an operator's arguments or results, which are nested in lists and tuples at most.
+
+    torch's `tree_iter`, which knows of any container, takes several times as long, at every operator of a trace.
+    """
     found: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
