@@ -12,7 +12,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import memplan  # +
+from memplan import World, autofit  # +
 
 LENGTH, BATCH, STEPS = 64, 8, 12
 
@@ -31,23 +31,21 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=6, vocab_size=256, max_position_embeddings=LENGTH))
     rows = batches(rank)
 
-    wishes = {"seq_len": LENGTH, "effective_batch": BATCH, "world": memplan.World(shards=2)}  # +
-    plan = memplan.autofit(model, "cpu:16MiB", **wishes).plan  # + on every rank, before it is sharded
+    size = BATCH
+    size = autofit(model, "cpu:16MiB", effective_batch=BATCH, world=World(shards=2)).plan.micro_batch  # +
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for number, batch in enumerate(rows):
-        for micro in batch.split(plan.micro_batch):  # +
-            loss = model(input_ids=micro, labels=micro).loss / plan.accumulation
-            loss.backward()
+        for micro in batch.split(size):
+            loss = model(input_ids=micro, labels=micro).loss
+            (loss * len(micro) / BATCH).backward()
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0 and number % 3 == 0:
-            print(f"step {number:2d}   loss {loss.item() * plan.accumulation:.3f}")
-    if rank == 0:
-        print(plan.describe())
+            print(f"step {number:2d}, {size} of {BATCH} rows at a time   loss {loss.item():.3f}")
     destroy_process_group()
 
 

@@ -44,7 +44,6 @@ def test_trainers_keep_to_their_budget(name: str, tmp_path: Path) -> None:
     [
         ("02_accelerate.py", ()),
         ("05_lightning.py", ("-W", "ignore")),
-        ("06_fsdp2.py", ("-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")),
     ],
 )
 def test_loops_train_by_a_plan_that_fits(name: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
@@ -53,14 +52,23 @@ def test_loops_train_by_a_plan_that_fits(name: str, launcher: tuple[str, ...], t
     assert " accumulated = " in said
 
 
+@pytest.mark.slow
+def test_ranks_train_by_the_micro_batch_of_the_plan(tmp_path: Path) -> None:
+    launcher = ("-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    steps = [line for line in output_of("06_fsdp2.py", tmp_path, *launcher).splitlines() if line.startswith("step")]
+    assert len(steps) == 4
+    assert all("4 of 8 rows at a time" in line for line in steps)
+    losses = [float(line.split()[-1]) for line in steps]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("name", ["02_accelerate.py", "05_lightning.py", "06_fsdp2.py"])
 def test_the_lines_that_memplan_takes_are_marked(name: str) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     assert text.count("\n") <= 60
     code = text.split('"""', 2)[2].splitlines()
     assert all("# +" in line for line in code if "memplan" in line)
-    if name != "06_fsdp2.py":  # whose loop takes the micro-batch from the plan
-        assert sum("# +" in line for line in code) == 2
+    assert sum("# +" in line for line in code) == 2
 
 
 @pytest.mark.parametrize("name", ["03_trainer.py", "04_sft_lora.py"])

@@ -27,6 +27,7 @@ from memplan.errors import (
     UsageError,
 )
 from memplan.fitting import Fit
+from memplan.gpus import find_gpu
 from memplan.plan_record import Budget, Plan, Verdict
 
 KIB = 1024
@@ -188,13 +189,32 @@ def test_memory_that_others_have_taken_since_is_missed_before_the_first_step(
     )
     found = plan.model_copy(update={"budget": budget})
     now = FakeDevice(DeviceMemory(10**9, 10**9, others + taken, 0))
-    monkeypatch.setattr("memplan.fitting._device_of", lambda *_: now)
+    monkeypatch.setattr("memplan.fitting._card_of", lambda _: ("cuda:0", find_gpu("24GiB"), now))
     if applies:
         memplan.apply(model, found).undo()
         return
     with pytest.raises(MemoryTaken, match=f"cuda:0 hold {taken} B more .* Plan again"):
         memplan.apply(model, found)
     assert "forward" not in vars(model.blocks[0])
+
+
+@pytest.mark.parametrize(("beyond", "applies"), [(0, True), (-1, False)])
+def test_on_the_card_of_another_rank_there_has_to_be_enough(
+    beyond: int, applies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = wide()
+    plan = tight_plan()
+    total = 10**9
+    budget = Budget(gpu="cuda:0", total_bytes=total, others_bytes=0, context_bytes=0, margin_bytes=0)
+    others = total - 10 - plan.needs_bytes - beyond
+    now = FakeDevice(DeviceMemory(total, total - others, others, 10))
+    monkeypatch.setattr("memplan.fitting._card_of", lambda _: ("cuda:1", find_gpu("24GiB"), now))
+    found = plan.model_copy(update={"budget": budget})
+    if applies:
+        memplan.apply(model, found).undo()
+        return
+    with pytest.raises(MemoryTaken, match=r"cuda:1 has .* left .* made on cuda:0, needs .* Plan again"):
+        memplan.apply(model, found)
 
 
 def test_a_plan_that_does_not_fit() -> None:

@@ -23,6 +23,8 @@ from memplan.world import World, largest, least_share, odd_ranks, of_first, on_a
 WORLD = World(replicas=2)
 SHORT, LONG = 8, 16  # tokens of the first rank's rows and of the second's
 SIZES = {"effective_batch": 4, "micro_batch": 2}
+KEEP = memplan.Strategy("keep-all", levers=())
+BLOCKS = memplan.Strategy("blocks", levers=("recompute",))
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -67,38 +69,45 @@ def fitted(rank: int) -> dict[str, Any]:
 
 
 def fit(sample: object, model: nn.Module | None = None, **more: Any) -> memplan.Fit:
-    keep = memplan.Strategy(name="keep-all", summary="", when_to_use="", levers=())
     model = texts(False) if model is None else model
-    return memplan.autofit(model, "cpu:1GiB", sample=sample, world=WORLD, strategy=keep, **SIZES, **more)
+    return memplan.autofit(model, "cpu:1GiB", sample=sample, world=WORLD, strategy=KEEP, **SIZES, **more)
 
 
-def taken(rank: int) -> list[str]:
-    """Memory that other processes take on the second rank, between plan and training."""
-    model, own = texts(False), fitting._check_room
+def taken(rank: int) -> dict[str, Any]:
+    """Memory that other processes take on the second rank, between plan and training: for good, or for a moment."""
+    model, own, looked = texts(False), fitting._check_room, []
 
     def gone(*_: object) -> None:
         if rank == 1:
             raise MemoryTaken("of 24 GiB only 3 are free", 2**30)
 
+    def for_a_moment(*_: object) -> None:
+        looked.append(1)
+        if len(looked) == 1:
+            gone()
+
     fitting._check_room = gone
     error = error_of(lambda: fit(ids(SHORT), model=model))
+    fitting._check_room = for_a_moment
+    again = error_of(lambda: fit(ids(SHORT), model=model).undo())
     fitting._check_room = own
-    return [error, error_of(lambda: fit(ids(SHORT), model=model).undo())]
+    return {"for good": error, "for a moment": again, "tries": len(looked)}
 
 
 def ladder() -> dict[str, Any]:
-    """Made on the first rank, and good for a guard on both."""
+    """Made on the first rank when a guard falls, and used on both."""
     model = texts(False)
-
-    def make() -> list[memplan.Plan]:
-        plan = memplan.plan(model, "cpu:1GiB", sample=ids(LONG), world=WORLD, **SIZES)
-        return list(memplan.ladder(model, plan, micro_batch=2))
-
-    plans = WORLD.agreed(make, model)
+    planned = memplan.autofit(model, "cpu:1GiB", sample=ids(64), world=WORLD, strategy=KEEP, **SIZES)
+    plans = memplan.ladder(model, planned.plan, BLOCKS, SIZES["micro_batch"], WORLD)
     replica = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    memplan.Guard(memplan.apply(model, plans[0], optimizer), optimizer, plans, replica=replica).undo()
-    return {"needs": [plan.needs_bytes for plan in plans]}
+    guard = memplan.Guard(planned, optimizer, plans, replica=replica)
+    needs = [guard.plan.needs_bytes]
+    while guard._fall(0, "is to fall"):
+        needs.append(guard.plan.needs_bytes)
+    changed = len(guard.plan.changed)
+    guard.undo()
+    return {"needs": needs, "changed": changed}
 
 
 def main() -> None:

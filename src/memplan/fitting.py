@@ -15,9 +15,10 @@ from memplan import __version__, cache, levers, optimizers
 from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
 from memplan.corrections import Run
-from memplan.device import Device, resolve_gpu
+from memplan.device import Device, memory_parts, resolve_gpu, room_of
 from memplan.driver import driver_version
 from memplan.errors import AlreadyApplied, DoesNotFit, MemoryTaken, NoDevice, PlanMismatch, UsageError
+from memplan.gpus import Gpu
 from memplan.levers import stepping
 from memplan.levers.host_memory import pooled_bytes
 from memplan.levers.host_pool import HostPool
@@ -272,21 +273,33 @@ def _check_match(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_room(model: nn.Module, plan: Plan) -> None:
-    """That the memory which the plan was made for is still there, where its card is."""
-    if not plan.budget.gpu.startswith("cuda"):
+    """That the memory which the plan was made for is still there, on the card that the weights are on.
+
+    On another card than the plan's, such as another rank's, it only has to be enough: the margin is the plan's own.
+    """
+    here = _card_of(model) if plan.budget.gpu.startswith("cuda") else None
+    if here is None:
         return
-    try:
-        device = _device_of(plan, model)
-    except NoDevice:
-        return
-    taken = device.memory().others_bytes - plan.budget.others_bytes
-    spare = plan.budget.usable_bytes - plan.needs_bytes
-    if taken > max(spare, 0):
-        raise MemoryTaken(
-            f"other processes on {plan.budget.gpu} hold {format_bytes(taken)} more than when this plan was made, and "
-            f"it has {format_bytes(max(spare, 0))} to spare. Plan again: memplan then plans for what is left.",
-            plan.smallest_bytes,
-        )
+    place, card, device = here
+    spare = max(plan.budget.usable_bytes - plan.needs_bytes, 0)
+    if place == plan.budget.gpu:
+        taken = memory_parts(card, device)[1] - plan.budget.others_bytes
+        odd = f"other processes on {place} hold {format_bytes(taken)} more than when this plan was made"
+        has = f"it has {format_bytes(spare)} to spare"
+    else:
+        room = room_of(card, device)
+        taken = spare + plan.needs_bytes - room
+        odd = f"{place} has {format_bytes(room)} left beside what other processes hold"
+        has = f"the plan, which was made on {plan.budget.gpu}, needs {format_bytes(plan.needs_bytes)}"
+    if taken > spare:
+        raise MemoryTaken(f"{odd}, and {has}. Plan again: memplan then plans for what is left.", plan.smallest_bytes)
+
+
+def _card_of(model: nn.Module) -> tuple[str, Gpu, Device | None] | None:
+    """The card that all weights are on, if it is one, by torch's name for it."""
+    places = {str(parameter.device) for parameter in model.parameters()}
+    place = places.pop() if len(places) == 1 else ""
+    return (place, *resolve_gpu(place)) if place.startswith("cuda") else None
 
 
 @contextmanager

@@ -15,12 +15,11 @@
         guard.step(run)
 """
 
-import bisect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,19 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
 from memplan.device import Device, resolve_gpu
-from memplan.errors import DoesNotFit, MemoryTaken, ModelFailed, UsageError
+from memplan.errors import DoesNotFit, MemoryTaken, UsageError
 from memplan.fitting import Fit, apply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
-from memplan.ranks import Replicas, Word
+from memplan.ranks import Replicas, Word, Words
 from memplan.rewind import Before, CarefulStep, forget, outcome
-from memplan.rungs import Rungs
+from memplan.rungs import Ladders
 from memplan.units import format_bytes
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-_ANY_LENGTH: Final = 2**62  # tokens
 
 
 class _OthersRanOut(Exception):
@@ -80,12 +77,8 @@ class Guard:
         generators: Sequence[torch.Generator] = (),
         patience_s: float = 300.0,
     ) -> None:
-        by_length = plans if isinstance(plans, Mapping) else {_ANY_LENGTH: plans}
-        if replica is not None:  # planning lazily, ranks could come to different ones
-            by_length = {limit: list(some) for limit, some in by_length.items()}
-        self._limits = sorted(by_length)
-        self._rungs = [Rungs(by_length[limit], fit.plan.effective_batch) for limit in self._limits]
-        if not any(rungs.plan is fit.plan for rungs in self._rungs):
+        self._ladders = Ladders(plans, fit.plan.effective_batch, whole=replica is not None)
+        if not any(rungs.plan is fit.plan for rungs in self._ladders.rungs):
             raise UsageError(
                 "the fit runs by another plan than the first: pass the plan that was applied, and the rest"
             )
@@ -102,13 +95,13 @@ class Guard:
         self._before = Before(fit.model, generators)
         self._replicas = None if replica is None else Replicas(replica, patience_s)
         if self._replicas is not None:
-            self._replicas.check_same("\n".join(plan.model_dump_json() for rungs in self._rungs for plan in rungs.all))
+            self._replicas.check_same(self._ladders.text())
         self._careful = CarefulStep(fit.model, self._optimizer, self._device, self._check_exchanged)
         self._device.release()  # the peak so far is of what was before
         self._retries, self._reserved, self._strained = self._device.pressure()[0], 0, False
-        self._bucket, self._exchanged, self._over = 0, False, False
+        self._bucket, self._exchanged, self._exchange_s = 0, False, 0.0
+        self._words = Words(self._replicas)
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
-        self._said: list[tuple[Word, int]] = []
         self._since: list[Callable[[], object]] = []  # the micro-steps since the optimizer's last step
         self._rows: int | None = None  # what an evaluation has come down to
 
@@ -118,15 +111,16 @@ class Guard:
         return self.fit.plan
 
     def end(self) -> None:
-        """The optimizer steps by itself again; the model stays by the plan in force."""
+        """The optimizer steps by itself again, and a replica exchanges; the model stays by the plan in force."""
         self._careful.undo()
+        if self._replicas is not None:
+            self._replicas.undo()
+            self._replicas = None
 
     def undo(self) -> None:
         """The model, the optimizer and the replica as they were before any plan."""
         self.end()
         self.fit.undo()
-        if self._replicas is not None:
-            self._replicas.undo()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -147,14 +141,9 @@ class Guard:
             ModelFailed: another rank has failed.
             Any other: what `run` raised. An out-of-memory error that no plan helps has a note with the diagnosis.
         """
-        bucket = self._bucket_of(tokens)
-        self._follow(self._rungs[bucket].plan)
-        if held := self._before.gradients():
-            raise UsageError(
-                f"{held} parameters hold gradients before the step, and a copy of them would take memory. Call "
-                "optimizer.zero_grad(set_to_none=True) at the end of each step."
-            )
-        self._before.note()
+        bucket = self._ladders.bucket_of(tokens)
+        self._follow(self._ladders.rungs[bucket].plan)
+        self._begin(self._before.gradients())
         self._bucket = bucket
         while True:
             self._exchanged = False
@@ -169,39 +158,68 @@ class Guard:
             self._recover(failure)
             del failure
 
-    def micro_step(self, run: Callable[[], _Result]) -> _Result:
+    def micro_step(self, run: Callable[[], _Result], is_last: bool = True) -> _Result:
         """One micro-step of a step that another's loop takes, and what `run` returns. Raises as `step` does.
 
         `run` does a forward and a backward. Where memory runs out in it, the gradients so far are dropped, and the
         micro-steps since the optimizer's last step run again by the next plan: what they read is held until then. For
-        one rank, and plans with one micro-batch, since the loop divides the batch. A step that begins with gradients
-        of an earlier one is not guarded: they could not be put back.
+        plans with one micro-batch, since the loop divides the batch. On one rank a step that begins with gradients of
+        an earlier one is not guarded: they could not be put back.
+
+        Args:
+            is_last: of its step; with several ranks, which have to be as far, their gradients are exchanged behind it.
         """
-        if self._replicas is not None or len(self._limits) > 1:
-            raise UsageError("micro-steps are guarded on one rank, with plans for any length: call guard.step(run)")
+        if self._ladders.by_length:
+            raise UsageError("micro-steps are guarded with plans for any length: call guard.step(run)")
         held = self._before.gradients()
         if self._careful.begun or not (self._since and held):
             self._watch(self._strained)
             self._careful.reset()
             self._since.clear()
-            if held:
+            if held and self._replicas is None:
                 return run()
-            self._before.note()
+            self._begin(held)
             self._strained, (self._retries, self._reserved) = False, self._device.pressure()
         self._since.append(run)
         try:
-            result, failure = outcome(run)
+            result, failure = self._micro_outcome(run, is_last)
             while failure is not None:
                 self._recover(failure)
+                self._exchanged = False
                 failure = next((error for each in self._since[:-1] if (error := outcome(each)[1]) is not None), None)
                 if failure is None:
-                    result, failure = outcome(run)
+                    result, failure = self._micro_outcome(run, is_last)
         except BaseException:
             self._since.clear()
             raise
         self._strained |= self._is_close()
         assert result is not None
         return result[0]
+
+    def _micro_outcome(
+        self, run: Callable[[], _Result], is_last: bool
+    ) -> tuple[tuple[_Result] | None, Exception | None]:
+        self._exchanged = False
+
+        def whole() -> _Result:
+            if self._replicas is not None:
+                self._replicas.keep_apart()
+            result = run()
+            if is_last:
+                self.exchange()
+            return result
+
+        return outcome(whole)
+
+    def _begin(self, held: int) -> None:
+        """Note what is before a step, which holds no gradients."""
+        if held:
+            self._words.give_up(self._bucket)
+            raise UsageError(
+                f"{held} parameters hold gradients before the step, and a copy of them would take memory. Call "
+                "optimizer.zero_grad(set_to_none=True) at the end of each step."
+            )
+        self._before.note()
 
     def exchange(self) -> None:
         """After a step's last backward: gradients become their mean over the ranks. With one rank, nothing.
@@ -212,10 +230,18 @@ class Guard:
             return
         if self._exchanged:
             raise UsageError("guard.exchange() was called twice in a step: once, after its last backward")
-        self._tell(*self._last)
-        if any(word is Word.RAN_OUT for word, _ in self._said):
+        self._exchanged = True
+        self._words.tell(*self._last)
+        if self._words.ranks(Word.RAN_OUT):
             raise _OthersRanOut
-        self._replicas.exchange()
+        self._exchange_s = self._device.seconds_of(self._replicas.exchange, 1)[0]
+
+    def exchange_share(self, step_s: float) -> float:
+        """Of a step of so many seconds, what its exchange took: nothing hides it. To be asked on all ranks at once.
+
+        The least of what they say, which is the same on all: the others waited for it meanwhile.
+        """
+        return 0.0 if self._replicas is None else self._replicas.least(self._exchange_s / step_s)
 
     def evaluate(self, run: Callable[[int], _Result], rows: int) -> _Result:
         """What `run(rows)` returns, which evaluates all there is in batches of that size, without gradients.
@@ -232,10 +258,10 @@ class Guard:
             result, failure = outcome(partial(run, now))
             found = None if failure is None else self._found(failure)
             if failure is not None and found is None:
-                self._give_up()
+                self._words.give_up(self._bucket)
                 raise failure
-            self._tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
-            if not any(word is Word.RAN_OUT for word, _ in self._said):
+            self._words.tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
+            if not self._words.ranks(Word.RAN_OUT):
                 assert result is not None
                 return result[0]
             self._free(failure)
@@ -253,7 +279,7 @@ class Guard:
         found = None if told else self._found(failure)
         late = self._careful.begun or (self._replicas is not None and self._exchanged and not told)
         if not told and (found is None or late):
-            self._give_up()
+            self._words.give_up(self._bucket)
             if found is not None:
                 self._before.drop_gradients()
                 self._free(failure)
@@ -263,10 +289,10 @@ class Guard:
                 failure.add_note(f"memplan: {diagnosed.where} ran out, which no plan helps: {diagnosed.helps}.")
             raise failure
         if not told:
-            self._tell(Word.RAN_OUT, self._bucket)
+            self._words.tell(Word.RAN_OUT, self._bucket)
         self._before.drop_gradients()
         self._free(failure)
-        for bucket in sorted({bucket for word, bucket in self._said if word is Word.RAN_OUT}):
+        for bucket in self._words.buckets(Word.RAN_OUT):
             if not self._fall(bucket, "ran out of memory"):
                 raise self._ended(failure, found, f"a step of {self.plan.micro_batch} samples at a time")
 
@@ -287,7 +313,7 @@ class Guard:
         needs = f"The smallest plan was to need {format_bytes(self.plan.needs_bytes)}"
         state = "weights, optimizer state, buffers and random states are as before it"
         if failure is None or found is None:
-            odd = ", ".join(str(rank) for rank, (word, _) in enumerate(self._said) if word is Word.RAN_OUT)
+            odd = self._words.ranks(Word.RAN_OUT)
             return DoesNotFit(f"rank {odd} ran out of memory in {what}. {needs}; {state}.", self.plan.smallest_bytes)
         failure.add_note(
             f"memplan: {found.where} ran out ({found.name}) in {what}, and there is no smaller plan. {needs}; {state}. "
@@ -300,43 +326,33 @@ class Guard:
     def _is_close(self) -> bool:
         """Whether memory nearly ran out since this was asked."""
         retries, reserved = self._device.pressure()
-        foreseen = max(max(rungs.plan.budget_bytes, rungs.plan.reserved_bytes or 0) for rungs in self._rungs)
-        close = retries > self._retries or reserved > max(foreseen, self._reserved)
+        close = retries > self._retries or reserved > max(self._ladders.foreseen_bytes, self._reserved)
         self._retries = retries
         return close
 
     def _watch(self, close: bool) -> None:
         """After a step that went well. If it was close, fall; with several ranks, when all have said so."""
         if self._replicas is None:
-            self._said = [(Word.NEARLY if close else Word.WELL, self._bucket)]
-        fallen = [
-            self._fall(bucket, "nearly ran out of memory")
-            for bucket in sorted({bucket for word, bucket in self._said if word is Word.NEARLY})
-        ]
+            self._words.tell(Word.NEARLY if close else Word.WELL, self._bucket)
+        nearly = self._words.heard().buckets(Word.NEARLY)
+        fallen = [self._fall(bucket, "nearly ran out of memory") for bucket in nearly]
         self._last = (Word.NEARLY if close and not any(fallen) else Word.WELL, self._bucket)
 
     def _fall(self, bucket: int, why: str) -> bool:
         """To the next plan of a bucket, if there is one."""
-        rungs, before = self._rungs[bucket], self._rungs[bucket].plan
+        rungs, in_force = self._ladders.rungs[bucket], self.plan
         if rungs.ended:
             return False
-        in_force = self.plan is before
-        if in_force:
-            self.fit.undo()  # a smaller plan is made for the model as it is
+        before = rungs.plan
+        self.fit.undo()  # a smaller plan is made for the model as it is
         fallen = False
         try:
             while not fallen and rungs.fall():
-                if in_force:
-                    try:
-                        self.fit = apply(self.fit.model, rungs.plan, self._optimizer)
-                    except MemoryTaken:  # by other processes: a still smaller plan may do
-                        continue
-                fallen = True
+                fallen = self._applied(rungs.plan if in_force is before else in_force)
         finally:
             if not fallen:
                 rungs.plan = before
-                if in_force:
-                    self.fit = apply(self.fit.model, before, self._optimizer)
+                self.fit = apply(self.fit.model, in_force, self._optimizer)
         if fallen:
             self._device.release()
             self._retries = self._device.pressure()[0]
@@ -344,39 +360,22 @@ class Guard:
             self._note(f"a step {why}; its plan falls from {needs}, {rungs.plan.micro_batch} samples at a time")
         return fallen
 
+    def _applied(self, plan: Plan) -> bool:
+        """Whether the model runs by it. Not so if other processes hold the memory, here or on another rank's card."""
+        fit: Fit | None = None
+        with suppress(MemoryTaken):
+            fit = apply(self.fit.model, plan, self._optimizer)
+        if self._replicas is not None and not self._replicas.all_well(fit is not None):
+            if fit is not None:
+                fit.undo()
+            return False
+        self.fit = fit or self.fit
+        return fit is not None
+
     def _follow(self, plan: Plan) -> None:
         if self.plan is not plan:
             self.fit.undo()
             self.fit = apply(self.fit.model, plan, self._optimizer)
-
-    def _bucket_of(self, tokens: int | None) -> int:
-        if tokens is None and self._limits != [_ANY_LENGTH]:
-            raise UsageError(
-                "this guard has plans by length: say how many tokens the batch has, guard.step(run, tokens)"
-            )
-        bucket = bisect.bisect_left(self._limits, tokens or 0)
-        if bucket == len(self._limits):
-            raise UsageError(f"the batch has {tokens} tokens, and the plans are for {self._limits[-1]} at most")
-        return bucket
-
-    # -- words ---------------------------------------------------------------------------------------------------
-
-    def _tell(self, word: Word, bucket: int) -> None:
-        """Say it to the other ranks, and hear theirs. Raises ModelFailed if one has failed of something else."""
-        self._exchanged, self._said = True, [(word, bucket)]
-        if self._replicas is None or self._over:
-            return
-        self._said = self._replicas.agree(word, bucket)
-        failed = [str(rank) for rank, (said, _) in enumerate(self._said) if said is Word.FAILED]
-        if failed:
-            self._over = True
-            raise ModelFailed(f"rank {', '.join(failed)} failed, and the others cannot go on: its own error says why")
-
-    def _give_up(self) -> None:
-        """Tell the others not to wait. Where they do not listen any more, `patience_s` ends it."""
-        with suppress(RuntimeError):
-            self._tell(Word.FAILED, self._bucket)
-        self._over = True
 
     def _check_exchanged(self) -> None:
         if self._replicas is not None and not self._exchanged:

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 from memplan.data import Data
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
-from memplan.fitting import Fit, apply
+from memplan.fitting import Fit, Live, apply
 from memplan.gpus import Gpu
 from memplan.losses import Loss
 from memplan.plan_record import Plan, Verdict
@@ -23,7 +24,7 @@ from memplan.recorder import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World, largest, least_share, on_all, said_of
+from memplan.world import World, largest, least_share, on_all, on_any, said_of
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -164,9 +165,7 @@ def autofit(
         return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
 
     if world is not None and world.cards > 1:
-        found = _fitting(world.agreed(on_all(planner).of_all(), module_of(model)))
-        live = None if isinstance(optimizer, str) else optimizer
-        return on_all(partial(apply, model, found, live), Fit.undo)
+        return _fit_of_all(world, on_all(planner))
     planned = planner()
     for tries_left in reversed(range(_TRIES)):
         found = _fitting(planned())
@@ -184,6 +183,35 @@ def autofit(
         fit.undo()
         raise
     return fit
+
+
+def _fit_of_all(world: World, planner: "_Planner") -> Fit:
+    """One plan, applied on every rank; another one for what is left, if memory was taken on the card of any."""
+    for tries_left in reversed(range(_TRIES)):
+        planned = planner.of_all()
+        session = planned.session
+        found = _fitting(world.agreed(planned, session.model))
+        found._live = Live(session.recipe, session.sample)
+        make = partial(apply, session.model, found)
+        if not tries_left:
+            break
+        fit = on_all(partial(_unless_taken, make), _undone)
+        if not on_any(fit is None):
+            assert fit is not None
+            return fit
+        _undone(fit)
+    return on_all(make, Fit.undo)
+
+
+def _unless_taken(make: Callable[[], Fit]) -> Fit | None:
+    with suppress(MemoryTaken):
+        return make()
+    return None
+
+
+def _undone(fit: Fit | None) -> None:
+    if fit is not None:
+        fit.undo()
 
 
 def _fitting(plan: Plan) -> Plan:

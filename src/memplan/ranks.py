@@ -5,14 +5,16 @@ a collective that never ends. So its exchange is switched off: forward and backw
 and only if it went well gradients are added up, in place. The price is that nothing is sent while the backward runs.
 """
 
+from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from memplan.errors import PlanMismatch, UsageError
+from memplan.errors import ModelFailed, PlanMismatch, UsageError
 from memplan.world import odd_ranks
 
 
@@ -25,6 +27,17 @@ class Word(IntEnum):
     FAILED = 3  # of something else: nobody can go on
 
 
+def refusal(replica: DistributedDataParallel) -> str | None:
+    """Why the exchange of a replica cannot be left to a guard; None if it can."""
+    if replica.static_graph:
+        return "with static_graph=True it exchanges in every backward; leave that out"
+    if replica.gradient_as_bucket_view:
+        return "with gradient_as_bucket_view=True its gradients would be there twice, in its buckets and by themselves"
+    if replica._comm_hooks:
+        return "it has a communication hook, which the guard's own exchange would pass by"
+    return None
+
+
 class Replicas:
     """A replica among its like.
 
@@ -34,22 +47,22 @@ class Replicas:
     """
 
     def __init__(self, replica: DistributedDataParallel, patience_s: float) -> None:
-        if replica.static_graph:
-            raise UsageError("DistributedDataParallel(static_graph=True) exchanges in every backward: leave it out")
+        if why := refusal(replica):
+            raise UsageError(f"this DistributedDataParallel cannot be guarded: {why}")
         self._replica, self._patience = replica, timedelta(seconds=patience_s)
         self._group = replica.process_group
-        ranks = dist.get_process_group_ranks(self._group)
-        # On the host: what it takes of a card is nothing, and no queue of a card is waited for.
-        self._side = dist.new_group(ranks, timeout=self._patience, backend="gloo", use_local_synchronization=True)
-        self._rank, self._count = dist.get_rank(self._group), len(ranks)
+        self._side = _beside(self._group, self._patience)
+        self._rank, self._count = dist.get_rank(self._group), dist.get_world_size(self._group)
         self._parameters = [p for p in replica.module.parameters() if p.requires_grad]
-        self._was = replica.require_backward_grad_sync, replica.require_forward_param_sync
-        replica.require_backward_grad_sync = replica.require_forward_param_sync = False
+        self.keep_apart()
+
+    def keep_apart(self) -> None:
+        """No exchange inside of backwards. To be said again where a loop uses `no_sync`, which puts back what was."""
+        self._replica.require_backward_grad_sync = self._replica.require_forward_param_sync = False
 
     def undo(self) -> None:
-        """The replica exchanges inside its backwards again."""
-        self._replica.require_backward_grad_sync, self._replica.require_forward_param_sync = self._was
-        dist.destroy_process_group(self._side)
+        """The replica exchanges inside its backwards again, as it was made: what it did before may be `no_sync`'s."""
+        self._replica.require_backward_grad_sync = self._replica.require_forward_param_sync = True
 
     def check_same(self, plans: str) -> None:
         """Raises PlanMismatch on every rank, if the text is not the same on all."""
@@ -65,6 +78,16 @@ class Replicas:
         said[self._rank] = word + len(Word) * bucket
         dist.all_reduce(said, group=self._side)
         return [(Word(value % len(Word)), value // len(Word)) for value in said.tolist()]
+
+    def all_well(self, well: bool) -> bool:
+        """Whether it went well on every rank."""
+        return all(word is Word.WELL for word, _ in self.agree(Word.WELL if well else Word.RAN_OUT, 0))
+
+    def least(self, value: float) -> float:
+        """Of what every rank has."""
+        said = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(said, op=dist.ReduceOp.MIN, group=self._side)
+        return said.item()
 
     def exchange(self) -> None:
         """Gradients become their mean over the ranks, and buffers those of rank 0.
@@ -86,3 +109,63 @@ class Replicas:
         for work in waiting:
             assert work is not None  # it is none only for a process outside of the group
             work.wait(self._patience)
+
+
+class Words:
+    """What the ranks have said of a step; where there are no replicas, what this one has.
+
+    Attributes:
+        said: of each rank, with the bucket of lengths that it is about.
+    """
+
+    def __init__(self, replicas: Replicas | None) -> None:
+        self.said: list[tuple[Word, int]] = []
+        self._replicas, self._over = replicas, False
+
+    def tell(self, word: Word, bucket: int) -> None:
+        """Say it to the other ranks, and hear theirs. Raises ModelFailed if one has failed of something else."""
+        self.said = [(word, bucket)]
+        if self._replicas is None or self._over:
+            return
+        self.said = self._replicas.agree(word, bucket)
+        if failed := self.ranks(Word.FAILED):
+            self._over = True
+            raise ModelFailed(f"rank {failed} failed, and the others cannot go on: its own error says why")
+
+    def give_up(self, bucket: int) -> None:
+        """Tell the others not to wait. Where they do not listen any more, their patience ends it."""
+        with suppress(RuntimeError):
+            self.tell(Word.FAILED, bucket)
+        self._over = True
+
+    def heard(self) -> "Words":
+        """What was said, and from now on nothing is."""
+        heard = Words(None)
+        heard.said, self.said = self.said, []
+        return heard
+
+    def ranks(self, word: Word) -> str:
+        """Those that said it."""
+        return ", ".join(str(rank) for rank, (said, _) in enumerate(self.said) if said is word)
+
+    def buckets(self, word: Word) -> list[int]:
+        """Of which it was said."""
+        return sorted({bucket for said, bucket in self.said if said is word})
+
+
+_sides: "WeakKeyDictionary[dist.ProcessGroup, dict[timedelta, dist.ProcessGroup]]" = WeakKeyDictionary()
+
+
+def _beside(group: dist.ProcessGroup, patience: timedelta) -> dist.ProcessGroup:
+    """The same ranks on the host: what it takes of a card is nothing, and no queue of a card is waited for.
+
+    It is kept as long as the group. Destroyed and made anew it would have the name of the first one, under which ranks
+    would look for each other where they are no more.
+    """
+    sides = _sides.setdefault(group, {})
+    if patience not in sides:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, timeout=patience, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        sides[patience] = made
+    return sides[patience]

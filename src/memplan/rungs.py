@@ -1,9 +1,10 @@
 """Ever smaller plans for one step: `ladder` makes them, `Rungs` is where a run stands on them."""
 
+import bisect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Final
 
 from torch import nn
@@ -17,34 +18,68 @@ from memplan.plan_record import Plan, Verdict
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
+from memplan.world import World
 
 _log = logging.getLogger(__name__)
 
 RUNG: Final = 0.6
 """Of what a plan needs beyond the smallest one, the budget of the next: the first to fail is seldom far too large."""
 
+_ANY_LENGTH: Final = 2**62  # tokens
+
 CLOSE: Final = 0.05  # of what a plan needs: so near to the smallest one, that is the next
 
 
 def ladder(
-    model: nn.Module, plan: Plan, strategy: "str | Strategy" = "balanced", micro_batch: int | None = None
+    model: nn.Module,
+    plan: Plan,
+    strategy: "str | Strategy" = "balanced",
+    micro_batch: int | None = None,
+    world: World | None = None,
 ) -> Iterator[Plan]:
     """The plan, and then ever smaller ones for the same effective batch, each planned when it is asked for.
 
     Args:
-        plan: what `memplan.plan` returned for this model, in this process.
+        plan: what `memplan.plan` returned for this model, in this process; of several ranks, the plan of
+            `memplan.autofit(..., world=world)`.
         micro_batch: fixes it, so that dropout draws the same numbers under each plan.
+        world: the ranks that run by the same plan. The first one plans then for all, and each plan is to be asked for
+            on all of them at once, as a `Guard` does.
 
     Raises:
         UsageError: the plan was read from a file, which has neither loss nor sample.
-        AlreadyApplied: the model runs by a plan, and its trace would be that of the plan. A `Guard` takes it out before
-            it asks; by hand, take the list before `apply`.
+        AlreadyApplied: when a plan is asked for: the model runs by a plan, and its trace would be that of the plan. A
+            `Guard` takes it out before it asks; by hand, take the list before `apply`.
     """
-    live = plan._live
-    if not isinstance(live, Live) or live.sample is None:
+    if not isinstance(plan._live, Live) or plan._live.sample is None:
         raise UsageError("this plan was read from a file, which keeps no loss and no sample: make it in this process")
-    wanted, session = load_strategy(strategy), Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu))
-    yield plan
+    smaller = _smaller(model, plan, plan._live, load_strategy(strategy), micro_batch)
+    return chain([plan], smaller) if world is None or world.cards == 1 else Together(plan, smaller, world)
+
+
+class Together(Iterator[Plan]):
+    """A plan, and then those that the first rank has, as it has them: to be asked for on all ranks at once.
+
+    Args:
+        own: of this rank; it is looked at on the first one only.
+    """
+
+    def __init__(self, plan: Plan, own: Iterator[Plan], world: World) -> None:
+        self._first: Plan | None = plan
+        self._own, self._world = own, world
+
+    def __next__(self) -> Plan:
+        if self._first is not None:
+            plan, self._first = self._first, None
+            return plan
+        for plan in self._world.agreed(lambda: list(islice(self._own, 1))):
+            return plan
+        raise StopIteration
+
+
+def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_batch: int | None) -> Iterator[Plan]:
+    assert live.sample is not None
+    session = Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu))
 
     def within(share: float) -> Plan:
         if model in fitting._applied:
@@ -112,3 +147,50 @@ class Rungs:
                 f"a plan that needs {format_bytes(after.needs_bytes)} follows one that needs "
                 f"{format_bytes(before.needs_bytes)}: each has to need less than the one before"
             )
+
+
+class Ladders:
+    """The rungs of batches of every length.
+
+    Args:
+        plans: for batches of any length, or the most tokens of a batch -> those for such batches.
+        whole: plans are looked at ahead, since ranks that make them by themselves could come to different ones. Those
+            that ranks make together never do.
+
+    Attributes:
+        rungs: of each bucket of lengths, the shortest first.
+    """
+
+    def __init__(
+        self, plans: "Iterable[Plan] | Mapping[int, Iterable[Plan]]", effective_batch: int, *, whole: bool
+    ) -> None:
+        by_length = plans if isinstance(plans, Mapping) else {_ANY_LENGTH: plans}
+        self._limits = sorted(by_length)
+        found = (by_length[limit] for limit in self._limits)
+        ahead = (list(some) if whole and not isinstance(some, Together) else some for some in found)
+        self.rungs = [Rungs(some, effective_batch) for some in ahead]
+
+    @property
+    def by_length(self) -> bool:
+        """Whether it matters how long a batch is."""
+        return self._limits != [_ANY_LENGTH]
+
+    @property
+    def foreseen_bytes(self) -> int:
+        """The most that a card has to give by any plan in force."""
+        return max(max(rungs.plan.budget_bytes, rungs.plan.reserved_bytes or 0) for rungs in self.rungs)
+
+    def text(self) -> str:
+        """Of the plans that are made: the same on all ranks."""
+        return "\n".join(plan.model_dump_json() for rungs in self.rungs for plan in (rungs.plan, *rungs.all))
+
+    def bucket_of(self, tokens: int | None) -> int:
+        """In which a batch of so many tokens is. UsageError if that is not known, or too many."""
+        if tokens is None and self.by_length:
+            raise UsageError(
+                "this guard has plans by length: say how many tokens the batch has, guard.step(run, tokens)"
+            )
+        bucket = bisect.bisect_left(self._limits, tokens or 0)
+        if bucket == len(self._limits):
+            raise UsageError(f"the batch has {tokens} tokens, and the plans are for {self._limits[-1]} at most")
+        return bucket

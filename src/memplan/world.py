@@ -109,6 +109,11 @@ def on_all(make: Callable[[], _Said], undo: Callable[[_Said], None] = lambda _: 
     return made[0]
 
 
+def on_any(own: bool) -> bool:
+    """Whether it is so on any rank."""
+    return any(_gathered(own))
+
+
 def of_first(own: _Said) -> _Said:
     """What the first rank has, on all of them."""
     return _gathered(own)[0]

@@ -2,13 +2,19 @@
 
 The trainer divides the batch before the step begins, so the smaller plans have the same micro-batch. Dropout draws the
 same numbers under each of them, and the run ends with the weights that it would have had.
+
+Replicas exchange their gradients after the last backward then, and not inside of it. Where that takes more than `WORTH`
+of a step, they are left to themselves.
 """
 
 import copy
+import logging
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
 from memplan.fitting import Fit
@@ -16,9 +22,17 @@ from memplan.guard import Guard
 from memplan.integrations.trainer_callback import PlanCallback
 from memplan.integrations.trainer_loss import account_aside, account_of_success
 from memplan.optimizer_step import IN_BACKWARD
+from memplan.ranks import refusal
 from memplan.rewind import steps_in_parts
 from memplan.rungs import ladder
 from memplan.strategy import Strategy
+from memplan.world import World
+
+_log = logging.getLogger(__name__)
+
+WORTH: Final = 0.03  # of a step: what being guarded may cost. Chosen by hand: less than most plans' recomputation
+
+_TIMED: Final = 2  # the step, from 1, that is looked at: before, connections and buffers are made
 
 
 class GuardedSteps:
@@ -43,7 +57,8 @@ class GuardedSteps:
         self._model_fit = Fit(fit.model, fit.plan, undo_model, fit._live)
         self._strategy = strategy
         self._guard: Guard | None = None
-        self._has_begun = False
+        self._has_begun, self._steps = False, 0
+        self._since: float | None = None  # when the step under way began
         self._own: Callable[..., Tensor] = trainer.training_step
         self._shadowed = vars(trainer).get("training_step")
         trainer.training_step = self
@@ -59,13 +74,18 @@ class GuardedSteps:
             return loss
 
         if not self._has_begun:
-            self._guard, self._has_begun = self._begun(), True
+            self._guard, self._has_begun = self._begun(model), True
         if self._guard is None:
             return self._own(model, inputs, num_items_in_batch)
+        is_last = bool(self._trainer.accelerator.sync_gradients)
+        self._since = self._since or time.perf_counter()
         try:
-            return self._guard.micro_step(run)
+            loss = self._guard.micro_step(run, is_last)
         finally:
             self._follow(self._guard)
+        if is_last:
+            self._end_step(self._guard)
+        return loss
 
     def _follow(self, guard: Guard) -> None:
         """The plan in force is the fit's, with what was said of the one before."""
@@ -76,25 +96,52 @@ class GuardedSteps:
         self._fit.plan = guard.plan.assuming(*dict.fromkeys(said))
         self._callback.replanned()
 
-    def _begun(self) -> Guard | None:
-        """At the first step of a run: its optimizer is there by then."""
+    def _end_step(self, guard: Guard) -> None:
+        """Leave replicas to themselves if their exchange takes too long."""
+        step_s, self._since = time.perf_counter() - (self._since or 0.0), None
+        self._steps += 1
+        if self._steps == _TIMED and (share := guard.exchange_share(step_s)) > WORTH:
+            _log.warning(
+                "memplan: running out of memory ends this run from here on: to guard its steps, gradients are "
+                "exchanged after the backward, and that takes %.0f %% of a step",
+                100 * share,
+            )
+            guard.end()
+            self._guard = None
+
+    def _begun(self, model: nn.Module) -> Guard | None:
+        """At the first step of a run: its optimizer and its replicas are there by then."""
         trainer, plan = self._trainer, self._fit.plan
-        alone = trainer.args.world_size == 1 and trainer.accelerator.scaler is None  # which has steps of its own
-        if not alone or plan.stepping == IN_BACKWARD or not steps_in_parts(optimizers.unwrapped(trainer.optimizer)):
+        if why := self._why_not(model):
+            _log.info("memplan: running out of memory ends this run, since %s", why)
             return None
         self._model_fit.plan = plan
         if self._fit._step is not None:
             # Of the two fits the one that the guard takes back says how the optimizer steps.
             self._model_fit._step, self._model_fit._unstep = self._fit._step, self._fit._unstep
             self._fit._step = self._fit._unstep = None
-        smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch)
-        return Guard(self._model_fit, trainer.optimizer, smaller)
+        world = World(replicas=trainer.args.world_size)
+        smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch, world)
+        replica = model if isinstance(model, DistributedDataParallel) else None
+        return Guard(self._model_fit, trainer.optimizer, smaller, replica=replica)
+
+    def _why_not(self, model: nn.Module) -> str | None:
+        """Why the steps of this run cannot be guarded; None if they can."""
+        if self._trainer.accelerator.scaler is not None:
+            return "a gradient scaler has steps of its own"
+        if self._fit.plan.stepping == IN_BACKWARD:
+            return "the optimizer steps inside the backward, which cannot be taken back"
+        if not steps_in_parts(optimizers.unwrapped(self._trainer.optimizer)):
+            return "the optimizer looks at all parameters at once"
+        if isinstance(model, DistributedDataParallel):
+            return refusal(model)
+        return "its ranks are no replicas of DistributedDataParallel" if self._trainer.args.world_size > 1 else None
 
     def end(self) -> None:
         """The run is over."""
         if self._guard is not None:
             self._guard.end()
-        self._guard, self._has_begun = None, False
+        self._guard, self._has_begun, self._steps, self._since = None, False, 0, None
 
     def undo(self) -> None:
         """The trainer steps by itself again, and the model as it did before any plan."""

@@ -1,0 +1,111 @@
+"""Run by two processes (`torch.distributed.run`): trainers whose memory runs out on the second, what came of each.
+
+python -m torch.distributed.run --nproc_per_node=2 guarded_trainer_rank.py FOLDER
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tiny
+import torch
+import transformers
+from guarding import Fault
+
+import memplan
+from integrations import trainers
+from memplan.integrations import trainer_guard
+
+KEEP = memplan.Strategy("blocks", levers=("recompute",))  # in 1 GiB nothing is recomputed
+RANK = int(os.environ["RANK"])
+
+
+class Begins(transformers.TrainerCallback):
+    """Faults are counted from the first step on, and not in what is planned before."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self.faults, self.stack = faults, ExitStack()
+
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        for fault in self.faults:
+            self.stack.enter_context(fault.on(model))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.stack.close()
+
+
+class Watch(transformers.TrainerCallback):
+    """Whether replicas exchange by themselves, at the end of each step."""
+
+    def __init__(self) -> None:
+        self.by_themselves: list[bool] = []
+
+    def on_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.by_themselves.append(self.trainer.model_wrapped.require_backward_grad_sync)
+
+
+def ran(folder: Path, *faults: Fault, worth: float = math.inf) -> dict[str, Any]:
+    trainer_guard.WORTH = worth
+    torch.manual_seed(0)
+    model = tiny.llama(3, attention_dropout=0.2)[0]
+    asked = {"train_dataset": trainers.dataset(64), "ddp_backend": "gloo", "max_grad_norm": 0.5, "num_train_epochs": 1}
+    made = trainers.trainer(folder, model, **asked)
+    watch = Watch()
+    watch.trainer = made
+    made.add_callback(watch)
+    fit = memplan.autofit(made, "cpu:1GiB", micro_batch=2, strategy=KEEP)
+    assert not fit.plan.changed
+    made.add_callback(Begins(*faults))
+    torch.manual_seed(1 + RANK)
+    try:
+        run = trainers.Run.of(made)
+    except Exception as error:  # what it is, is what is looked at
+        weights = torch.cat([p.detach().flatten() for p in made.model.parameters()])
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "notes": getattr(error, "__notes__", []),
+            "weights": weights.tolist(),
+            "gradients": sum(p.grad is not None for p in made.model.parameters()),
+        }
+    return {
+        "weights": torch.cat([weight.flatten() for weight in run.weights.values()]).tolist(),
+        "logged": run.logged,
+        "by themselves": watch.by_themselves,
+        "changed": len(fit.plan.changed),
+        "said": fit.plan.assumptions,
+        "divided": (fit.plan.micro_batch, fit.plan.accumulation),
+    }
+
+
+def on(rank: int, where: str, at: int, times: int = 1) -> tuple[Fault, ...]:
+    return (Fault(where, at, times),) if rank == RANK else ()
+
+
+SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "left alone": lambda folder: ran(folder, worth=0.0),
+    "well": ran,
+    # Four micro-batches a step: the second step's third, the third step's last, and two at once.
+    "forward": lambda folder: ran(folder, *on(1, "forward", 7)),
+    "backward": lambda folder: ran(folder, *on(1, "backward", 12)),
+    "both": lambda folder: ran(folder, *on(0, "forward", 6), *on(1, "backward", 7)),
+    "again": lambda folder: ran(folder, *on(1, "forward", 2, 2)),
+    "the end": lambda folder: ran(folder, *on(1, "forward", 7, 10_000)),
+    "well afterwards": ran,
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    seen = {name: scenario(folder / "out") for name, scenario in SCENARIOS.items()}
+    (folder / f"{RANK}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

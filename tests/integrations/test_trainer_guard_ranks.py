@@ -1,0 +1,66 @@
+"""A trainer on two ranks, of which one runs out of memory: both fall, neither waits, the weights are right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_ranks
+
+pytestmark = pytest.mark.slow
+
+RANK = Path(__file__).with_name("guarded_trainer_rank.py")
+BOUND_S = 500  # nothing may hang
+FALLS = ("forward", "backward", "both", "again")
+
+Ran = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
+    """What came of every scenario, by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    two_ranks.run(RANK, folder, bound_s=BOUND_S)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def off(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return float((torch.tensor(one["weights"]) - torch.tensor(other["weights"])).abs().max())
+
+
+def test_where_nothing_happens_it_is_the_run_of_replicas_that_are_left_to_themselves(ranks: list[Ran]) -> None:
+    for rank in ranks:
+        assert off(rank["well"], rank["left alone"]) <= 1e-6  # gradients are added up in another order
+        assert rank["well"]["changed"] == 0
+        assert rank["well"]["divided"] == [2, 4]
+        assert not any(rank["well"]["by themselves"])
+    assert off(ranks[0]["well"], ranks[1]["well"]) == 0
+    assert off(ranks[0]["well"], ranks[0]["well afterwards"]) == 0
+
+
+def test_replicas_whose_exchange_takes_too_long_are_left_to_themselves(ranks: list[Ran]) -> None:
+    for rank in ranks:
+        alone = rank["left alone"]["by themselves"]
+        assert alone == [False, *[True] * (len(alone) - 1)]
+    assert off(ranks[0]["left alone"], ranks[1]["left alone"]) == 0
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_one_runs_out_and_all_take_the_step_again_by_a_smaller_plan(ranks: list[Ran], name: str) -> None:
+    for rank in ranks:
+        assert off(rank[name], rank["well"]) == 0
+        assert rank[name]["logged"] == rank["well"]["logged"]
+        assert rank[name]["changed"] > 0
+        assert any("its plan falls from" in line for line in rank[name]["said"])
+    assert ranks[0][name]["changed"] == ranks[1][name]["changed"]
+    assert off(ranks[0][name], ranks[1][name]) == 0
+
+
+def test_where_no_plan_is_smaller_all_end_as_they_were_before_the_step(ranks: list[Ran]) -> None:
+    others, own = (rank["the end"] for rank in ranks)
+    assert own["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert any("there is no smaller plan" in note for note in own["notes"])
+    assert others["error"].startswith("DoesNotFit: rank 1 ran out of memory")
+    assert own["gradients"] == others["gradients"] == 0
+    assert off(own, others) == 0
