@@ -10,10 +10,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from guarding import Fault
+from guarding import Fault, out_of_memory
 
 import memplan
-from integrations.trainers import Run, run, sft_trainer, trainer
+from integrations.trainers import Run, dataset, run, sft_trainer, trainer
 from memplan.fitting import Fit
 from memplan.strategy import load_strategy
 
@@ -154,3 +154,31 @@ def test_undo_and_a_second_run_after_a_fall(tmp_path: Path) -> None:
     assert made.training_step == own
     assert [m.forward for m in made.model.modules()] == forwards
     made.train()
+
+
+def test_an_evaluation_is_taken_again_in_smaller_batches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second one of a run fails, in its second batch; the training goes on as if it had not been."""
+    asked = {"eval_dataset": dataset(12), "per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
+
+    def made() -> transformers.Trainer:
+        return trainer(tmp_path, tiny.llama(3, attention_dropout=0.2)[0], num_train_epochs=3, **asked)
+
+    evaluated: list[int] = []
+
+    def fails(trainer: transformers.Trainer) -> None:
+        memplan.autofit(trainer, **EVERYTHING)
+        own = trainer.prediction_step
+
+        def prediction_step(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            evaluated.append(len(inputs["input_ids"]))
+            if len(evaluated) == 5:
+                out_of_memory()
+            return own(model, inputs, *args, **kwargs)
+
+        trainer.prediction_step = prediction_step
+
+    plain, faulty = run(made, planned([])), run(made, fails)
+    assert faulty.distance(plain) == 0
+    assert faulty.logged == plain.logged
+    assert evaluated == [4] * 5 + [2] * 6 + [2] * 6
+    assert "an evaluation ran out of memory in batches of 4; it goes on with 2" in caplog.text

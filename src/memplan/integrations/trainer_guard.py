@@ -36,7 +36,7 @@ _TIMED: Final = 2  # the step, from 1, that is looked at: before, connections an
 
 
 class GuardedSteps:
-    """Stands in for a trainer's `training_step` until `undo`.
+    """Stands in for a trainer's `training_step` and `evaluate` until `undo`.
 
     Args:
         fit: its plan becomes the one in force.
@@ -60,10 +60,10 @@ class GuardedSteps:
         self._has_begun, self._steps = False, 0
         self._since: float | None = None  # when the step under way began
         self._own: Callable[..., Tensor] = trainer.training_step
-        self._shadowed = vars(trainer).get("training_step")
-        trainer.training_step = self
+        self._own_evaluate: Callable[..., Any] = trainer.evaluate
+        self._taken_out = [_put_in(trainer, "training_step", self._step), _put_in(trainer, "evaluate", self._evaluate)]
 
-    def __call__(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def _step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         done = False
 
         def run() -> Tensor:
@@ -86,6 +86,23 @@ class GuardedSteps:
         if is_last:
             self._end_step(self._guard)
         return loss
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """In smaller batches from where memory runs out. Not where several ranks gather what each has found."""
+        trainer, guard = self._trainer, self._guard
+        keeps_loaders = bool(trainer.args.dataloader_persistent_workers)
+        if guard is None or keeps_loaders or trainer.args.world_size > 1:
+            return self._own_evaluate(*args, **kwargs)
+
+        def run(rows: int) -> Any:
+            trainer.args.per_device_eval_batch_size = rows
+            return self._own_evaluate(*args, **kwargs)
+
+        own_rows = trainer.args.per_device_eval_batch_size
+        try:
+            return guard.evaluate(run, own_rows)
+        finally:
+            trainer.args.per_device_eval_batch_size = own_rows
 
     def _follow(self, guard: Guard) -> None:
         """The plan in force is the fit's, with what was said of the one before."""
@@ -146,7 +163,19 @@ class GuardedSteps:
     def undo(self) -> None:
         """The trainer steps by itself again, and the model as it did before any plan."""
         self.end()
-        del self._trainer.training_step
-        if self._shadowed is not None:
-            self._trainer.training_step = self._shadowed
+        for take_out in self._taken_out:
+            take_out()
         self._model_fit.undo()
+
+
+def _put_in(trainer: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """In the place of a trainer's method. What is returned takes it out again."""
+    shadowed = vars(trainer).get(name)
+    setattr(trainer, name, method)
+
+    def take_out() -> None:
+        delattr(trainer, name)
+        if shadowed is not None:
+            setattr(trainer, name, shadowed)
+
+    return take_out
