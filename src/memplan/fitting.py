@@ -226,6 +226,11 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         )
     _check_match(model, plan)
     _check_room(model, plan)
+    return reapply(model, plan, optimizer)
+
+
+def reapply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Fit:
+    """`apply` for a plan that the model ran by before, or could have: it is not asked whether it fits."""
     live = plan._live if isinstance(plan._live, Live) else None
     pool = HostPool(pooled_bytes(plan.host_bytes)) if plan.host_bytes else None
     undo = levers.install(model, plan.decisions, plan.selections, pool)
@@ -275,14 +280,14 @@ def _check_match(model: nn.Module, plan: Plan) -> None:
 def _check_room(model: nn.Module, plan: Plan) -> None:
     """That the memory which the plan was made for is still there, on the card that the weights are on.
 
-    On another card than the plan's, such as another rank's, it only has to be enough: the margin is the plan's own.
+    With several ranks it only has to be enough: the plan was made on one's card, with a margin for the memory there.
     """
     here = _card_of(model) if plan.budget.gpu.startswith("cuda") else None
     if here is None:
         return
     place, card, device = here
     spare = max(plan.budget.usable_bytes - plan.needs_bytes, 0)
-    if place == plan.budget.gpu:
+    if place == plan.budget.gpu and plan.replicas * plan.shards == 1:
         taken = memory_parts(card, device)[1] - plan.budget.others_bytes
         odd = f"other processes on {place} hold {format_bytes(taken)} more than when this plan was made"
         has = f"it has {format_bytes(spare)} to spare"

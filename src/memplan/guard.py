@@ -28,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from memplan import optimizers
 from memplan.device import Device, resolve_gpu
 from memplan.errors import DoesNotFit, MemoryTaken, UsageError
-from memplan.fitting import Fit, apply
+from memplan.fitting import Fit, apply, reapply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
-from memplan.ranks import Replicas, Word, Words
+from memplan.ranks import Replicas, Word, Words, check_whole
 from memplan.rewind import Before, CarefulStep, forget, outcome
 from memplan.rungs import Ladders
 from memplan.units import format_bytes
@@ -60,6 +60,7 @@ class Guard:
     Attributes:
         fit: the model by the plan in force.
         falls: what happened, a sentence each.
+        timed: whether exchanges are timed, for `exchange_share`. The device is waited for then, before and after.
 
     Raises:
         UsageError: no plans, plans that do not get smaller, that split another batch, or that step in the backward;
@@ -82,17 +83,11 @@ class Guard:
             raise UsageError(
                 "the fit runs by another plan than the first: pass the plan that was applied, and the rest"
             )
-        if any(hasattr(parameter, "device_mesh") for parameter in fit.model.parameters()):
-            raise UsageError(
-                "sharded parameters are gathered inside every forward, where a rank that has run out would leave the "
-                "others waiting: the guard is for whole models on each rank"
-            )
-        if replica is not None and replica.module is not fit.model:
-            raise UsageError("the replica wraps another model than the fit's: apply the plan, then wrap fit.model")
-        self.fit, self.falls = fit, list[str]()
+        check_whole(fit.model, replica)
+        self.fit, self.falls, self.timed = fit, list[str](), False
         self._optimizer = optimizers.unwrapped(optimizer)
         self._device: Device = _device_of(fit.model)
-        self._before = Before(fit.model, generators)
+        self._generators, self._before = generators, Before(fit.model, generators)
         self._replicas = None if replica is None else Replicas(replica, patience_s)
         if self._replicas is not None:
             self._replicas.check_same(self._ladders.text())
@@ -104,6 +99,8 @@ class Guard:
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
         self._since: list[Callable[[], object]] = []  # the micro-steps since the optimizer's last step
         self._rows: int | None = None  # what an evaluation has come down to
+        if self._replicas is not None:
+            self._replicas.keep_apart()
 
     @property
     def plan(self) -> Plan:
@@ -234,10 +231,15 @@ class Guard:
         self._words.tell(*self._last)
         if self._words.ranks(Word.RAN_OUT):
             raise _OthersRanOut
-        self._exchange_s = self._device.seconds_of(self._replicas.exchange, 1)[0]
+        if self.timed:
+            self._exchange_s = self._device.seconds_of(self._replicas.exchange, 1)[0]
+        else:
+            self._replicas.exchange()
 
     def exchange_share(self, step_s: float) -> float:
-        """Of a step of so many seconds, what its exchange took: nothing hides it. To be asked on all ranks at once.
+        """Of a step of so many seconds, what its exchange took when it was timed: nothing hides it.
+
+        To be asked on all ranks at once.
 
         The least of what they say, which is the same on all: the others waited for it meanwhile.
         """
@@ -252,7 +254,8 @@ class Guard:
 
         Raises as `step` does; the out-of-memory error, with a note, if one row is too much.
         """
-        self._before.note()
+        before = Before(self.fit.model, self._generators)  # a step may be under way, with a note of its own
+        before.note()
         while True:
             now = min(rows, self._rows or rows)
             result, failure = outcome(partial(run, now))
@@ -264,7 +267,7 @@ class Guard:
             if not self._words.ranks(Word.RAN_OUT):
                 assert result is not None
                 return result[0]
-            self._free(failure)
+            self._free(failure, before)
             if now == 1:
                 raise self._ended(failure, found, "an evaluation in batches of one row")
             self._rows = now // 2
@@ -282,16 +285,19 @@ class Guard:
             self._words.give_up(self._bucket)
             if found is not None:
                 self._before.drop_gradients()
-                self._free(failure)
+                self._free(failure, self._before)
                 kept = "weights had changed" if self._careful.taken else "gradients had been exchanged or used"
                 failure.add_note(f"memplan: {found.where} ran out when {kept}, so the step is not run again.")
             elif diagnosed := diagnose(failure):
                 failure.add_note(f"memplan: {diagnosed.where} ran out, which no plan helps: {diagnosed.helps}.")
             raise failure
         if not told:
-            self._words.tell(Word.RAN_OUT, self._bucket)
+            try:
+                self._words.tell(Word.RAN_OUT, self._bucket)
+            except RuntimeError as error:  # another has failed, or says nothing
+                raise error from failure
         self._before.drop_gradients()
-        self._free(failure)
+        self._free(failure, self._before)
         for bucket in self._words.buckets(Word.RAN_OUT):
             if not self._fall(bucket, "ran out of memory"):
                 raise self._ended(failure, found, f"a step of {self.plan.micro_batch} samples at a time")
@@ -302,8 +308,8 @@ class Guard:
         here = Where.HOST if self._device.torch_device.type == "cpu" else Where.DEVICE
         return found if found is not None and found.where in (here, Where.DEVICE) else None
 
-    def _free(self, failure: Exception | None) -> None:
-        self._before.put_back()
+    def _free(self, failure: Exception | None, before: Before) -> None:
+        before.put_back()
         if failure is not None:
             forget(failure)
         self._device.release()
@@ -352,7 +358,7 @@ class Guard:
         finally:
             if not fallen:
                 rungs.plan = before
-                self.fit = apply(self.fit.model, in_force, self._optimizer)
+                self.fit = reapply(self.fit.model, in_force, self._optimizer)
         if fallen:
             self._device.release()
             self._retries = self._device.pressure()[0]
@@ -375,7 +381,7 @@ class Guard:
     def _follow(self, plan: Plan) -> None:
         if self.plan is not plan:
             self.fit.undo()
-            self.fit = apply(self.fit.model, plan, self._optimizer)
+            self.fit = reapply(self.fit.model, plan, self._optimizer)
 
     def _check_exchanged(self) -> None:
         if self._replicas is not None and not self._exchanged:

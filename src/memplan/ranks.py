@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memplan.errors import ModelFailed, PlanMismatch, UsageError
@@ -27,6 +28,17 @@ class Word(IntEnum):
     FAILED = 3  # of something else: nobody can go on
 
 
+def check_whole(model: nn.Module, replica: DistributedDataParallel | None) -> None:
+    """Raises UsageError unless each rank has the whole model, and the replica, if there is one, is of it."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UsageError(
+            "sharded parameters are gathered inside every forward, where a rank that has run out would leave the "
+            "others waiting: the guard is for whole models on each rank"
+        )
+    if replica is not None and replica.module is not model:
+        raise UsageError("the replica wraps another model than the fit's: apply the plan, then wrap fit.model")
+
+
 def refusal(replica: DistributedDataParallel) -> str | None:
     """Why the exchange of a replica cannot be left to a guard; None if it can."""
     if replica.static_graph:
@@ -35,6 +47,10 @@ def refusal(replica: DistributedDataParallel) -> str | None:
         return "with gradient_as_bucket_view=True its gradients would be there twice, in its buckets and by themselves"
     if replica._comm_hooks:
         return "it has a communication hook, which the guard's own exchange would pass by"
+    if replica.parameters_to_ignore:
+        return "it leaves out some parameters or buffers, which the guard's own exchange would not"
+    if any(isinstance(module, nn.SyncBatchNorm) for module in replica.modules()):
+        return "its SyncBatchNorm layers wait for other ranks in the forward, also for one that has run out"
     return None
 
 
@@ -54,7 +70,6 @@ class Replicas:
         self._side = _beside(self._group, self._patience)
         self._rank, self._count = dist.get_rank(self._group), dist.get_world_size(self._group)
         self._parameters = [p for p in replica.module.parameters() if p.requires_grad]
-        self.keep_apart()
 
     def keep_apart(self) -> None:
         """No exchange inside of backwards. To be said again where a loop uses `no_sync`, which puts back what was."""

@@ -54,7 +54,7 @@ def ladder(
     if not isinstance(plan._live, Live) or plan._live.sample is None:
         raise UsageError("this plan was read from a file, which keeps no loss and no sample: make it in this process")
     smaller = _smaller(model, plan, plan._live, load_strategy(strategy), micro_batch)
-    return chain([plan], smaller) if world is None or world.cards == 1 else Together(plan, smaller, world)
+    return chain([plan], smaller) if world is None else Together(plan, smaller, world)
 
 
 class Together(Iterator[Plan]):
@@ -66,13 +66,14 @@ class Together(Iterator[Plan]):
 
     def __init__(self, plan: Plan, own: Iterator[Plan], world: World) -> None:
         self._first: Plan | None = plan
-        self._own, self._world = own, world
+        self._own, self._world, self._live = own, world, plan._live
 
     def __next__(self) -> Plan:
         if self._first is not None:
             plan, self._first = self._first, None
             return plan
         for plan in self._world.agreed(lambda: list(islice(self._own, 1))):
+            plan._live = self._live  # which no plan takes along that is sent
             return plan
         raise StopIteration
 
@@ -181,8 +182,9 @@ class Ladders:
         return max(max(rungs.plan.budget_bytes, rungs.plan.reserved_bytes or 0) for rungs in self.rungs)
 
     def text(self) -> str:
-        """Of the plans that are made: the same on all ranks."""
-        return "\n".join(plan.model_dump_json() for rungs in self.rungs for plan in (rungs.plan, *rungs.all))
+        """Of the plans that are made, but for what a rank has to say of its own batches: the same on all ranks."""
+        made = (plan for rungs in self.rungs for plan in (rungs.plan, *rungs.all))
+        return "\n".join(plan.model_dump_json(exclude={"assumptions"}) for plan in made)
 
     def bucket_of(self, tokens: int | None) -> int:
         """In which a batch of so many tokens is. UsageError if that is not known, or too many."""

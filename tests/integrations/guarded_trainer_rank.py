@@ -4,6 +4,7 @@ python -m torch.distributed.run --nproc_per_node=2 guarded_trainer_rank.py FOLDE
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -51,7 +52,9 @@ class Watch(transformers.TrainerCallback):
         self.by_themselves.append(self.trainer.model_wrapped.require_backward_grad_sync)
 
 
-def ran(folder: Path, *faults: Fault, worth: float = math.inf) -> dict[str, Any]:
+def ran(
+    folder: Path, *faults: Fault, worth: float = math.inf, micro_batch: int = 2, again: bool = False
+) -> dict[str, Any]:
     trainer_guard.WORTH = worth
     torch.manual_seed(0)
     model = tiny.llama(3, attention_dropout=0.2)[0]
@@ -60,12 +63,13 @@ def ran(folder: Path, *faults: Fault, worth: float = math.inf) -> dict[str, Any]
     watch = Watch()
     watch.trainer = made
     made.add_callback(watch)
-    fit = memplan.autofit(made, "cpu:1GiB", micro_batch=2, strategy=KEEP)
+    fit = memplan.autofit(made, "cpu:1GiB", micro_batch=micro_batch, strategy=KEEP)
     assert not fit.plan.changed
     made.add_callback(Begins(*faults))
     torch.manual_seed(1 + RANK)
     try:
         run = trainers.Run.of(made)
+        run = trainers.Run.of(made) if again else run
     except Exception as error:  # what it is, is what is looked at
         weights = torch.cat([p.detach().flatten() for p in made.model.parameters()])
         return {
@@ -88,6 +92,19 @@ def on(rank: int, where: str, at: int, times: int = 1) -> tuple[Fault, ...]:
     return (Fault(where, at, times),) if rank == RANK else ()
 
 
+def sft(folder: Path) -> dict[str, Any]:
+    """Its forwards wait for the other ranks, so that it is left alone, and says so."""
+    asked = {"train_dataset": trainers.dataset(32), "ddp_backend": "gloo", "num_train_epochs": 1}
+    made = trainers.sft_trainer(folder, **asked)
+    memplan.autofit(made, "cpu:1GiB", micro_batch=4, strategy=KEEP)
+    said: list[str] = []
+    log = logging.getLogger(trainer_guard.__name__)
+    log.setLevel(logging.INFO)
+    log.addFilter(lambda record: said.append(record.getMessage()) or True)
+    made.train()
+    return {"said": said, "steps": made.state.global_step}
+
+
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "left alone": lambda folder: ran(folder, worth=0.0),
     "well": ran,
@@ -96,6 +113,11 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "backward": lambda folder: ran(folder, *on(1, "backward", 12)),
     "both": lambda folder: ran(folder, *on(0, "forward", 6), *on(1, "backward", 7)),
     "again": lambda folder: ran(folder, *on(1, "forward", 2, 2)),
+    "later decided": lambda folder: ran(folder, *on(1, "forward", 7), worth=0.0),
+    "twice": lambda folder: ran(folder, *on(1, "forward", 7), again=True),
+    "whole": lambda folder: ran(folder, micro_batch=8),
+    "whole, backward": lambda folder: ran(folder, *on(1, "backward", 2), micro_batch=8),
+    "sft": sft,
     "the end": lambda folder: ran(folder, *on(1, "forward", 7, 10_000)),
     "well afterwards": ran,
 }

@@ -57,6 +57,31 @@ def test_one_runs_out_and_all_take_the_step_again_by_a_smaller_plan(ranks: list[
     assert off(ranks[0][name], ranks[1][name]) == 0
 
 
+def test_a_step_that_was_taken_again_does_not_tell_how_long_the_exchange_takes(ranks: list[Ran]) -> None:
+    for rank in ranks:
+        assert rank["later decided"]["by themselves"] == [False, False, True, True]
+    assert off(ranks[0]["later decided"], ranks[1]["later decided"]) == 0
+
+
+def test_a_trainer_trains_again_after_a_fall(ranks: list[Ran]) -> None:
+    assert ranks[0]["twice"]["changed"] == ranks[1]["twice"]["changed"] > 0
+    assert off(ranks[0]["twice"], ranks[1]["twice"]) == 0
+
+
+def test_with_one_micro_batch_a_step_it_is_the_same(ranks: list[Ran]) -> None:
+    for rank in ranks:
+        assert rank["whole"]["divided"] == [8, 1]
+        assert rank["whole, backward"]["changed"] > 0
+        assert off(rank["whole, backward"], rank["whole"]) == 0
+    assert off(ranks[0]["whole"], ranks[1]["whole"]) == 0
+
+
+def test_ranks_that_wait_for_each_other_in_their_forwards_are_left_alone(ranks: list[Ran]) -> None:
+    for rank in ranks:
+        assert rank["sft"]["steps"] == 2
+        assert any("since SFTTrainer has a" in line for line in rank["sft"]["said"])
+
+
 def test_where_no_plan_is_smaller_all_end_as_they_were_before_the_step(ranks: list[Ran]) -> None:
     others, own = (rank["the end"] for rank in ranks)
     assert own["error"].startswith("OutOfMemoryError: CUDA out of memory")

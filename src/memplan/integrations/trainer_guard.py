@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from memplan import optimizers
 from memplan.fitting import Fit
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 WORTH: Final = 0.03  # of a step: what being guarded may cost. Chosen by hand: less than most plans' recomputation
 
-_TIMED: Final = 2  # the step, from 1, that is looked at: before, connections and buffers are made
+_WARM: Final = 1  # steps in which connections and buffers are made
 
 
 class GuardedSteps:
@@ -57,8 +58,9 @@ class GuardedSteps:
         self._model_fit = Fit(fit.model, fit.plan, undo_model, fit._live)
         self._strategy = strategy
         self._guard: Guard | None = None
-        self._has_begun, self._steps = False, 0
+        self._has_begun, self._steps, self._is_worth = False, 0, False
         self._since: float | None = None  # when the step under way began
+        self._fallen = 0  # by then
         self._own: Callable[..., Tensor] = trainer.training_step
         self._own_evaluate: Callable[..., Any] = trainer.evaluate
         self._taken_out = [_put_in(trainer, "training_step", self._step), _put_in(trainer, "evaluate", self._evaluate)]
@@ -78,7 +80,9 @@ class GuardedSteps:
         if self._guard is None:
             return self._own(model, inputs, num_items_in_batch)
         is_last = bool(self._trainer.accelerator.sync_gradients)
-        self._since = self._since or time.perf_counter()
+        if self._since is None:
+            self._since, self._fallen = time.perf_counter(), len(self._guard.falls)
+            self._guard.timed = self._steps >= _WARM and not self._is_worth
         try:
             loss = self._guard.micro_step(run, is_last)
         finally:
@@ -91,12 +95,15 @@ class GuardedSteps:
         """In smaller batches from where memory runs out. Not where several ranks gather what each has found."""
         trainer, guard = self._trainer, self._guard
         keeps_loaders = bool(trainer.args.dataloader_persistent_workers)
-        if guard is None or keeps_loaders or trainer.args.world_size > 1:
+        asked = args[0] if args else kwargs.get("eval_dataset")
+        several = isinstance(trainer.eval_dataset if asked is None else asked, dict)  # each comes by here again
+        if guard is None or keeps_loaders or several or trainer.args.world_size > 1:
             return self._own_evaluate(*args, **kwargs)
 
         def run(rows: int) -> Any:
             trainer.args.per_device_eval_batch_size = rows
-            return self._own_evaluate(*args, **kwargs)
+            with account_of_success(trainer):
+                return self._own_evaluate(*args, **kwargs)
 
         own_rows = trainer.args.per_device_eval_batch_size
         try:
@@ -114,10 +121,13 @@ class GuardedSteps:
         self._callback.replanned()
 
     def _end_step(self, guard: Guard) -> None:
-        """Leave replicas to themselves if their exchange takes too long."""
+        """Leave replicas to themselves if their exchange takes too long; a step that was taken again does not tell."""
         step_s, self._since = time.perf_counter() - (self._since or 0.0), None
         self._steps += 1
-        if self._steps == _TIMED and (share := guard.exchange_share(step_s)) > WORTH:
+        if not guard.timed or len(guard.falls) > self._fallen:
+            return
+        self._is_worth = (share := guard.exchange_share(step_s)) <= WORTH
+        if not self._is_worth:
             _log.warning(
                 "memplan: running out of memory ends this run from here on: to guard its steps, gradients are "
                 "exchanged after the backward, and that takes %.0f %% of a step",
@@ -137,10 +147,11 @@ class GuardedSteps:
             # Of the two fits the one that the guard takes back says how the optimizer steps.
             self._model_fit._step, self._model_fit._unstep = self._fit._step, self._fit._unstep
             self._fit._step = self._fit._unstep = None
-        world = World(replicas=trainer.args.world_size)
-        smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch, world)
         replica = model if isinstance(model, DistributedDataParallel) else None
-        return Guard(self._model_fit, trainer.optimizer, smaller, replica=replica)
+        world = None if replica is None else World(replicas=trainer.args.world_size)
+        smaller = ladder(self._fit.model, plan, self._strategy, plan.micro_batch, world)
+        patience_s = float(trainer.args.ddp_timeout)
+        return Guard(self._model_fit, trainer.optimizer, smaller, replica=replica, patience_s=patience_s)
 
     def _why_not(self, model: nn.Module) -> str | None:
         """Why the steps of this run cannot be guarded; None if they can."""
@@ -151,14 +162,15 @@ class GuardedSteps:
         if not steps_in_parts(optimizers.unwrapped(self._trainer.optimizer)):
             return "the optimizer looks at all parameters at once"
         if isinstance(model, DistributedDataParallel):
-            return refusal(model)
+            return _waits_for_others(self._trainer) or refusal(model)
         return "its ranks are no replicas of DistributedDataParallel" if self._trainer.args.world_size > 1 else None
 
     def end(self) -> None:
         """The run is over."""
         if self._guard is not None:
             self._guard.end()
-        self._guard, self._has_begun, self._steps, self._since = None, False, 0, None
+        self._guard, self._since = None, None
+        self._has_begun, self._steps, self._is_worth = False, 0, False
 
     def undo(self) -> None:
         """The trainer steps by itself again, and the model as it did before any plan."""
@@ -166,6 +178,16 @@ class GuardedSteps:
         for take_out in self._taken_out:
             take_out()
         self._model_fit.undo()
+
+
+def _waits_for_others(trainer: Any) -> str | None:
+    """What of a trainer's step waits for all ranks, also for one that has run out of memory; None if nothing does."""
+    for name in ("training_step", "compute_loss"):
+        if getattr(type(trainer), name) is not getattr(Trainer, name):  # TRL's gathers what it logs
+            return f"{type(trainer).__name__} has a {name} of its own, which may wait for other ranks"
+    if trainer.args.include_num_input_tokens_seen != "no":
+        return "tokens are counted over all ranks after each micro-batch (include_num_input_tokens_seen)"
+    return None
 
 
 def _put_in(trainer: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:

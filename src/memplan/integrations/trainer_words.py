@@ -30,7 +30,7 @@ def evaluation(trainer: Any, plan: Plan) -> tuple[str, ...]:
         return ()
     return (
         f"evaluation with per_device_eval_batch_size={rows} may need up to {format_bytes(logits + block - room)} more "
-        "than training does; it is left as it is",
+        "than training does, which no plan changes",
     )
 
 
