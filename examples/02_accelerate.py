@@ -1,7 +1,8 @@
 """An Accelerate script, and the one line that makes it fit: `accelerate launch examples/02_accelerate.py`.
 
 The batch of 16 rows stays the batch: memplan cuts it into micro-batches and decides what is recomputed, so that the
-step fits into 32 MiB (in real life a card's size, or "auto" for the card at hand).
+step fits into 32 MiB (in real life a card's size, or "auto" for the card at hand). The loss that is printed is that of
+a step's last micro-batch; `accelerator.memplan.loss` is the step's.
 """
 
 import pydoc_data.topics

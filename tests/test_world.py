@@ -135,6 +135,19 @@ def test_a_bad_sample_of_one_rank_is_everybodys_error(heard: Heard) -> None:
 
 
 @pytest.mark.slow
+def test_the_plan_is_for_the_rank_with_the_least_memory(heard: Heard) -> None:
+    for own in heard:
+        assert own["unequal"]["budget"] == pytest.approx(0.75 * 2**30, rel=1e-3)
+        assert any("75.0% of the first rank's memory" in line for line in own["unequal"]["said"])
+
+
+@pytest.mark.slow
+def test_ranks_with_other_models_are_refused_on_both(heard: Heard) -> None:
+    for own in heard:
+        assert own["unequal"]["other model"].startswith("PlanMismatch: ranks 1 have another model than rank 0")
+
+
+@pytest.mark.slow
 def test_memory_that_is_taken_on_one_rank_is_everybodys_error_and_no_model_runs_by_the_plan(heard: Heard) -> None:
     first, second = (own["taken"] for own in heard)
     assert second["for good"].startswith("MemoryTaken: of 24 GiB only 3 are free")

@@ -15,7 +15,7 @@ from guarding import VOCABULARY, texts
 from torch import Tensor, nn
 
 import memplan
-from memplan import fitting
+from memplan import fitting, pipeline
 from memplan.errors import MemoryTaken, MemplanError, UsageError
 from memplan.samples import Sample
 from memplan.world import World, largest, least_share, odd_ranks, of_first, on_all
@@ -73,6 +73,16 @@ def fit(sample: object, model: nn.Module | None = None, **more: Any) -> memplan.
     return memplan.autofit(model, "cpu:1GiB", sample=sample, world=WORLD, strategy=KEEP, **SIZES, **more)
 
 
+def unequal(rank: int) -> dict[str, Any]:
+    """Of the whole way of `autofit`: the second rank has three quarters of the memory; then, another model."""
+    own = pipeline.room_of
+    pipeline.room_of = lambda *_: (2**30, 3 * 2**28)[rank]
+    plan = fit(ids(SHORT)).plan
+    pipeline.room_of = own
+    other = error_of(lambda: fit(ids(SHORT), model=texts(False) if rank == 0 else nn.Sequential(texts(False))))
+    return {"budget": plan.budget_bytes, "said": plan.assumptions, "other model": other}
+
+
 def taken(rank: int) -> dict[str, Any]:
     """Memory that other processes take on the second rank, between plan and training: for good, or for a moment."""
     model, own, looked = texts(False), fitting._check_room, []
@@ -128,6 +138,7 @@ def main() -> None:
         "failed": error_of(lambda: on_all(failing)),
         "samples": samples(rank),
         "fitted": fitted(rank),
+        "unequal": unequal(rank),
         "taken": taken(rank),
         "ladder": ladder(),
     }

@@ -5,6 +5,7 @@ python tests/integrations/guarded_rank.py RANK STORE FILE, where STORE is a file
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,14 +24,14 @@ import memplan
 from memplan.device import CpuDevice
 from memplan.guard import Guard
 
-PATIENCE_S = 60.0
+PATIENCE_S, SHORT_S = 60.0, 5.0
 GOOD_STEPS = 3
 
 
 class Scene:
     """A fresh model, replica, guard and data for one scenario."""
 
-    def __init__(self, rank: int, *, guarded: bool = True, last_plan: int = 3) -> None:
+    def __init__(self, rank: int, *, guarded: bool = True, last_plan: int = 3, patience_s: float = PATIENCE_S) -> None:
         self.rank, self.model = rank, texts()
         self.optimizer = Faulty(self.model.parameters(), lr=1e-2)
         self.plans = plans_for(self.model)[:last_plan]
@@ -38,7 +39,7 @@ class Scene:
         self.replica = DistributedDataParallel(self.model)
         self.guard = None
         if fit is not None:
-            self.guard = Guard(fit, self.optimizer, self.plans, replica=self.replica, patience_s=PATIENCE_S)
+            self.guard = Guard(fit, self.optimizer, self.plans, replica=self.replica, patience_s=patience_s)
         torch.manual_seed(1 + rank)
         self.loop = Loop(self.model, self.optimizer, self.guard, called=self.replica)
         self.data = batches(12)[rank::2]
@@ -168,6 +169,17 @@ def forgotten_exchange(rank: int) -> dict[str, Any]:
     return scene.error(lambda: scene.guard.step(step))  # type: ignore[union-attr]
 
 
+def silent(rank: int) -> dict[str, Any]:
+    """Rank 1 says nothing for longer than the others wait."""
+    scene = Scene(rank, patience_s=SHORT_S)
+    scene.loop.train(scene.data[:1])
+    if rank == 1:
+        time.sleep(3 * SHORT_S)
+        return {}
+    begun = time.monotonic()
+    return scene.error(lambda: scene.loop.train(scene.data[1:2])) | {"seconds": time.monotonic() - begun}
+
+
 def different_plans(rank: int) -> dict[str, Any]:
     scene = Scene(rank, guarded=False)
     fit, plans = memplan.apply(scene.model, scene.plans[0]), scene.plans[: 2 + rank]
@@ -191,6 +203,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "too late": too_late,
     "forgotten exchange": forgotten_exchange,
     "different plans": different_plans,
+    "silent": silent,
 }
 
 

@@ -79,7 +79,7 @@ def plan_file(
 ) -> str:
     """A plan made without weights, so that no block is timed: the tests of the loop need one, not the planner."""
     bare = make_model(model).to("meta")
-    sample = padded([Texts(40)[at] for at in range(4)])
+    sample = tiny.vit()[1] if model == "vit" else padded([Texts(40)[at] for at in range(4)])
     sizes = {"micro_batch": micro_batch, "effective_batch": effective_batch}
     path = Path(tempfile.mkdtemp()) / "plan.json"
     world = memplan.World(replicas)
@@ -88,8 +88,20 @@ def plan_file(
 
 
 def make_model(name: str) -> nn.Module:
-    model: nn.Module = {"llama": tiny.llama, "gpt2": tiny.gpt2, "lora": tiny.lora}[name]()[0]
+    """Those whose batches are split are without dropout."""
+    makers = {"llama": tiny.llama, "gpt2": tiny.gpt2, "lora": tiny.lora, "bert": tiny.bert, "vit": tiny.vit}
+    model: nn.Module = makers[name]()[0]
+    if name in ("bert", "vit"):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
     return model
+
+
+def norm_of_one(accelerator: Accelerator, parameters: Any) -> None:
+    accelerator.clip_grad_norm_(parameters, 1.0)
 
 
 def train(
@@ -100,7 +112,8 @@ def train(
     own_accumulation: int = 1,
     accumulate: bool = False,
     zero_first: bool = False,
-    clip: bool = True,
+    clip: Callable[[Accelerator, Any], object] = norm_of_one,
+    kind: Callable[..., Accelerator] = Accelerator,
     loader: dict[str, Any] | None = None,
     accelerator: dict[str, Any] | None = None,
     dataset: Any = None,
@@ -109,7 +122,7 @@ def train(
     """Two epochs of AdamW under a cosine schedule. `attach` is the one line that differs."""
     with fresh_accelerate():
         set_seed(0)
-        own = Accelerator(cpu=True, gradient_accumulation_steps=own_accumulation, **(accelerator or {}))
+        own = kind(cpu=True, gradient_accumulation_steps=own_accumulation, **(accelerator or {}))
         if attach is not None:
             attach(own)
         net = make_model(model)
@@ -132,8 +145,7 @@ def train(
                     loss = net(**batch).loss
                     own.backward(loss)
                     step_loss += float(loss.detach()) / own_accumulation
-                    if clip:
-                        own.clip_grad_norm_(net.parameters(), 1.0)
+                    clip(own, net.parameters())
                     rate = schedule.get_last_lr()[0]
                     optimizer.step()
                     schedule.step()

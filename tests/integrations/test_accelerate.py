@@ -9,14 +9,14 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 import memplan
 from integrations import scripts
 from integrations.scripts import Ran, train
 from memplan import cache
 from memplan.integrations import parts
-from memplan.integrations.accelerate import MemplanPlugin, attach
+from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach
 
 CLOSE = 1e-5
 
@@ -124,9 +124,107 @@ def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(planned()).differs_by(train(None)) > 100 * CLOSE
 
 
+class Images(Dataset[dict[str, Any]]):
+    """Of ten classes, each a label of its own."""
+
+    def __init__(self, rows: int) -> None:
+        chance = torch.Generator().manual_seed(1)
+        self.pixels = torch.randn(rows, 3, 32, 32, generator=chance)
+        self.classes = torch.randint(10, (rows,), generator=chance)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[at], "labels": self.classes[at]}
+
+
+def of(model: str, **settings: Any) -> Any:
+    return partial(attach, plan=scripts.plan_file(model, 2, 8), **settings)
+
+
+def test_a_mean_over_tokens_that_are_not_shifted() -> None:
+    plain, ours = (train(line, model="bert", rows=35) for line in (None, of("bert")))
+    check_same(plain, ours)
+    by_rows = train(of("bert", normalise="samples"), model="bert", rows=35)
+    assert by_rows.differs_by(plain) > 100 * CLOSE
+
+
+def test_a_mean_over_samples() -> None:
+    options: dict[str, Any] = {"model": "vit", "rows": 35, "loader": {"collate_fn": default_collate}}
+    plain, ours, by_hand, by_count = (
+        train(line, dataset=Images(35), **options)
+        for line in (None, of("vit"), of("vit", normalise="samples"), of("vit", normalise=lambda b: len(b["labels"])))
+    )
+    check_same(plain, ours)
+    assert by_hand.differs_by(ours) == by_count.differs_by(ours) == 0
+    alike = train(
+        of("vit", normalise=lambda _: 1.0), dataset=Images(35), **options
+    )  # the last step has parts of 2 and 1
+    assert alike.differs_by(plain) > 100 * CLOSE
+
+
+def test_adapters_with_dropout_where_the_batch_is_not_split() -> None:
+    plain, ours = (
+        train(line, model="lora", rows=35)
+        for line in (None, partial(attach, plan=scripts.plan_file("lora", 8, 8, strategy="huggingface")))
+    )
+    assert ours.accelerator.memplan.plan.recomputed
+    check_same(plain, ours)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [lambda own, weights: own.clip_grad_norm_(weights, 0.1), lambda own, weights: own.clip_grad_value_(weights, 1e-3)],
+    ids=["norm", "value"],
+)
+def test_clipping_that_bites(clip: Any) -> None:
+    plain, ours = (train(line, rows=35, clip=clip) for line in (None, planned()))
+    check_same(plain, ours)
+    free = train(None, rows=35, clip=lambda *_: None)
+    assert free.differs_by(plain) > 100 * CLOSE
+
+
+def named(worker: int) -> None:
+    """A `worker_init_fn`."""
+
+
+def test_the_loader_of_the_script_stays_as_it_was() -> None:
+    loader = DataLoader(
+        scripts.Texts(20),
+        batch_size=8,
+        shuffle=True,
+        collate_fn=scripts.padded,
+        num_workers=2,
+        persistent_workers=True,
+        prefetch_factor=3,
+        worker_init_fn=named,
+    )
+    before = dict(vars(loader))
+    with scripts.fresh_accelerate():
+        accelerator, model = (
+            attach(Accelerator(cpu=True), plan=scripts.plan_file("llama", 2, 8)),
+            scripts.make_model("llama"),
+        )
+        prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)[2]
+        assert vars(loader) == before
+        assert len(loader) == 3
+        ours = prepared.base_dataloader
+        assert (ours.num_workers, ours.persistent_workers, ours.prefetch_factor) == (2, True, 3)
+        assert ours.worker_init_fn is named
+        assert len(ours) == 10
+
+
 def test_the_plugin_does_the_same() -> None:
     file = planned().keywords["plan"]
     assert train(MemplanPlugin(plan=file).attach).differs_by(train(planned())) == 0
+
+
+def test_the_accelerator_with_a_plugin_does_the_same() -> None:
+    made = partial(MemplanAccelerator, memplan_plugin=MemplanPlugin(plan=planned().keywords["plan"]))
+    ours = train(None, kind=made)
+    assert ours.accelerator.memplan.plan.accumulation == 4
+    assert ours.differs_by(train(planned())) == 0
 
 
 def test_prepare_is_the_line_and_accelerates_own_prepare_in_one_call() -> None:

@@ -18,8 +18,14 @@ import memplan
 from integrations import scripts
 from integrations.scripts import BATCH, Texts, fresh_accelerate, padded, train
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, PlanMismatch, UsageError
+from memplan.integrations import attachment
+from memplan.integrations import parts as parts_of_a_batch
 from memplan.integrations.accelerate import MemplanAccelerator, attach
+from memplan.integrations.attachment import Wishes
 from memplan.integrations.scripts import own_batch_size
+from memplan.recorder import Recipe
+from memplan.samples import Sample
+from memplan.settings import Settings
 
 
 @pytest.fixture
@@ -166,6 +172,23 @@ def test_a_loss_over_the_batch_is_not_split(accelerator: Accelerator) -> None:
     attach(accelerator, gpu="cpu:1GiB", strategy="huggingface")
     accelerator.prepare(model, optimizer, loader)
     assert (accelerator.memplan.plan.micro_batch, accelerator.memplan.plan.accumulation) == (BATCH, 1)
+
+
+def test_a_loss_that_takes_too_long_to_try_is_taken_for_a_mean_and_the_plan_says_so(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a large model that is not on its card yet."""
+    monkeypatch.setattr(attachment, "_QUICK", 0)
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    model, optimizer, _ = parts()
+    wishes = Wishes(Settings.found({"gpu": "cpu:1GiB"}), None, None, None)
+    made = attachment.Attachment(accelerator, wishes)
+    sample = Sample.of(padded([Texts(4)[at] for at in range(4)]))
+    assert made._count_name(model, Recipe(), sample) == parts_of_a_batch.SHIFTED
+    assert not made._can_try(model, sample)
+    monkeypatch.setattr(attachment, "_QUICK", 10**12)
+    assert made._can_try(model, sample)
+    assert made._count_name(Contrastive(), Recipe(), sample) is None
 
 
 def test_a_loss_over_the_batch_cannot_be_made_to_split(accelerator: Accelerator) -> None:

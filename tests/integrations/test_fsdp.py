@@ -8,7 +8,12 @@ import pytest
 import torch
 import two_ranks
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import memplan
@@ -79,6 +84,11 @@ def test_each_rank_needs_what_is_predicted(ranks: Ranks) -> None:
             "mixed_precision",
         ),
         (memplan.MemplanFSDPPlugin, {"mixed_precision": "bf16"}, "mixed_precision"),
+        (
+            memplan.MemplanFSDPPlugin,
+            {"dataloader_config": DataLoaderConfiguration(even_batches=False)},
+            "even_batches=False is not counted",
+        ),
         (memplan.MemplanFSDPPlugin, {"parallelism_config": ParallelismConfig()}, "parallelism_config"),
     ],
 )

@@ -116,6 +116,11 @@ def test_a_forgotten_exchange_is_an_error(ends: list[Ends]) -> None:
         assert rank["forgotten exchange"]["error"].startswith("UsageError: call guard.exchange() before")
 
 
+def test_a_rank_that_says_nothing_is_not_waited_for_longer_than_asked(ends: list[Ends]) -> None:
+    assert ends[0]["silent"]["error"].startswith("RuntimeError")
+    assert 4 < ends[0]["silent"]["seconds"] < 30
+
+
 def test_different_plans_are_refused_on_both(ends: list[Ends]) -> None:
     for rank in ends:
         assert rank["different plans"]["error"].startswith("PlanMismatch: ranks 1 have other plans than rank 0")

@@ -77,7 +77,7 @@ def test_a_batch_that_is_changed_without_accumulation_is_noticed(make: Any) -> N
 
 
 def test_with_dropout_a_batch_that_is_not_divided_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    gpt2 = partial(trainer, tmp_path, max_steps=4)
+    gpt2 = partial(trainer, tmp_path)
     planned = run(lambda: gpt2(tiny.gpt2(layers=2)[0]), lambda t: memplan.autofit(t, **WHOLE, micro_batch=BATCH))
     check_same(planned, run(lambda: gpt2(tiny.gpt2(layers=2)[0])), most=0.0)
 

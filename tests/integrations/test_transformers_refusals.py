@@ -10,7 +10,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 import memplan
 from integrations.trainers import arguments, collated, dataset, rows, trainer
@@ -52,6 +52,43 @@ def test_arguments_that_contradict_a_plan(make: Any, argument: str, value: objec
     made = make()
     setattr(made.args, argument, value)
     refused(made, words)
+
+
+class OwnLoader(transformers.Trainer):
+    """Batches as `made` has them."""
+
+    made: dict[str, Any]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        sizes = {name: value(self) if callable(value) else value for name, value in self.made.items()}
+        return DataLoader(self.train_dataset, collate_fn=collated, **sizes)
+
+
+class ByTokens(Sampler[list[int]]):
+    def __iter__(self) -> Any:
+        return iter([[0, 1], [2]])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"batch_size": 8}, "asked for 8 and 9 it makes 8 and 8"),
+        ({"batch_size": lambda trainer: 2 * trainer._train_batch_size}, "asked for 8 and 9 it makes 16 and 18"),
+        ({"batch_size": None}, "has batch_size=None"),
+        ({"batch_sampler": ByTokens()}, "ByTokens has no batch_size"),
+    ],
+)
+def test_a_loader_that_does_not_follow_the_plan(tmp_path: Path, made: dict[str, Any], words: str) -> None:
+    own = OwnLoader(tiny.llama(layers=2)[0], arguments(tmp_path), train_dataset=rows(), data_collator=collated)
+    own.made = made
+    refused(own, words)
+
+
+def test_a_loader_of_ones_own_that_follows_the_plan(tmp_path: Path) -> None:
+    own = OwnLoader(tiny.llama(layers=2)[0], arguments(tmp_path), train_dataset=rows(), data_collator=collated)
+    own.made = {"batch_size": lambda trainer: trainer._train_batch_size}
+    assert rows_of(own).sample.batch_size > 1
+    assert own.args.per_device_train_batch_size == 8
 
 
 def test_a_model_that_is_made_when_training_starts(tmp_path: Path) -> None:

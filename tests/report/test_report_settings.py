@@ -186,6 +186,10 @@ def test_accelerate_and_lightning_are_told_precision_and_accumulation() -> None:
     assert text.endswith('memplan.apply(model, memplan.Plan.load("mine.json"))')
     for text in (plan.settings("accelerate"), plan.settings("lightning")):
         ast.parse(text)
+        assert "# micro-batches count alike here" in text
+    whole = make_plan(layers_of("rr"), micro_batch=16, accumulation=1, effective_batch=16)
+    for framework in ("accelerate", "lightning"):
+        assert "count alike" not in whole.settings(framework)
 
 
 def test_axolotl_is_told_in_yaml() -> None:

@@ -136,6 +136,8 @@ class Attachment:
             plan = World(accelerator.num_processes).agreed(make, model)
         if self._wishes.settings.plan is not None:  # which was made for another sample
             said = ()
+        if self._wishes.count is None and not is_batch_coupled(model) and not self._can_try(model, sample):
+            said += (_UNTRIED,)
         plan = plan.assuming(*said)
         live = optimizers[0] if len(optimizers) == 1 else None
         self.fit = on_all(partial(apply, model, plan, live), Fit.undo)
@@ -270,12 +272,18 @@ class Attachment:
         return None if name is None else counter(name)
 
     def _count_name(self, model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
-        parameter = next(model.parameters())
         if is_batch_coupled(model):
             return None
-        if parameter.is_meta or parameter.device != self._accelerator.device:
+        if not self._can_try(model, sample):  # the plan says that it was not tried
             return SHIFTED if has_tokens(sample.content) else SAMPLES
         return proved(model, recipe, sample)
+
+    def _can_try(self, model: nn.Module, sample: Sample) -> bool:
+        """Whether the loss can be computed where the weights are now, which takes a while if that is not the card."""
+        parameter = next(model.parameters())
+        weights = sum(p.numel() for p in model.parameters())
+        is_quick = weights * (sample.tokens or 1) <= _QUICK or parameter.device == self._accelerator.device
+        return is_quick and not parameter.is_meta
 
     def _least_room(self) -> float:
         """Of the memory that the first rank has, what the one with the least has."""
@@ -307,6 +315,14 @@ _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
     "_do_sync": Attachment._sync,
     "skip_first_batches": Attachment._skip_first_batches,
 }
+
+
+_QUICK: Final = 10**12  # weights x tokens of a row: eight rows of it in a forward take a processor some 16 seconds
+
+_UNTRIED: Final = (
+    "the loss is taken to be a mean over label tokens, or over samples where there are none: trying it would take too "
+    "long where the weights are. Where it is another, pass normalise=, or micro_batch= with the script's own batch"
+)
 
 
 def _model_and_batch(accelerator: Accelerator, objects: tuple[Any, ...]) -> tuple[nn.Module, int, int]:

@@ -88,6 +88,8 @@ def check_engine(accelerator: Accelerator) -> None:
     asked = dict(_uncounted(config))
     if accelerator.mixed_precision == "fp8":
         asked["fp8"] = "what it keeps in memory is not known to memplan"
+    if not accelerator.even_batches:
+        asked["even_batches=False"] = "ranks may have other numbers of micro-batches, and wait for each other in each"
     if accelerator.parallelism_config is not None:
         asked["parallelism_config"] = "all ranks are counted to have samples of their own"
     for what, why in asked.items():

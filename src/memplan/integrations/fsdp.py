@@ -71,6 +71,10 @@ def refuse_uncounted(accelerator: Accelerator) -> None:
             accelerator.mixed_precision != "no" or plugin.mixed_precision_policy is not None,
             "weights are counted as gathered in the type in which they are kept; a model in bfloat16 is another way",
         ),
+        "even_batches=False": (
+            not accelerator.even_batches,
+            "ranks may have other numbers of micro-batches, in each of which they wait for each other",
+        ),
         "parallelism_config": (accelerator.parallelism_config is not None, "all processes are to share the weights"),
     }
     for what, (is_asked, why) in asked.items():

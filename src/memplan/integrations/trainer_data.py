@@ -14,10 +14,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from memplan.data import Data
 from memplan.errors import UsageError
-from memplan.integrations.loaders import same_chance
+from memplan.integrations.loaders import batch_size_of, same_chance
 from memplan.samples import Sample
 from memplan.world import largest
 
@@ -52,7 +53,8 @@ def rows_of(trainer: Any) -> Rows:
     """The longest rows of a trainer's data, collated.
 
     Raises:
-        UsageError: no training data, a stream that can be read once only, or a loader without data set and collator.
+        UsageError: no training data, a stream that can be read once only, a loader without data set and collator, or
+            one of a subclass whose batches have another size than the arguments say.
         BadSample: the collator makes something else than tensors whose first dimension is the batch.
     """
     with same_chance(), _loader_of(trainer) as loader:
@@ -111,11 +113,32 @@ def _loader_of(trainer: Any) -> Iterator[Any]:
                 f"the trainer's loader is a {type(loader).__name__} without dataset and collate_fn, so no batch can be "
                 "made before training. Use a DataLoader, or plan by hand: memplan.autofit(model, sample=...)."
             )
+        _check_follows(trainer, loader)
         yield loader
     finally:
         trainer.accelerator._dataloaders[:] = kept
         vars(trainer).clear()
         vars(trainer).update(before)
+
+
+def _check_follows(trainer: Any, loader: Any) -> None:
+    """That batches of the run will have as many rows as a plan says, also where a subclass makes the loader."""
+    makers = ("get_train_dataloader", "_get_dataloader")
+    if all(getattr(type(trainer), n) is getattr(Trainer, n) and n not in vars(trainer) for n in makers):
+        return
+    args, rows = trainer.args, trainer.args.per_device_train_batch_size
+    found = [batch_size_of(loader)]
+    try:
+        args.per_device_train_batch_size = trainer._train_batch_size = rows + 1
+        found.append(batch_size_of(trainer.get_train_dataloader()))
+    finally:
+        args.per_device_train_batch_size = rows  # of the trainer all is put back
+    if found != [rows, rows + 1]:
+        raise UsageError(
+            f"{type(trainer).__name__} makes a training loader of its own, whose batches do not follow "
+            f"per_device_train_batch_size: asked for {rows} and {rows + 1} it makes {found[0]} and {found[1]} rows, so "
+            "that a plan for another micro-batch would train something else. Have it use self._train_batch_size."
+        )
 
 
 def _chosen(data: Any, lengths: "_Lengths | None", batch: int) -> list[Any]:

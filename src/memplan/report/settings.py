@@ -107,7 +107,7 @@ def _of_accelerate(plan: Plan, _: int | None) -> str:
     return (
         f'accelerator = Accelerator(mixed_precision="{precision}", gradient_accumulation_steps={plan.accumulation})\n'
         f"loader = DataLoader(data, batch_size={plan.micro_batch}, shuffle=True)\n"
-        "# and in the loop: with accelerator.accumulate(model): ..."
+        "# and in the loop: with accelerator.accumulate(model): ..." + _unweighted(plan, "memplan.attach(accelerator)")
     )
 
 
@@ -116,6 +116,17 @@ def _of_lightning(plan: Plan, _: int | None) -> str:
     return (
         f'trainer = lightning.Trainer(precision="{precision}", accumulate_grad_batches={plan.accumulation})\n'
         f"loader = DataLoader(data, batch_size={plan.micro_batch}, shuffle=True)"
+        + _unweighted(plan, "memplan.integrations.lightning.MemplanCallback()")
+    )
+
+
+def _unweighted(plan: Plan, instead: str) -> str:
+    """What accumulation does there to a mean over tokens, where the plan accumulates."""
+    if plan.accumulation == 1:
+        return ""
+    return (
+        "\n# micro-batches count alike here, also with unequal numbers of label tokens or in a shorter last step,\n"
+        f"# which is another run than with the whole batch; {instead} weighs them"
     )
 
 
