@@ -180,7 +180,7 @@ def test_a_loss_that_takes_too_long_to_try_is_taken_for_a_mean_and_the_plan_says
     """As of a large model that is not on its card yet."""
     monkeypatch.setattr(attachment, "_QUICK", 0)
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
-    model, optimizer, _ = parts()
+    model = parts()[0]
     wishes = Wishes(Settings.found({"gpu": "cpu:1GiB"}), None, None, None)
     made = attachment.Attachment(accelerator, wishes)
     sample = Sample.of(padded([Texts(4)[at] for at in range(4)]))
