@@ -1,5 +1,7 @@
 """A plan that is solved again leads to itself, and to what a plan for another budget would be."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -38,6 +40,22 @@ def test_a_tight_budget_solved_again(plenty: memplan.Plan) -> None:
     assert len(less.recomputed) > len(same.recomputed) > len(more.recomputed)
     assert less.step_s > same.step_s > more.step_s
     assert solved_again(on_meta(), tight, tight.budget_bytes // 2, WHOLE)[0] is None
+
+
+@pytest.mark.parametrize("changes", [{"risk": 0.2}, {"budget_share": 0.7}])
+def test_what_the_file_does_not_say_was_kept_free_is_found(changes: dict[str, float]) -> None:
+    """The strategy that is loaded by its name keeps another margin of the same card."""
+    made = memplan.plan(
+        on_meta(), "24GiB", seq_len=64, micro_batch=4, optimizer="sgd", strategy=replace(WHOLE, **changes)
+    )
+    plain = memplan.plan(on_meta(), "24GiB", seq_len=64, micro_batch=4, optimizer="sgd", strategy=WHOLE)
+    assert abs(made.budget_bytes - plain.budget_bytes) > 2**28
+    less, same, more = solved_again(on_meta(), made, 2**30, WHOLE)
+    assert same is not None
+    assert same.budget_bytes == pytest.approx(made.budget_bytes, abs=2**20)
+    assert less is not None
+    assert more is not None
+    assert less.budget_bytes < same.budget_bytes < more.budget_bytes
 
 
 def test_another_model_or_another_optimizer(plenty: memplan.Plan) -> None:

@@ -1,6 +1,7 @@
 """A plan from a file, solved again for a little less and a little more memory."""
 
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
@@ -14,6 +15,9 @@ from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
 
+_ROUNDS: Final = 6  # of moving the card's size; each leaves a few percent of the difference
+_NEAR_BYTES: Final = 2**20
+
 
 def solved_again(
     model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Path | Strategy | None = None
@@ -21,7 +25,9 @@ def solved_again(
     """Plans for the same card, batch and optimizer with `by_bytes` less, with the same and with so much more memory.
 
     None where nothing fits. Times are by one measure, so that their differences can be taken; where the plan's own were
-    measured and the model has no weights, they are estimates. Other processes' memory is taken off the card's total.
+    measured and the model has no weights, they are estimates. Other processes' memory is taken off the card's total. A
+    plan's file does not say what was kept free of the rest, or why (a risk, a share, what earlier runs needed): the
+    card is taken to be so large that the same budget is left.
 
     Args:
         model: the model that the plan was made for.
@@ -29,8 +35,8 @@ def solved_again(
 
     Raises:
         PlanMismatch: the model is another one.
-        UsageError: solving again does not lead to the same needs, as without the strategy or the cards that train
-            together it will not.
+        UsageError: solving again does not lead to the same needs within the same budget, as without the strategy or the
+            cards that train together it will not.
         BadStrategy, UnknownGpu: the plan's own are not known here.
     """
     if signature(model) != plan.signature:
@@ -53,11 +59,21 @@ def solved_again(
             return None
 
     same = within(total_bytes)
+    for _ in range(_ROUNDS):
+        if same is None or not (off := plan.budget_bytes - same.budget_bytes):
+            break
+        total_bytes += off * total_bytes // max(same.budget_bytes, 1)
+        same = within(total_bytes)
     if same is None or same.unplanned_bytes != plan.unplanned_bytes:
         needs = "nothing" if same is None else f"{format_bytes(same.unplanned_bytes)} without a plan"
         raise UsageError(
             f"solving again gives {needs}, and the plan has {format_bytes(plan.unplanned_bytes)}: it was made with "
             "another loss, strategy, dtype or number of cards. Leave the model out, and the file alone is explained."
+        )
+    if abs(same.budget_bytes - plan.budget_bytes) > _NEAR_BYTES:
+        raise UsageError(
+            f"solving again is done within {format_bytes(same.budget_bytes)}, and the plan was made within "
+            f"{format_bytes(plan.budget_bytes)}. Leave the model out, and the file alone is explained."
         )
     plans = within(total_bytes - by_bytes), same, within(total_bytes + by_bytes)
     return tuple(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans)

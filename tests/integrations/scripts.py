@@ -10,6 +10,7 @@ from typing import Any
 
 import tiny
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import set_seed
@@ -79,6 +80,8 @@ def plan_file(
 ) -> str:
     """A plan made without weights, so that no block is timed: the tests of the loop need one, not the planner."""
     bare = make_model(model).to("meta")
+    if isinstance(bare, transformers.PreTrainedModel):
+        bare.tie_weights()  # which `to` has parted
     sample = tiny.vit()[1] if model == "vit" else padded([Texts(40)[at] for at in range(4)])
     sizes = {"micro_batch": micro_batch, "effective_batch": effective_batch}
     path = Path(tempfile.mkdtemp()) / "plan.json"

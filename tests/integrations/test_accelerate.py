@@ -182,7 +182,7 @@ def test_clipping_that_bites(clip: Any) -> None:
     plain, ours = (train(line, rows=35, clip=clip) for line in (None, planned()))
     check_same(plain, ours)
     free = train(None, rows=35, clip=lambda *_: None)
-    assert free.differs_by(plain) > 100 * CLOSE
+    assert free.differs_by(plain) > 10 * CLOSE  # Adam hardly cares for how long a gradient is
 
 
 def named(worker: int) -> None:
