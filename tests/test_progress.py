@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
@@ -94,4 +95,45 @@ def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
         stage("solving")
     with shown("work", Console(file=sys.stderr)):
         stage("solving")
+    assert capsys.readouterr() == ("", "")
+
+
+class Cells:
+    """What a notebook shows below its cells, as `IPython.display` changes it."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.display = ModuleType("IPython.display")
+        self.display.display = lambda html, display_id: self.update(html)
+        self.display.HTML = str
+
+    def update(self, html: str) -> "Cells":
+        self.seen.append(html)
+        return self
+
+
+def test_in_a_notebook_it_is_below_the_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells, ipython = Cells(), ModuleType("IPython")
+    shell = SimpleNamespace(kernel=None)
+    ipython.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", cells.display)
+    with shown("<planning>"):
+        stage("tracing")
+    with pytest.raises(KeyError):
+        failing()
+    assert cells.seen == [
+        "",
+        '&lt;planning&gt; <progress value="0" max="4"></progress> tracing',
+        "",
+        "",
+        'work <progress value="2" max="4"></progress> solving',
+        "",
+    ]
+    del shell.kernel  # a shell in a terminal
+    with shown("work"):
+        stage("solving")
+    assert len(cells.seen) == 6
     assert capsys.readouterr() == ("", "")
