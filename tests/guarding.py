@@ -54,7 +54,7 @@ def texts(norm: bool = True) -> Texts:
     return Texts(norm)
 
 
-def plans_for(model: nn.Module) -> tuple[Plan, ...]:
+def plans_for(model: nn.Module, replicas: int = 1) -> tuple[Plan, ...]:
     """By hand: each recomputes one block more than the one before, and is said to need 1 MiB less."""
     paths = [f"blocks.{at}" for at in range(BLOCKS)]
     budget = Budget(gpu="cpu:1GiB", total_bytes=2**30, others_bytes=0, context_bytes=0, margin_bytes=0)
@@ -69,6 +69,7 @@ def plans_for(model: nn.Module) -> tuple[Plan, ...]:
             peak_bytes=(20 - changed) * 2**20,
             autocast=None,
             signature=signature(model),
+            replicas=replicas,
         )
         for changed in range(3)
     )

@@ -65,7 +65,7 @@ class Guard:
     Raises:
         UsageError: no plans, plans that do not get smaller, that split another batch, or that step in the backward;
             parameters that are sharded.
-        PlanMismatch: ranks have different plans.
+        PlanMismatch: ranks have different plans, or those for another number of replicas.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Guard:
             raise UsageError(
                 "the fit runs by another plan than the first: pass the plan that was applied, and the rest"
             )
-        check_whole(fit.model, replica)
+        check_whole(fit.model, replica, fit.plan.replicas)
         self.fit, self.falls, self.timed = fit, list[str](), False
         self._optimizer = optimizers.unwrapped(optimizer)
         self._device: Device = _device_of(fit.model)

@@ -28,8 +28,11 @@ class Word(IntEnum):
     FAILED = 3  # of something else: nobody can go on
 
 
-def check_whole(model: nn.Module, replica: DistributedDataParallel | None) -> None:
-    """Raises UsageError unless each rank has the whole model, and the replica, if there is one, is of it."""
+def check_whole(model: nn.Module, replica: DistributedDataParallel | None, replicas: int) -> None:
+    """That each rank has the whole model, and the replica, if there is one, is of it and one of so many.
+
+    Raises UsageError, and PlanMismatch for another number.
+    """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UsageError(
             "sharded parameters are gathered inside every forward, where a rank that has run out would leave the "
@@ -37,6 +40,12 @@ def check_whole(model: nn.Module, replica: DistributedDataParallel | None) -> No
         )
     if replica is not None and replica.module is not model:
         raise UsageError("the replica wraps another model than the fit's: apply the plan, then wrap fit.model")
+    ranks = 1 if replica is None else dist.get_world_size(replica.process_group)
+    if replica is not None and ranks != replicas:
+        raise PlanMismatch(
+            f"the plan is for {replicas} replicas and this is one of {ranks}, whose buckets it has to count. Plan with "
+            f"world=memplan.World(replicas={ranks})."
+        )
 
 
 def refusal(replica: DistributedDataParallel) -> str | None:

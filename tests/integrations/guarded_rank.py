@@ -34,7 +34,7 @@ class Scene:
     def __init__(self, rank: int, *, guarded: bool = True, last_plan: int = 3, patience_s: float = PATIENCE_S) -> None:
         self.rank, self.model = rank, texts()
         self.optimizer = Faulty(self.model.parameters(), lr=1e-2)
-        self.plans = plans_for(self.model)[:last_plan]
+        self.plans = plans_for(self.model, replicas=2)[:last_plan]
         fit = memplan.apply(self.model, self.plans[0]) if guarded else None
         self.replica = DistributedDataParallel(self.model)
         self.guard = None
@@ -169,6 +169,13 @@ def forgotten_exchange(rank: int) -> dict[str, Any]:
     return scene.error(lambda: scene.guard.step(step))  # type: ignore[union-attr]
 
 
+def another_number(rank: int) -> dict[str, Any]:
+    scene = Scene(rank, guarded=False)
+    plans = plans_for(scene.model)
+    fit = memplan.apply(scene.model, plans[0])
+    return scene.error(lambda: Guard(fit, scene.optimizer, plans, replica=scene.replica, patience_s=PATIENCE_S))
+
+
 def silent(rank: int) -> dict[str, Any]:
     """Rank 1 says nothing for longer than the others wait."""
     scene = Scene(rank, patience_s=SHORT_S)
@@ -203,6 +210,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "too late": too_late,
     "forgotten exchange": forgotten_exchange,
     "different plans": different_plans,
+    "another number": another_number,
     "silent": silent,
 }
 

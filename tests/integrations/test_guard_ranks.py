@@ -116,6 +116,13 @@ def test_a_forgotten_exchange_is_an_error(ends: list[Ends]) -> None:
         assert rank["forgotten exchange"]["error"].startswith("UsageError: call guard.exchange() before")
 
 
+def test_plans_for_another_number_of_replicas_are_refused(ends: list[Ends]) -> None:
+    for rank in ends:
+        assert rank["another number"]["error"].startswith(
+            "PlanMismatch: the plan is for 1 replicas and this is one of 2"
+        )
+
+
 def test_a_rank_that_says_nothing_is_not_waited_for_longer_than_asked(ends: list[Ends]) -> None:
     assert ends[0]["silent"]["error"].startswith("RuntimeError")
     assert 4 < ends[0]["silent"]["seconds"] < 30
