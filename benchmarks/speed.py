@@ -30,7 +30,7 @@ tiny = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Flatten(0), torch.nn
 """
 _BIG = _TINY + "model = workloads.build_on_meta({name!r}); batch = sample_for(model, {rows}, 2048).content"
 _PREDICT = "memplan.predict(model, batch)"
-_PLAN = 'memplan.plan(model, "h100-sxm", sample=batch, world=memplan.World(shards=1024))'
+_PLAN = 'memplan.plan(model, "h100-sxm", sample=batch, world=memplan.World(shards={shards}))'
 _W1 = _TINY + "model, batch = workloads.build('W1')"
 
 _IMPORT = """
@@ -61,10 +61,13 @@ ROWS = [
         15.0,
         _ANSWER.format(answer=_PREDICT, build=_BIG.format(name="llama-3.1-405b", rows=1)),
     ),
-    (
-        "plan Llama-3.1-405B for 1,024 H100 (FSDP2), 2,048 tokens a sample",
-        20.0,
-        _ANSWER.format(answer=_PLAN, build=_BIG.format(name="llama-3.1-405b", rows=1)),
+    *(
+        (
+            f"plan Llama-3.1-405B for {shards:,} H100 (FSDP2), 2,048 tokens a sample",
+            20.0,
+            _ANSWER.format(answer=_PLAN.format(shards=shards), build=_BIG.format(name="llama-3.1-405b", rows=1)),
+        )
+        for shards in (128, 1024)
     ),
 ]
 
