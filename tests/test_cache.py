@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -147,19 +148,101 @@ def test_a_folder_that_cannot_be_made(
     assert "cannot keep what was measured" in caplog.text
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the administrator may write everywhere")
-def test_a_read_only_folder(cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_read_only_folder(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The administrator may write everywhere, so it is the calls that are refused."""
     cache.remember(key(), RUN)
-    own = cache_folder / "runs" / key().digest
-    own.chmod(0o500)
-    try:
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        for call in ("replace", "unlink"):
+            patched.setattr(pathlib.Path, call, refused)
         cache.remember(key(), RUN)
         assert cache.runs_of(key()) == (RUN,)
         with pytest.raises(UsageError, match="cannot clear the cache"):
             cache.clear()
-    finally:
-        own.chmod(0o700)
+    assert "cannot keep what was measured" in caplog.text
     assert "Permission denied" in caplog.text
+
+
+def folder_of_another(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As where HOME is another user's: what is inside cannot even be asked for."""
+    true_stat, true_listdir = os.stat, os.listdir
+
+    def refused(call: Any) -> Any:
+        def ask(path: Any = ".", *more: Any, **named: Any) -> Any:
+            if not isinstance(path, int) and cache_folder in Path(os.fspath(path)).parents:
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return call(path, *more, **named)
+
+        return ask
+
+    monkeypatch.setattr(os, "stat", refused(true_stat))
+    monkeypatch.setattr(os, "listdir", refused(true_listdir))
+    return "Permission denied"
+
+
+def folder_with_too_long_a_name(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    cache_folder.mkdir()
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(cache_folder / ("x" * 300)))
+    return "File name too long"
+
+
+def folder_of_a_user_whom_nobody_knows(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", "~no-such-user/cache")
+    return "cannot tell where ~no-such-user/cache is: the home folder is not known"
+
+
+def folder_without_a_home(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME", "MEMPLAN_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    return "cannot tell where the user's cache folder is"
+
+
+USELESS = (
+    folder_of_another,
+    folder_with_too_long_a_name,
+    folder_of_a_user_whom_nobody_knows,
+    folder_without_a_home,
+)
+
+
+@pytest.mark.parametrize("make", USELESS)
+def test_a_folder_of_no_use_is_said_once_and_stops_nothing(
+    make: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = make(cache_folder, monkeypatch)
+    for _ in range(2):
+        assert cache.runs_of(key()) == ()
+        assert cache.all_runs() == {}
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == len(set(told)) > 0
+    assert all(words in text and "MEMPLAN_CACHE=off does without" in text for text in told)
+    cache.remember(key(), RUN)
+    assert all(words in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("make", USELESS)
+def test_a_plan_is_made_without_a_cache(make: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny.plain(layers=3)
+    make(cache_folder, monkeypatch)
+    assert memplan.plan(model, "cpu", sample=batch, micro_batch=8, strategy="recompute-only").verdict == "fits"
+
+
+def test_where_the_folder_is_cannot_always_be_told(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", "~no-such-user/cache")
+    for asked in (cache.folder, cache.clear):
+        with pytest.raises(UsageError, match="Set MEMPLAN_CACHE_DIR to another folder, or MEMPLAN_CACHE=off"):
+            asked()
 
 
 def test_clear(cache_folder: Path) -> None:

@@ -181,6 +181,67 @@ class TestHost:
         monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
         assert "1000 B left" in of(examine({}), "cache")[0].says
 
+    def test_a_cache_that_cannot_be_looked_at(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def refused(path: Path) -> bool:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "exists", refused)
+        (finding,) = of(examine({}), "cache")
+        assert (finding.state, "MEMPLAN_CACHE_DIR" in finding.mend) == (State.CARE, True)
+        assert "cannot be looked at (Permission denied): no plan learns" in finding.says
+
+    def test_a_cache_in_a_home_that_nobody_knows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MEMPLAN_CACHE_DIR", "~no-such-user/cache")
+        (finding,) = of(examine(), "cache")
+        assert (finding.state, "MEMPLAN_CACHE_DIR" in finding.mend) == (State.CARE, True)
+        assert "the home folder is not known: no plan learns" in finding.says
+
+    def test_a_cache_that_is_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MEMPLAN_CACHE", "off")
+        (finding,) = of(examine({}), "cache")
+        assert (finding.state, finding.says) == (State.FINE, "switched off: no plan learns from measured runs")
+
+
+class TestSettings:
+    def test_what_is_set_is_named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert of(examine({}), "settings")[0].says == "memplan's own"
+        (tmp_path / "memplan.toml").write_text('gpu = "24GiB"\nstrategy = "balanced"\n')
+        (finding,) = of(examine({"MEMPLAN_BANNER": "off"}), "settings")
+        assert (finding.state, finding.says) == (State.FINE, "gpu = '24GiB', banner = False")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "says"),
+        [
+            ("MEMPLAN_CACHE", "perhaps", "cache = 'perhaps', which has to be true or false"),
+            ("MEMPLAN_MICRO_BATCH", "many", "micro_batch = 'many', which has to be a whole number"),
+            ("MEMPLAN_CARD", "x", "set 'card', which is no setting of memplan"),
+        ],
+    )
+    def test_a_variable_that_cannot_be_used(
+        self, name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        found = examine()
+        (finding,) = of(found, "settings")
+        assert (finding.state, says in finding.says, "take it out" in finding.mend) == (State.BROKEN, True, True)
+        assert not found.is_usable
+        assert len(of(found, "cache")) == (name != "MEMPLAN_CACHE")
+
+    @pytest.mark.parametrize(
+        ("file", "text"),
+        [("memplan.toml", "gpu = "), ("memplan.toml", "cache = 3"), ("pyproject.toml", "tool.memplan = 3")],
+    )
+    def test_a_file_that_cannot_be_used_is_told_once(
+        self, file: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / file).write_text(text)
+        found = examine({})
+        (finding,) = of(found, "settings")
+        assert (finding.state, file in finding.says) == (State.BROKEN, True)
+        assert of(found, "cache") == []
+
 
 class NvmlOfThree(types.ModuleType):
     """A card, one that shares the host's memory, and one in slices."""

@@ -57,6 +57,30 @@ def test_what_cannot_be_used(
         Settings.found(arguments, environ, tmp_path)
 
 
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot look for settings from .*File name too long. Start from another"):
+        Habits.found({}, tmp_path / ("x" * 300))
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match="the working directory: No such file or directory"):
+        Settings.found({}, {})
+
+
+@pytest.mark.parametrize(("toml", "words"), [("tool.memplan = 3", "has memplan = 3 under"), ("tool = 3", "")])
+def test_a_project_file_without_a_table_of_settings(toml: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(toml)
+    if not words:
+        assert Settings.found({}, {}, tmp_path) == Settings()
+        return
+    with pytest.raises(UsageError, match=words):
+        Settings.found({}, {}, tmp_path)
+
+
 def test_habits_come_from_the_environment_before_a_file(tmp_path: Path) -> None:
     assert Habits.found({}, tmp_path) == Habits(cache=True, cache_dir=None, banner=True)
     (tmp_path / "memplan.toml").write_text('cache_dir = "/a"\nbanner = false\nrisk = 0.05\n')

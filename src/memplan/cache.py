@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from memplan.corrections import Run
 from memplan.errors import UsageError
-from memplan.records import Record
+from memplan.records import Record, write_whole
 from memplan.settings import Habits
 
 RUNS_KEPT: Final = 50  # the newest, of each key
@@ -58,24 +58,40 @@ class _Entry(Record):
     run: Run
 
 
+class _NoHome(UsageError):
+    """The folder is in a home that nobody knows."""
+
+    def __init__(self, where: str) -> None:
+        self.why = f"cannot tell where {where} is: the home folder is not known"
+        super().__init__(f"{self.why}. Set MEMPLAN_CACHE_DIR to another folder, or MEMPLAN_CACHE=off.")
+
+
 def folder() -> Path | None:
-    """Where the runs are kept; None if the cache is switched off."""
+    """Where the runs are kept; None if the cache is switched off.
+
+    Raises:
+        UsageError: a setting that cannot be used, or a folder in a home that nobody knows.
+    """
     habits = Habits.found()
     if not habits.cache:
         return None
-    return Path(habits.cache_dir or platformdirs.user_cache_dir("memplan", appauthor=False)).expanduser() / "runs"
+    try:
+        place = Path(habits.cache_dir or platformdirs.user_cache_dir("memplan", appauthor=False)).expanduser()
+    except RuntimeError as error:  # neither HOME nor an entry among the users, as in some containers
+        raise _NoHome(habits.cache_dir or "the user's cache folder") from error
+    return place / "runs"
 
 
 def runs_of(key: Key) -> tuple[Run, ...]:
     """The runs kept under a key, oldest first."""
-    place = folder()
+    place = _place()
     return () if place is None else tuple(run for found, run in _entries(place / key.digest) if found == key)
 
 
 def all_runs() -> dict[Key, tuple[Run, ...]]:
     """Everything that is kept, by key."""
     found: dict[Key, list[Run]] = {}
-    for each in _inside(folder()):
+    for each in _inside(_place(), Path.is_dir):
         for key, run in _entries(each):
             found.setdefault(key, []).append(run)
     return {key: tuple(runs) for key, runs in found.items()}
@@ -83,22 +99,14 @@ def all_runs() -> dict[Key, tuple[Run, ...]]:
 
 def remember(key: Key, run: Run) -> None:
     """Keep a run, and of its key only the newest `RUNS_KEPT`."""
-    place = folder()
+    place = _place()
     if place is None:
         return
     own = place / key.digest
-    name = f"{time.time_ns():020d}-{os.getpid()}"
+    name = f"{time.time_ns():020d}-{os.getpid()}.json"
     try:
         own.mkdir(parents=True, exist_ok=True)
-        aside = own / f"{name}.part"
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(_Entry(key=key, run=run).model_dump_json())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(own / f"{name}.json")
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(own / name, _Entry(key=key, run=run).model_dump_json().encode())
         for old in sorted(own.glob("*.json"))[:-RUNS_KEPT]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -109,7 +117,7 @@ def clear() -> int:
     """Remove everything that is kept; how many runs that were. Raises UsageError if it cannot be removed."""
     count = 0
     try:
-        for each in _inside(folder()):
+        for each in _inside(folder(), Path.is_dir):
             for file in each.iterdir():
                 file.unlink(missing_ok=True)
                 count += file.suffix == ".json"
@@ -130,9 +138,18 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _inside(place: Path | None) -> list[Path]:
+def _place() -> Path | None:
+    """As `folder`; a home that nobody knows is no reason for a run to fail."""
     try:
-        return [] if place is None else sorted(each for each in place.iterdir() if each.is_dir())
+        return folder()
+    except _NoHome as error:
+        _warn_once(error.why)
+        return None
+
+
+def _inside(place: Path | None, is_wanted: Callable[[Path], bool]) -> list[Path]:
+    try:
+        return [] if place is None else sorted(filter(is_wanted, place.iterdir()))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -142,7 +159,7 @@ def _inside(place: Path | None) -> list[Path]:
 
 def _entries(own: Path) -> Iterator[tuple[Key, Run]]:
     """What one folder holds, in order; what cannot be read is set aside."""
-    for path in sorted(own.glob("*.json")):
+    for path in _inside(own, lambda file: file.suffix == ".json"):
         try:
             entry = _Entry.model_validate_json(path.read_bytes())
         except FileNotFoundError:  # another process has removed it meanwhile

@@ -5,6 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 import psutil
 from packaging.requirements import Requirement
 
-from memplan import cache, driver
+from memplan import cache, driver, settings
 from memplan.allocator import Settings
-from memplan.errors import BadAllocatorSetting, NoDevice, UnknownGpu
+from memplan.errors import BadAllocatorSetting, MemplanError, NoDevice, UnknownGpu
 from memplan.gpus import find_gpu
 from memplan.report.diagnosis import Diagnosis, Finding, State
 from memplan.units import format_budget, format_bytes
@@ -26,11 +27,12 @@ _ASKED: Final = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 _ALLOCATOR: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _CGROUPS: Final = ("memory.max", "memory/memory.limit_in_bytes")  # of version 2 and 1, under /sys/fs/cgroup
 _MUCH: Final = 0.05  # of a card, in the hands of others
+_LEARNS_NOTHING: Final = "no plan learns from measured runs"
 _LEAST_FREE_BYTES: Final = 2**26  # on the disk of the cache: some hundred thousand runs
 
 
 def examine(environment: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys/fs/cgroup")) -> Diagnosis:
-    """Look at versions, cards, the allocator's settings, main memory and the cache.
+    """Look at versions, cards, the allocator's settings, main memory, memplan's settings and the cache.
 
     Args:
         environment: the variables of the process.
@@ -44,7 +46,8 @@ def examine(environment: Mapping[str, str] = os.environ, cgroup: Path = Path("/s
             *_cards(),
             *_allocator(environment),
             _host(cgroup),
-            _cache(),
+            *_settings(environment),
+            *_cache(),
         )
     )
 
@@ -232,21 +235,59 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _cache() -> Finding:
-    folder = cache.folder()
+# --- memplan itself -------------------------------------------------------------------------------------------------
+
+
+def _settings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Of runs, and of memplan itself. A file that cannot be read stops both, and is told once."""
+    said: dict[str, object] = {}
+    wrong: dict[str, None] = {}
+    for kind in (settings.Settings, settings.Habits):
+        try:
+            found = asdict(kind.found(environ=environment))
+        except MemplanError as error:
+            wrong[str(error)] = None
+        else:
+            said |= {name: value for name, value in found.items() if value != getattr(kind(), name)}
+    for text in wrong:
+        mend = "Put it right there, or take it out: what is not set has a default."
+        yield Finding(what="settings", says=text, state=State.BROKEN, mend=mend)
+    if not wrong:
+        texts = ", ".join(f"{name} = {value!r}" for name, value in said.items())
+        yield Finding(what="settings", says=texts or "memplan's own")
+
+
+def _cache() -> Iterator[Finding]:
+    try:
+        settings.Habits.found()
+    except MemplanError:  # `_settings` has said why, and whether there is a cache cannot be told
+        return
+    try:
+        folder = cache.folder()
+    except MemplanError as error:
+        yield _useless(str(error).partition(". ")[0])
+        return
     if folder is None:
-        return Finding(what="cache", says="switched off: no plan learns from measured runs")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+        yield Finding(what="cache", says=f"switched off: {_LEARNS_NOTHING}")
+        return
+    says, is_fine = _room_in(folder)
+    yield Finding(what="cache", says=f"{folder}, {says}") if is_fine else _useless(f"{folder} {says}")
+
+
+def _useless(why: str) -> Finding:
+    mend = "Set MEMPLAN_CACHE_DIR to another folder, or MEMPLAN_CACHE=off."
+    return Finding(what="cache", says=f"{why}: {_LEARNS_NOTHING}", state=State.CARE, mend=mend)
+
+
+def _room_in(folder: Path) -> tuple[str, bool]:
+    """How much room there is where a folder is or would be made, or why it is of no use."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+    except OSError as error:  # in another user's home for instance
+        return f"cannot be looked at ({error.strerror})", False
     if not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written to"
-    elif free < _LEAST_FREE_BYTES:
-        why = f"has {format_budget(free)} left on its disk"
-    else:
-        return Finding(what="cache", says=f"{folder}, {format_budget(free)} free")
-    return Finding(
-        what="cache",
-        says=f"{folder} {why}: no plan learns from measured runs",
-        state=State.CARE,
-        mend="Set MEMPLAN_CACHE_DIR to another folder, or MEMPLAN_CACHE=off.",
-    )
+        return "cannot be written to", False
+    if free < _LEAST_FREE_BYTES:
+        return f"has {format_budget(free)} left on its disk", False
+    return f"{format_budget(free)} free", True

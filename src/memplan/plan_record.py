@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
-from memplan.records import Record
+from memplan.records import Record, write_whole
 from memplan.units import format_budget, format_bytes, format_seconds
 
 SCHEMA_VERSION = 3
@@ -155,9 +155,9 @@ class Plan(Record):
         return self.peak_bytes if self.fits_bytes is None else self.fits_bytes
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as JSON. Raises PlanSchema if the file cannot be written."""
+        """Write the plan as JSON. Raises PlanSchema if the file cannot be written; an older one is left as it was."""
         try:
-            Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            write_whole(Path(path), f"{self.model_dump_json(indent=1)}\n".encode())
         except OSError as error:
             raise PlanSchema(f"cannot write the plan file {path}: {error.strerror}. Name another one.") from error
 

@@ -60,7 +60,7 @@ class Settings:
         """
         values: dict[str, object] = {}
         for source, said in (
-            _file_values(folder or Path.cwd()),
+            _file_values(folder),
             ("the environment", _environment_values(environ)),
             ("the arguments", {name: value for name, value in (arguments or {}).items() if value is not None}),
         ):
@@ -90,7 +90,7 @@ class Habits:
         """The habits in force, from the environment, a file or by default. Raises UsageError as `Settings.found`."""
         values: dict[str, object] = {}
         for source, said in (
-            _file_values(folder or Path.cwd()),
+            _file_values(folder),
             ("the environment", _environment_values(environ)),
         ):
             values |= {name: _checked(name, value, source) for name, value in said.items() if name in _HABITS}
@@ -133,15 +133,32 @@ def _parsed(name: str, text: str) -> object:
         return text
 
 
-def _file_values(folder: Path) -> tuple[str, dict[str, Any]]:
+def _file_values(folder: Path | None) -> tuple[str, dict[str, Any]]:
     """Where the nearest file with settings lies, and what it says."""
-    for place in (folder, *folder.parents):
-        own, project = place / "memplan.toml", place / "pyproject.toml"
-        if own.is_file():
-            return str(own), _read(own)
-        if project.is_file() and (said := _read(project).get("tool", {}).get("memplan")) is not None:
-            return f"[tool.memplan] of {project}", said
+    try:
+        begin = folder or Path.cwd()
+        for place in (begin, *begin.parents):
+            own, project = place / "memplan.toml", place / "pyproject.toml"
+            if own.is_file():
+                return str(own), _read(own)
+            if project.is_file() and (said := _project_values(project)) is not None:
+                return f"[tool.memplan] of {project}", said
+    except OSError as error:  # the working directory was removed, or one may not look into it
+        where = error.filename or "the working directory"
+        raise UsageError(
+            f"cannot look for settings from the working directory upwards: {where}: {error.strerror}. "
+            "Start from another folder."
+        ) from error
     return "", {}
+
+
+def _project_values(project: Path) -> dict[str, Any] | None:
+    """What a pyproject.toml says of memplan; None: nothing."""
+    tools = _read(project).get("tool", {})
+    said = tools.get("memplan") if isinstance(tools, dict) else None
+    if said is None or isinstance(said, dict):
+        return said
+    raise UsageError(f"{project} has memplan = {said!r} under [tool], which has to be a table, [tool.memplan]")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def test_compare(saved: Path, tmp_path: Path) -> None:
     assert "do not differ" in run("compare", saved, saved).stderr
 
 
+def test_plans_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "plan.json" for name in "ab"]
+    for path, micro_batch in zip(paths, (2, 4), strict=True):
+        path.parent.mkdir()
+        a_plan(micro_batch=micro_batch).save(path)
+    heading, *_ = run("compare", *paths, COLUMNS="400").stderr.splitlines()
+    assert heading.split() == [str(path) for path in paths]
+
+
 @pytest.mark.parametrize(("state", "code"), [(State.FINE, 0), (State.CARE, 0), (State.BROKEN, 2)])
 def test_doctor(state: State, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Diagnosis(findings=(Finding(what="torch", says="is 1.0", state=state),))
@@ -65,6 +74,13 @@ def test_doctor(state: State, code: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert told.exit_code == code
     assert Diagnosis.model_validate_json(told.stdout) == found
     assert f"{state:<6} torch: is 1.0" in told.stderr
+
+
+def test_doctor_names_a_setting_that_cannot_be_used() -> None:
+    told = run("doctor", MEMPLAN_CACHE="perhaps")
+    assert isinstance(told.exception, SystemExit)
+    assert told.exit_code == 2
+    assert "broken settings: the environment set cache = 'perhaps', which has to be true or false" in told.stderr
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 3}'])

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -146,6 +148,34 @@ def test_what_is_not_there_or_cannot_be_written(plan_file: Path, tmp_path: Path)
     blocked = run(plan_file, "-o", plan_file / "page.html")
     assert (blocked.exit_code, "cannot write" in blocked.stderr) == (2, True)
     assert run(plan_file, "-o", tmp_path).exit_code == 2
+
+
+def test_a_measurement_of_another_plan_is_refused_with_both_numbers(
+    plan_file: Path, measured_file: Path, tmp_path: Path
+) -> None:
+    other = measured_file.read_text(encoding="utf-8").replace(f'"predicted_bytes":{20 * GIB}', '"predicted_bytes":1000')
+    measured_file.write_text(other, encoding="utf-8")
+    result = run(plan_file, measured_file, "-o", tmp_path / "page.html")
+    assert result.exit_code == 2
+    for words in ("predicted a peak of 1,000 bytes", f"predicts {20 * GIB:,}. Measure this plan"):
+        assert words in result.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_full_disk_leaves_the_older_page(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, pictures = tmp_path / "page.html", tmp_path / "pictures"
+    assert run(plan_file, "-o", page, "--svg", pictures).exit_code == 0
+    kept = page.read_bytes(), sorted(pictures.iterdir())
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file may grow beyond it, as on a full disk
+    try:
+        result = run(plan_file, "-o", page, "--svg", pictures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (result.exit_code, f"cannot write {page}: {os.strerror(errno.EFBIG)}" in result.stderr) == (2, True)
+    assert (page.read_bytes(), sorted(pictures.iterdir())) == kept
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
 
 
 def test_parts_of_a_plan_that_contradict_each_other_are_a_damaged_plan(plan_file: Path, tmp_path: Path) -> None:

@@ -124,6 +124,18 @@ class TestTimeline:
         assert f"budget {format_budget(far.usable_bytes)}, outside this picture" in words_of(svg)
         assert not re.findall(r'H\d+" class="s-budget"', svg)
 
+    @pytest.mark.parametrize("measured_bytes", [None, GIB])
+    def test_a_peak_that_takes_the_whole_budget_is_in_the_picture(self, measured_bytes: int | None) -> None:
+        peak = full_plan("kkk").peak_bytes
+        tight = make_plan().budget.model_copy(
+            update={"total_bytes": peak, "others_bytes": 0, "context_bytes": 0, "margin_bytes": 0}
+        )
+        plan = full_plan("kkk", budget=tight)
+        run = None if measured_bytes is None else measured_at(measured_bytes, 1.0)
+        svg = timeline_svg(plan, run)
+        assert f"budget {format_budget(peak)}" in words_of(svg)
+        assert limit_y(svg, "budget") > float(ET.fromstring(svg).attrib["data-head"])
+
     @pytest.mark.parametrize("width", [360, 640, 1000])
     def test_the_key_names_what_is_there_and_stays_inside(self, width: int) -> None:
         svg = timeline_svg(full_plan(), width=width)

@@ -67,7 +67,8 @@ def compare(
 
     with errors_as_exit_codes():
         found = facts.compare(Plan.load(first), Plan.load(second))
-    stderr_console().print(comparison_sheet(found, (first.stem, second.stem)))
+    names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
+    stderr_console().print(comparison_sheet(found, names))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
 

@@ -11,7 +11,7 @@ from memplan.errors import PlanSchema, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memplan.plan_record import Measured
+    from memplan.plan_record import Measured, Plan
 
 
 def report(
@@ -34,7 +34,7 @@ def report(
 
     with errors_as_exit_codes():
         record = Plan.load(plan)
-        run = None if measured is None else _measured(measured)
+        run = None if measured is None else _measured(measured, record)
         kinds: list[tuple[Path, str, Callable[[str], bytes]]] = []
         kinds += [(svg, "svg", str.encode)] if svg is not None else []
         kinds += [(png, "png", _rasteriser())] if png is not None else []
@@ -57,23 +57,32 @@ def _rasteriser() -> "Callable[[str], bytes]":
     return lambda picture: bytes(svg_to_bytes(svg_string=picture, zoom=2))
 
 
-def _measured(path: Path) -> "Measured":
+def _measured(path: Path, plan: "Plan") -> "Measured":
     from pydantic import ValidationError
 
     from memplan.plan_record import Measured
 
     try:
-        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
+        run = Measured.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the measurement {path}: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
         raise PlanSchema(f"{path} is no measurement: write fit.measured.model_dump_json() into it") from error
+    if run.predicted_bytes != plan.peak_bytes:
+        raise UsageError(
+            f"{path} was measured with another plan: that one predicted a peak of {run.predicted_bytes:,} bytes, this "
+            f"one predicts {plan.peak_bytes:,}. Measure this plan, memplan.apply(model, plan).measure(), or name "
+            "the plan that was measured."
+        )
+    return run
 
 
 def _write(path: Path, content: bytes) -> None:
+    from memplan.records import write_whole
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_whole(path, content)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}. Name another place.") from error
     typer.echo(f"wrote {path}", err=True)

@@ -63,7 +63,8 @@ def timeline_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1
         if not timeline.phase or {len(sizes) for sizes in timeline.bytes.values()} != {len(timeline.phase)}:
             raise PlanSchema("the plan is damaged: its timeline does not have a phase and all bytes for each moment")
     lines = _levels(plan, measured)
-    tops = [max(plan.timeline.total), *([max(plain.total)] if plain else []), *(size for size, *_ in lines)]
+    tops = [max(plan.timeline.total), *([max(plain.total)] if plain else [])]
+    tops += [size for size, _, name, _ in lines if name != "budget"]
     names = [name for name, sizes in plan.timeline.bytes.items() if any(sizes)]
     legend = _legend(names, width) if key else []
     spans = (0, max(1, len(plan.timeline.phase) - 1)), (0, _top(tops, plan.budget_bytes))
@@ -171,7 +172,7 @@ def _levels(plan: Plan, measured: Measured | None) -> list[_Level]:
 
 def _top(tops: Sequence[int], budget_bytes: int) -> float:
     """The top of the picture; a budget far above all else would leave no picture, so it is not in it."""
-    needed = max(n for n in tops if n != budget_bytes)
+    needed = max(tops)
     return 1.06 * (budget_bytes if needed <= budget_bytes <= 3 * needed else needed)
 
 

@@ -7,8 +7,10 @@ from pydantic import Field
 
 from memplan.plan_record import Layer, Plan
 from memplan.prediction import by_category
+from memplan.problem import KEEP
 from memplan.records import Record
 from memplan.report.paths import path_range, pattern_of
+from memplan.units import format_bytes, format_seconds
 
 _FACTS = (
     "model",
@@ -19,6 +21,8 @@ _FACTS = (
     "micro_batch",
     "accumulation",
     "effective_batch",
+    "replicas",
+    "shards",
     "stepping",
     "peak_phase",
     "peak_module",
@@ -30,7 +34,10 @@ _TIMES = ("step_s", "samples_per_s", "slowdown", "gap", "shadow_price")
 
 
 class Blocks(Record):
-    """Blocks that do one thing under the first plan and another under the second. Each, for one micro-batch."""
+    """Blocks that do one thing under the first plan and another under the second. Each, for one micro-batch.
+
+    Those that read the same are together; their bytes and seconds are those of the first.
+    """
 
     paths: str = Field(description="as a range")
     count: int
@@ -44,7 +51,9 @@ class Comparison(Record):
 
     schema_version: int = 1
     same_model: bool = Field(description="whether modules and parameter shapes agree")
-    facts: dict[str, tuple[str, str]] = Field(description="words and counts, by the plan's field")
+    facts: dict[str, tuple[str, str]] = Field(
+        description='words and counts, by the plan\'s field; beside those "gpu", "loss_head" and "sample"'
+    )
     sizes: dict[str, tuple[int, int]] = Field(description="bytes, by the plan's field")
     times: dict[str, tuple[float, float]] = Field(description="seconds and shares, by the plan's field")
     categories: dict[str, tuple[int, int]] = Field(description="bytes at the peak")
@@ -60,14 +69,13 @@ class Comparison(Record):
 
 def compare(first: Plan, second: Plan) -> Comparison:
     """What differs between two plans."""
-    facts = {name: (str(getattr(first, name)), str(getattr(second, name))) for name in _FACTS}
-    facts = {"gpu": (first.budget.gpu, second.budget.gpu)} | facts
+    facts = [_facts(plan) for plan in (first, second)]
     mine, yours = ({layer.path: layer for layer in plan.layers} for plan in (first, second))
     categories = [Counter(by_category(plan.breakdown)) for plan in (first, second)]
     names = sorted({*categories[0], *categories[1]}, key=lambda name: -max(categories[0][name], categories[1][name]))
     return Comparison(
         same_model=first.signature == second.signature,
-        facts={name: pair for name, pair in facts.items() if pair[0] != pair[1]},
+        facts={n: (facts[0][n], facts[1][n]) for n in facts[0] if facts[0][n] != facts[1][n]},
         sizes={n: (a, b) for n in _SIZES if (a := getattr(first, n)) != (b := getattr(second, n))},
         times={n: (a, b) for n in _TIMES if (a := getattr(first, n)) != (b := getattr(second, n))},
         categories={n: (a, b) for n in names if (a := categories[0][n]) != (b := categories[1][n])},
@@ -80,17 +88,27 @@ def compare(first: Plan, second: Plan) -> Comparison:
     )
 
 
+def head_of(plan: Plan) -> str:
+    """What a plan does to the loss head, which is none of its layers: "keep" or its option."""
+    return next((option for option in plan.decisions.values() if option.startswith("chunked")), KEEP)
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    sample = ", ".join(f"{field.name}{list(field.shape)} {field.dtype}" for field in plan.sample)
+    words = {name: str(getattr(plan, name)) for name in _FACTS}
+    return {"gpu": plan.budget.gpu, **words, "loss_head": head_of(plan), "sample": sample or "not in the plan"}
+
+
 def _does(plan: Plan, layer: Layer) -> tuple[str, tuple[str, ...]]:
     """An option, and what is dropped by it: a selection's name means something in its own plan only."""
     return layer.option, plan.selections.get(layer.option, ())
 
 
 def _blocks(pairs: Iterable[tuple[Layer, Layer]]) -> tuple[Blocks, ...]:
-    """Alike ones together."""
-    groups: dict[tuple[object, ...], list[tuple[Layer, Layer]]] = {}
+    """Those together that read the same: times of equal blocks may differ in their last digits."""
+    groups: dict[tuple[str, ...], list[tuple[Layer, Layer]]] = {}
     for a, b in pairs:
-        alike = (pattern_of(a.path), a.option, b.option, a.held_bytes, b.held_bytes, a.extra_s, b.extra_s)
-        groups.setdefault(alike, []).append((a, b))
+        groups.setdefault((pattern_of(a.path), *_reads(a), *_reads(b)), []).append((a, b))
     return tuple(
         Blocks(
             paths=path_range(a.path for a, _ in group),
@@ -101,3 +119,7 @@ def _blocks(pairs: Iterable[tuple[Layer, Layer]]) -> tuple[Blocks, ...]:
         )
         for group in groups.values()
     )
+
+
+def _reads(layer: Layer) -> tuple[str, str, str]:
+    return layer.option, format_bytes(layer.held_bytes), format_seconds(layer.extra_s)

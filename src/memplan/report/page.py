@@ -23,6 +23,7 @@ from memplan.prediction import Timeline
 from memplan.problem import lever_of
 from memplan.report.answers import answers, basis_of
 from memplan.report.charts import COLOURS, INK, class_of, frontier_svg, timeline_svg
+from memplan.report.compare import head_of
 from memplan.report.explain import explain
 from memplan.report.paths import path_range, pattern_of
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
@@ -133,7 +134,7 @@ def shown_plans(plan: Plan) -> tuple[Shown, ...]:
             peak_bytes=plan.needs_bytes,
             step_s=plan.step_s,
             options=tuple(layer.option for layer in plan.layers),
-            head=next((o for o in plan.decisions.values() if o.startswith("chunked")), "keep"),
+            head=head_of(plan),
             stepping=plan.stepping,
             chosen=True,
         ),
