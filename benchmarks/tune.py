@@ -46,9 +46,18 @@ print(found.describe())
 head's lever. It runs the most promising for a few real steps each, which train nothing, and lets go what cannot win any
 more. Where two are close, they are run again in turn.
 
-Started again with the same storage it goes on. Started on several machines or cards it shares the work, and the trial
-of a process that was killed is taken up by the others. The storage is Optuna's: a journal on a shared file system
-("tune.log"), a database ("postgresql://...", "sqlite:///tune.db") or a proxy ("grpc://host:13000").
+Started again with the same storage it goes on. Started on several machines, or cards of one kind, it shares the work:
+each process runs plans on the card that its model is on, and gets the plan that is found as one for that card. The
+trial of a process that was killed is taken up by the others. The storage is Optuna's: a journal on a shared file system
+("tune.log"), a database ("postgresql://...", "sqlite:///tune.db") or a proxy ("grpc://host:13000"). A journal whose
+last line was cut short, by a full disk or a killed process, is gone on with; only what that line was to say is lost.
+
+The plan can be looked at like any other, beside what it took:
+
+```sh
+memplan tune MODEL --gpu cuda --effective-batch 64 --save plan.json --measured measured.json
+memplan report plan.json measured.json
+```
 
 ## Beside an exhaustive sweep
 

@@ -1,20 +1,24 @@
 import errno
+import json
 import os
 import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import optuna
 import pytest
 import tuners
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tuners import BUDGET_BYTES, COUNT, MADE_FOR, candidate, measured
 
 from memplan.errors import PlanMismatch, UsageError
-from memplan.storages import storage_of
+from memplan.storages import reached, storage_of
 from memplan.trials import NEAR, Candidate, Trials
 
 ALL = 10**6
@@ -117,6 +121,18 @@ def test_what_broke_the_budget_is_not_the_best() -> None:
     assert [one.why for one in trials.all] == ["its peak is 1 B above the budget", ""]
 
 
+def test_what_cannot_be_run_is_not_possible() -> None:
+    trials = trials_of(*(candidate(1 + 0.001 * number) for number in range(6)))
+    claimed = [trials.claim(ALL) for _ in range(5)]
+    fits, over, out, bad, running = (one for one in claimed if one is not None)
+    trials.measured(fits, measured(fits.plan, 1.0))
+    trials.measured(over, measured(over.plan, 0.5, peak_bytes=BUDGET_BYTES + 1))
+    trials.ran_out(out, "out of memory")
+    trials.failed(bad, "no such thing")
+    waiting = trials.all[-1]
+    assert [one.number for one in trials.possible(trials.all)] == [fits.number, running.number, waiting.number]
+
+
 def test_the_budget_is_the_whole_one() -> None:
     budget = tuners.plan_of(1.0).budget.model_copy(update={"margin_bytes": BUDGET_BYTES // 4})
     smaller = Candidate(4, 0.75, "balanced", "any", tuners.plan_of(1.0, budget=budget))
@@ -177,6 +193,7 @@ def test_a_study_that_is_not_memplans_is_refused(monkeypatch: pytest.MonkeyPatch
         ("dialect+nothing://x", "cannot be read or written"),
         ("training.log", "is no journal of a study"),
         ("metrics.log", "is no journal of a study"),
+        ("note.log", "is no journal of a study"),
     ],
 )
 def test_where_no_study_can_be_kept_is_said(
@@ -185,8 +202,10 @@ def test_where_no_study_can_be_kept_is_said(
     monkeypatch.chdir(tmp_path)
     Path("training.log").write_text("epoch 1\nepoch 2\n", encoding="utf-8")
     Path("metrics.log").write_text('{"loss": 1}\n{"loss": 2}\n', encoding="utf-8")
+    Path("note.log").write_text("one line that does not end", encoding="utf-8")
     with pytest.raises(UsageError, match=why):
         storage_of(where)
+    assert Path("note.log").read_text(encoding="utf-8") == "one line that does not end"
 
 
 def test_a_full_disk_is_said_and_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +221,76 @@ def test_a_full_disk_is_said_and_what_was_measured_is_kept(tmp_path: Path, monke
         with pytest.raises(UsageError, match="No space left on device"):
             trials.claim(ALL)
     assert sum(one.measured is not None for one in trials_of(storage=file).all) == 2
+
+
+@pytest.mark.parametrize("half", [b'{"op_code":', b'{"op_c\0\0\0\0', b'{"op_code":5,"worker_id":"' + b"x" * 200_000])
+def test_a_study_whose_last_line_was_cut_short_goes_on(
+    half: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "tune.log"
+    assert run_all(trials_of(*tuners.queue(), storage=file), lambda one: 0.01, 2, BUDGET_BYTES + 1) == [0, 1]
+    with file.open("ab") as journal:
+        journal.write(half)
+    assert run_all(trials_of(storage=file), lambda one: 0.01, 4, BUDGET_BYTES + 1) == [2, 3]
+    assert caplog.text.count("was cut short") == 1
+    assert sum(one.measured is not None for one in trials_of(storage=file).all) == 4
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_write_that_fails_half_way_leaves_a_study_to_go_on_with(
+    mends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(FileIO):
+        def write(self, content: bytes) -> int:  # type: ignore[override]  # of all buffers, bytes are what is written
+            if os.fstat(self.fileno()).st_size > size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content[: len(content) // 2])
+
+        def truncate(self, size: int | None = None) -> int:
+            if not mends:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().truncate(size)
+
+    file = tmp_path / "tune.log"
+    trials = trials_of(*tuners.queue(), storage=file)
+    whole = file.read_bytes()
+    size = len(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("memplan.storages.FileIO", Full)
+        with pytest.raises(UsageError, match="No space left on device"):
+            trials.claim(ALL)
+    assert (file.read_bytes() == whole) is mends
+    assert not (tmp_path / "tune.log.lock").exists()
+    assert run_all(trials, lambda one: 0.01, 2, BUDGET_BYTES + 1) == [0, 1]
+    assert run_all(trials_of(storage=file), lambda one: 0.01, 3, BUDGET_BYTES + 1) == [2]
+
+
+def test_a_line_of_a_study_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "tune.log"
+    trials_of(*tuners.queue(), storage=file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:3], b'{"op_code":', *lines[3:]]))
+    with pytest.raises(UsageError, match=r"line 4 of .*tune\.log is no entry .* The 3 lines before it are sound"):
+        trials_of(storage=file)
+    with pytest.raises(UsageError, match="of the test cannot be read or written"), reached("the file of the test"):
+        JournalStorage(JournalFileBackend(str(file)))  # one that a caller made
+
+
+def test_tables_of_another_optuna_are_refused(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'tune.db'}"
+    storage = storage_of(database)
+    assert isinstance(storage, optuna.storages.RDBStorage)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    storage.engine.dispose()
+    with pytest.raises(UsageError, match=r"another version of Optuna .*storage upgrade.* name another database"):
+        storage_of(database)
+
+
+def test_a_proxy_that_is_gone_is_said() -> None:
+    grpc, why = pytest.importorskip("grpc"), r"grpc://host:1 cannot be read or written \(RpcError: gone\)"
+    with pytest.raises(UsageError, match=why), reached("grpc://host:1"):
+        raise grpc.RpcError("gone")
 
 
 # --- several workers ------------------------------------------------------------------------------------------------
@@ -236,6 +325,17 @@ from optuna.storages import run_grpc_proxy_server
 from memplan.storages import storage_of
 run_grpc_proxy_server(storage_of(sys.argv[1]), host="localhost", port=int(sys.argv[2]))
 """
+
+
+@pytest.mark.slow  # starts two processes, which plan and run a model
+def test_processes_tune_one_study_together(tmp_path: Path) -> None:
+    file = tmp_path / "tune.log"
+    workers = [worker(str(file), 300.0, "tune") for _ in range(2)]
+    one, other = [json.loads(each.communicate(timeout=600)[0]) for each in workers]
+    trials = optuna.load_study(study_name="memplan", storage=storage_of(file)).trials
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert sorted(one["ran"] + other["ran"]) == [trial.number for trial in trials if "heard" in trial.user_attrs]
+    assert one["best"] == other["best"]
 
 
 def share(storage: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,14 @@ from torch import nn
 
 import memplan
 from memplan import tuning
-from memplan.bench import Bench, Failure, _Apart
-from memplan.device import CpuDevice
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, PlanMismatch, UsageError
 from memplan.fitting import Fit, Live
 from memplan.plan_record import Budget, Measured, Plan
 from memplan.recorder import Recipe
-from memplan.samples import Sample
+from memplan.report.charts import frontier_svg, timeline_svg
+from memplan.storages import storage_of
 from memplan.strategy import Strategy, load_strategy
-from memplan.trials import Candidate
+from memplan.trials import Candidate, Trials
 from memplan.tuning import Tuned, tune
 
 ROWS = 2
@@ -83,6 +83,16 @@ def test_the_best_is_measured_within_the_budget(first: tuple[Path, Tuned]) -> No
     assert f"{found.plan.micro_batch} x {found.plan.accumulation} accumulated" in text
 
 
+def test_what_was_found_can_be_drawn_also_by_another_process(first: tuple[Path, Tuned], study: Path) -> None:
+    again = Trials(storage_of(study), "memplan", {}, list, 300.0)
+    best = again.best(again.all)
+    assert best is not None
+    assert best.plan == first[1].plan
+    assert timeline_svg(best.plan, best.measured)
+    assert frontier_svg(best.plan, best.measured)
+    assert any(layer.held for layer in best.plan.layers)
+
+
 @pytest.mark.slow
 def test_it_goes_on_and_leaves_the_model_as_it_was(study: Path) -> None:
     model, _ = model_and_batch()
@@ -116,9 +126,9 @@ def spoil(made: tiny.Made, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     def install(error: type[BaseException], good: int) -> None:
         measure, left = Fit.measure, iter(range(good))
 
-        def spoilt(fit: Fit, steps: int) -> Measured:
+        def spoilt(fit: Fit, steps: int, **more: Any) -> Measured:
             if next(left, None) is not None:
-                return measure(fit, steps)
+                return measure(fit, steps, **more)
             with torch.no_grad():
                 for tensor in (*made[0].parameters(), *made[0].buffers()):
                     tensor.mul_(-3)
@@ -168,54 +178,48 @@ def test_where_none_can_be_measured_that_is_said(
         tuned(made[0], None)
 
 
-def test_the_optimizer_in_use_is_put_back_to_the_bit(
-    first: tuple[Path, Tuned], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batch = model_and_batch()
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(**batch).loss.backward()
-    optimizer.step()
-    state = optimizer.state[next(model.parameters())]
-    state["exp_avg"][0, :3] = torch.tensor([torch.nan, 0.0, -0.0])
-    before = state["exp_avg"].clone()
+def test_laps_beside_the_best_are_not_remembered() -> None:
+    def run(plan: Plan, *, remembered: bool = True) -> Measured:
+        asked.append(remembered)
+        return tuners.measured(plan, 3.0)  # seconds: two laps are enough
 
-    def spoilt(fit: Fit, steps: int) -> Measured:
-        state["exp_avg"].zero_()
-        state["step"].add_(steps)
-        return measure(fit, steps)
-
-    measure = Fit.measure
-    monkeypatch.setattr(Fit, "measure", spoilt)
-    with Bench(model, Recipe(optimizer=optimizer), Sample.of(batch), CpuDevice()) as bench:
-        assert isinstance(bench.run(first[1].plan), Measured)
-    assert torch.equal(state["exp_avg"].view(torch.int32), before.view(torch.int32))
-    assert state["step"] == 1
+    asked, bench = list[bool](), SimpleNamespace(run=run)
+    trials = trials_of(tuners.candidate(1.0), tuners.candidate(1.001))
+    for _ in range(2):
+        trial = trials.claim(2)
+        assert trial is not None
+        tuning._try(trial, trials, bench)  # type: ignore[arg-type]
+    assert asked == [True, True, False, False, False, False]
 
 
-@pytest.mark.slow  # starts two processes
-def test_in_a_process_of_its_own_a_crash_is_a_failure(
-    first: tuple[Path, Tuned], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batch = model_and_batch()
-    recipe, sample = Recipe(loss=tuners.loss_or_exit), Sample.of(batch)
-    before = Imprint(model)
-    with Bench(model, recipe, sample, CpuDevice()) as bench:
-        bench._apart = _Apart(model, Live(recipe, sample))  # as on a card
-        monkeypatch.setenv(tuners.EXIT, "3")
-        assert bench.run(first[1].plan) == Failure("its process ended by itself, with exit code 3", memory=False)
-        monkeypatch.delenv(tuners.EXIT)
-        found = bench.run(first[1].plan)
-    assert isinstance(found, Measured)
-    assert found.peak_bytes == pytest.approx(first[1].measured.peak_bytes, abs=2048)
-    assert found.budget_bytes == first[1].plan.budget_bytes
-    assert before.differences() == []
+def trials_of(*queue: Candidate) -> Trials:
+    return Trials(storage_of(None), "shared", tuners.MADE_FOR, lambda: queue, 300.0)
 
 
-def test_a_loss_that_no_other_process_can_have_is_refused(first: tuple[Path, Tuned]) -> None:
-    model, batch = model_and_batch()
-    recipe, sample = Recipe(loss=lambda model, batch: model(**batch).loss), Sample.of(batch)
-    with pytest.raises(UsageError, match="make the loss a function of a module"):
-        _Apart(model, Live(recipe, sample)).run(first[1].plan)
+def found_in(trials: Trials, torch_device: str = "cpu") -> Tuned:
+    device: Any = SimpleNamespace(torch_device=torch.device(torch_device))
+    return tuning._tuned(trials, Live(Recipe(), None), device)
+
+
+def test_the_gap_is_one_to_plans_that_can_be_run() -> None:
+    trials = trials_of(*(tuners.candidate(1 + 0.001 * number) for number in range(3)))
+    fits, over, out = (trials.claim(3) for _ in range(3))
+    assert fits is not None
+    assert over is not None
+    assert out is not None
+    trials.measured(fits, tuners.measured(fits.plan, 1.0))
+    trials.measured(over, tuners.measured(over.plan, 0.5, peak_bytes=tuners.BUDGET_BYTES + 1))
+    trials.ran_out(out, "out of memory")
+    assert found_in(trials).gap == 0
+
+
+def test_the_plan_found_is_for_the_card_here() -> None:
+    budget = tuners.plan_of(1.0).budget.model_copy(update={"gpu": "cuda:0"})
+    trials = trials_of(Candidate(4, 1.0, "balanced", "any", tuners.plan_of(1.0, budget=budget)))
+    trial = trials.claim(1)
+    assert trial is not None
+    trials.measured(trial, tuners.measured(trial.plan, 1.0))
+    assert found_in(trials, "cuda:1").plan.budget.gpu == "cuda:1"
 
 
 def test_a_study_of_another_model_is_refused(study: Path) -> None:
@@ -225,21 +229,22 @@ def test_a_study_of_another_model_is_refused(study: Path) -> None:
         tuned(model_and_batch()[0], study, budget_shares=(0.5,))
 
 
-def test_what_cannot_be_tuned_is_refused(first: tuple[Path, Tuned], tmp_path: Path) -> None:
-    model, _ = model_and_batch()
+def test_what_cannot_be_tuned_is_refused_before_there_is_a_study(first: tuple[Path, Tuned], tmp_path: Path) -> None:
+    (model, _), file = model_and_batch(), tmp_path / "tune.log"
     with pytest.raises(NoDevice, match="its weights are on meta"):
-        tuned(model_and_batch()[0].to("meta"), None)
+        tuned(model_and_batch()[0].to("meta"), file)
     with pytest.raises(NoDevice, match="rtx-4090"):
-        tune(model, "rtx-4090", effective_batch=ROWS)
+        tune(model, "rtx-4090", effective_batch=ROWS, storage=file)
     with pytest.raises(UsageError, match="at least one strategy"):
-        tuned(model, None, strategies=())
+        tuned(model, file, strategies=())
     with pytest.raises(UsageError, match="and one trial"):
-        tuned(model, None, n_trials=0)
-    with pytest.raises(DoesNotFit, match="below what is always there"):
-        tune(model, "cpu:10KiB", effective_batch=ROWS)
+        tuned(model, file, n_trials=0)
     with memplan.apply(model, first[1].plan), pytest.raises(AlreadyApplied, match="call undo"):
-        tuned(model, None)
+        tuned(model, file)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DoesNotFit, match="below what is always there"):
+        tune(model, "cpu:10KiB", effective_batch=ROWS, storage=file)
+    assert file.read_bytes() == b""  # what is planned for in vain is no study either
 
 
 # --- the candidates -------------------------------------------------------------------------------------------------

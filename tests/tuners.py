@@ -1,12 +1,16 @@
 """Plans by hand for the tuner, and a process that works on a study of them: its trials' numbers on stdout.
 
-python tests/tuners.py STORAGE PATIENCE [hang], where one that hangs claims a trial and does no more.
+python tests/tuners.py STORAGE PATIENCE [hang | tune], where one that hangs claims a trial and does no more, and one
+that tunes runs a model by the planner's plans: which trials it ran and what it found, on stdout.
 """
 
+import json
 import os
 import sys
 import time
 from typing import Any
+
+import torch
 
 from memplan.plan_record import Budget, Layer, Measured, Plan, Verdict
 from memplan.storages import storage_of
@@ -15,7 +19,7 @@ from memplan.trials import Candidate, Trials
 BUDGET_BYTES = 1000
 MADE_FOR = {"model": "Tower", "effective_batch": 8}
 COUNT = 12
-EXIT = "MEMPLAN_TEST_EXIT"
+EXIT, SPOIL = "MEMPLAN_TEST_EXIT", "MEMPLAN_TEST_SPOIL"
 
 
 def plan_of(step_s: float, micro_batch: int = 4, **changes: Any) -> Plan:
@@ -71,13 +75,48 @@ def measured(plan: Plan, step_s: float, peak_bytes: int = 900) -> Measured:
 
 
 def loss_or_exit(model: Any, batch: Any) -> Any:
-    """The model's loss; where the environment says so, the end of the process."""
-    if os.environ.get(EXIT):
-        os._exit(int(os.environ[EXIT]))
+    """The model's loss; where the environment says so, the end of the process, or no end to what becomes of weights."""
+    exit_if_told()
+    while os.environ.get(SPOIL):
+        with torch.no_grad():
+            next(iter(model.parameters())).mul_(-3)
     return model(**batch).loss
 
 
-def main(storage: str, patience_s: str, *hang: str) -> None:
+def exit_if_told() -> None:
+    if os.environ.get(EXIT):
+        os._exit(int(os.environ[EXIT]))
+
+
+class Fuse:
+    """A part of a model with which a process may end when it is handed the model."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return exit_if_told, ()
+
+
+def tune(storage: str, patience_s: str) -> None:
+    """Work on a study of plans that the planner makes."""
+    import tiny
+
+    from memplan import tuning
+
+    ran: list[int] = []
+
+    def noted(trial: Any, *others: Any) -> None:
+        ran.append(trial.number)
+        attempt(trial, *others)
+
+    attempt, tuning._try = tuning._try, noted
+    model, batch = tiny.llama(layers=2, use_cache=False)
+    asked: dict[str, Any] = {"sample": batch, "effective_batch": 2, "budget_shares": (1.0, 0.8), "n_trials": 10**6}
+    found = tuning.tune(model, "cpu:600KiB", storage=storage, patience_s=float(patience_s), **asked)
+    best = {"decisions": found.plan.decisions, "measured": found.measured.model_dump()}
+    sys.stdout.write(json.dumps({"ran": ran, "best": best}))
+
+
+def share(storage: str, patience_s: str, *hang: str) -> None:
+    """Work on a study of plans by hand."""
     trials = Trials(storage_of(storage), "shared", MADE_FOR, queue, float(patience_s))
     while (trial := trials.claim(most=COUNT)) is not None:
         sys.stdout.write(f"{trial.number}\n")
@@ -87,4 +126,4 @@ def main(storage: str, patience_s: str, *hang: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tune(*sys.argv[1:3]) if sys.argv[3:] == ["tune"] else share(*sys.argv[1:])

@@ -49,7 +49,7 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, sample: Sample, device: Device) -> None:
-        self._live = Live(recipe, sample)
+        self._live, self._device = Live(recipe, sample), device
         self._kept = _Kept(model, recipe.optimizer)
         self._model, self._apart = model, _Apart(model, self._live) if device.torch_device.type == "cuda" else None
 
@@ -60,21 +60,40 @@ class Bench:
         if self._apart is not None:
             self._apart.end()
 
-    def run(self, plan: Plan) -> Measured | Failure:
-        """Measure a plan. The model, its optimizer and the random states are afterwards what they were before."""
+    def run(self, plan: Plan, *, remembered: bool = True) -> Measured | Failure:
+        """Measure a plan. The model, its optimizer and the random states are afterwards what they were before.
+
+        Args:
+            plan: also one that was made on another card like this one.
+            remembered: whether the run is to correct later plans. Only so many are kept (`cache.RUNS_KEPT`), so that
+                laps of one plan would push out what others have taught.
+        """
+        plan = at_home(plan, self._device)
         self._kept.note()
         try:
-            return _run(self._model, self._live, plan) if self._apart is None else self._apart.run(plan)
+            if self._apart is None:
+                return _run(self._model, self._live, plan, remembered)
+            return self._apart.run(plan, remembered)
         finally:
             self._kept.put_back()
 
 
-def _run(model: nn.Module, live: Live, plan: Plan) -> Measured | Failure:
+def at_home(plan: Plan, device: Device) -> Plan:
+    """The plan as one for this card, where it was made on another one like it: a plan names the card of its maker."""
+    place = str(device.torch_device)
+    if device.torch_device.type != "cuda" or plan.budget.gpu == place:
+        return plan
+    return plan.model_copy(update={"budget": plan.budget.model_copy(update={"gpu": place})})
+
+
+def _run(model: nn.Module, live: Live, plan: Plan, remembered: bool) -> Measured | Failure:
     plan = plan.model_copy()
     plan._live = live
     try:
         with apply(model, plan) as fit:
-            return fit.measure(STEPS)
+            if remembered:
+                return fit.measure(STEPS)
+            return fit.measure(STEPS, optimizer=live.recipe.optimizer)  # its own, but given: such runs are not kept
     except Exception as error:  # the step is the user's code
         found = diagnose(error)
         failure = Failure(f"{type(error).__name__}: {error}", found is not None or isinstance(error, MemoryTaken))
@@ -115,29 +134,43 @@ class _Apart:
         self._work = model, live
         self._process: Any = None
 
-    def run(self, plan: Plan) -> Measured | Failure:
-        if self._process is None:
-            self._start()
-        self._pipe.send(plan.model_dump_json())
+    def run(self, plan: Plan, remembered: bool = True) -> Measured | Failure:
+        if self._process is not None and not self._process.is_alive():
+            self.end()  # it was killed since the last run, which is no fault of this plan
         try:
-            answer: Measured | Failure = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            answer = Failure(f"its process ended by itself, with exit code {self._process.exitcode}", memory=False)
+            answer = self._answer((plan.model_dump_json(), remembered))
+        except (EOFError, OSError) as error:
+            answer = Failure(self._how_it_ended(error), memory=False)
+        except BaseException:  # Ctrl-C: the weights, which both share, are put back next, so nobody may go on with them
+            self.end(0.0)
+            raise
         if isinstance(answer, Failure):
             self.end()
         return answer
 
-    def end(self) -> None:
+    def end(self, patience_s: float = _ENDS_S) -> None:
         if self._process is None:
             return
         with suppress(OSError):  # it is gone already
             self._pipe.send(None)
-        self._process.join(_ENDS_S)
+        self._process.join(patience_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._process = None
+
+    def _answer(self, asked: tuple[str, bool]) -> Measured | Failure:
+        if self._process is None:
+            self._start()
+        self._pipe.send(asked)
+        answer: Measured | Failure = self._pipe.recv()
+        return answer
+
+    def _how_it_ended(self, error: Exception) -> str:
+        if self._process is None:
+            return f"no process could be started for it ({type(error).__name__}: {error})"
+        self._process.join(_ENDS_S)
+        return f"its process ended by itself, with exit code {self._process.exitcode}"
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
@@ -156,8 +189,9 @@ class _Apart:
 
 def _serve(pipe: Connection, model: nn.Module, live: Live) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
-    while (text := pipe.recv()) is not None:
-        pipe.send(_run(model, live, _beside_others(Plan.model_validate_json(text))))
+    while (asked := pipe.recv()) is not None:
+        text, remembered = asked
+        pipe.send(_run(model, live, _beside_others(Plan.model_validate_json(text)), remembered))
 
 
 def _beside_others(plan: Plan) -> Plan:

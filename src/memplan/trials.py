@@ -6,6 +6,8 @@ Optuna's heartbeats are known to databases alone.
 """
 
 import time
+import zlib
+from base64 import b85decode, b85encode
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
@@ -43,13 +45,7 @@ _MADE_FOR, _QUEUED, _WHOLE = "memplan made for", "memplan queued", "memplan budg
 _PLAN, _MEASURED, _WHY, _HEARD = "plan", "measured", "why", "heard"  # and of a trial
 _AGAIN, _LOST = "again", "lost"  # the number of the trial that this one stands for, and whether its worker was gone
 
-# Of a plan: for people, and too long for some databases.
-_BULK: Any = {
-    "timeline": True,
-    "unplanned_timeline": True,
-    "frontier": True,
-    "layers": {"__all__": {"held", "extra"}},
-}
+_FORMAT: Final = 2  # of what a study keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +114,7 @@ class Trials:
     ) -> None:
         self._storage, self._name, self._patience_s = storage, name, patience_s
         self._plans: dict[int, Plan] = {}
+        made_for = {**made_for, "format": _FORMAT}
         self._study = self._found() or self._made(made_for, candidates)
         self._check(made_for)
         self._id = storage.get_study_id_from_name(name)
@@ -145,8 +142,7 @@ class Trials:
                 name: CategoricalDistribution(sorted({some[name] for some in settings})) for name in settings[0]
             }
             for one in queue:
-                attributes = {_PLAN: one.plan.model_dump_json(exclude=_BULK)}
-                study.add_trial(_waiting(one.settings, distributions, attributes))
+                study.add_trial(_waiting(one.settings, distributions, {_PLAN: _packed(one.plan)}))
             study.set_user_attr(_QUEUED, len(queue))
         return study
 
@@ -185,7 +181,7 @@ class Trials:
     def _read(self, trial: FrozenTrial) -> Trial:
         number, attributes = trial.number, trial.user_attrs
         if number not in self._plans:
-            self._plans[number] = Plan.model_validate_json(attributes[_PLAN])
+            self._plans[number] = _unpacked(attributes[_PLAN])
         measured = Measured.model_validate_json(attributes[_MEASURED]) if trial.state is TrialState.COMPLETE else None
         state, why = trial.state.name.lower(), attributes.get(_WHY, "")
         return Trial(
@@ -200,8 +196,14 @@ class Trials:
 
     def best(self, trials: Iterable[Trial]) -> Trial | None:
         """The fastest that was measured and kept the budget; Optuna's `best_trial`."""
-        good = [one for one in trials if one.measured is not None and one.measured.peak_bytes <= self.budget_bytes]
-        return min(good, key=_step_s, default=None)
+        return min((one for one in trials if self._keeps_budget(one)), key=_step_s, default=None)
+
+    def possible(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Those that can be run, as far as is known: not what failed, ran out of memory or broke the budget."""
+        return [one for one in trials if not one.began or one.state == "running" or self._keeps_budget(one)]
+
+    def _keeps_budget(self, trial: Trial) -> bool:
+        return trial.measured is not None and trial.measured.peak_bytes <= self.budget_bytes
 
     # -- one worker ----------------------------------------------------------------------------------------------
 
@@ -323,6 +325,15 @@ class Scale:
             return trial.measured.step_s
         off = OFF if trial.micro_batch in self._least else OFF_ELSEWHERE
         return self.expected_s(trial) * (1 - off) if self._seen >= _SEEN else 0.0
+
+
+def _packed(plan: Plan) -> str:
+    """A plan as a text for a database, of which some take no more than 64 KiB: 126 blocks make 150, packed 14 KiB."""
+    return b85encode(zlib.compress(plan.model_dump_json().encode())).decode()
+
+
+def _unpacked(text: str) -> Plan:
+    return Plan.model_validate_json(zlib.decompress(b85decode(text)))
 
 
 def _waiting(

@@ -20,7 +20,7 @@ from torch import nn
 
 from memplan import fitting, optimizers, pipeline
 from memplan.batches import splits
-from memplan.bench import Bench, Failure
+from memplan.bench import Bench, Failure, at_home
 from memplan.blocks import is_batch_coupled, signature
 from memplan.device import Device, resolve_gpu
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, UsageError
@@ -58,11 +58,12 @@ class Tuned:
     """What `tune` found.
 
     Attributes:
-        plan: the fastest of those that were measured within the budget.
+        plan: the fastest of those that were measured within the budget, for the device that `tune` ran on.
         measured: what it took. Its seconds are of one scale with the other trials'.
         trials: every candidate, also those that were not run.
         gap: share of the step's time that another plan could save at most, if predictions are no further off than
             `trials.OFF`. The planner's bound is proven of predictions; what they are off by is measured, not proven.
+            Plans that failed or broke the budget when they were run are not counted among the others.
     """
 
     plan: Plan
@@ -120,8 +121,8 @@ def tune(
     none could be more than 1 % faster than the best, or `n_trials` were run. The steps train nothing, and the model is
     afterwards what it was. On a card each is run in a process of its own (not yet measured on one).
 
-    Processes that are given the same storage and study share the work, on one machine or many with the same device; one
-    that ends is replaced by calling `tune` again, which also goes on with an earlier study.
+    Processes that are given the same storage and study share the work, on one machine or many, each on a device of the
+    same kind; one that ends is replaced by calling `tune` again, which also goes on with an earlier study.
 
     Args:
         model, gpu, sample, loss, optimizer, autocast, clip_grad_norm, seq_len: as for `memplan.plan`; the weights have
@@ -186,7 +187,7 @@ def tune(
                 except BaseException:
                     trials.give_back(trial)
                     raise
-        return _tuned(trials, Live(recipe, session.sample))
+        return _tuned(trials, Live(recipe, session.sample), live_device)
 
 
 def _checked(model: nn.Module, card: Gpu, device: Device | None) -> Device:
@@ -306,7 +307,7 @@ def _pace(trial: Trial, best: Trial, trials: Trials, bench: Bench) -> float:
 
     def lap(plan: Plan) -> float:
         trials.alive(trial)
-        found = bench.run(plan)
+        found = bench.run(plan, remembered=False)
         if isinstance(found, Failure):
             raise _Fails
         return found.step_s
@@ -322,16 +323,16 @@ class _Fails(Exception):
 # --- the result -----------------------------------------------------------------------------------------------------
 
 
-def _tuned(trials: Trials, live: Live) -> Tuned:
+def _tuned(trials: Trials, live: Live, device: Device) -> Tuned:
     every = trials.all
     best = trials.best(every)
     if best is None or best.measured is None:
         why = next((trial.why for trial in every if trial.why), "none was run")
         raise ModelFailed(f"none of {len(every)} plans could be measured within the budget: {why}")
-    plan = best.plan.model_copy()
+    plan = at_home(best.plan, device).model_copy()
     plan._live = live
     scale = Scale(every)
-    possible_s = min(scale.possible_s(trial) * (1 - trial.plan.gap) for trial in every)
+    possible_s = min(scale.possible_s(trial) * (1 - trial.plan.gap) for trial in trials.possible(every))
     return Tuned(plan, best.measured, every, max(0.0, 1 - possible_s / best.measured.step_s))
 
 

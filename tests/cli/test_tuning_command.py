@@ -10,7 +10,9 @@ from typer.testing import CliRunner, Result
 
 from memplan.cli import app
 from memplan.errors import DoesNotFit
-from memplan.plan_record import Plan
+from memplan.plan_record import Measured, Plan
+
+MEASURED = tuners.measured(tuners.plan_of(1.0), 1.1)
 
 
 class StandIn:
@@ -23,7 +25,8 @@ class StandIn:
         self.model, self.asked = model, {"gpu": gpu, **asked}
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(plan=tuners.plan_of(1.0), describe=lambda: "measured 2 of 6 plans")
+        plan = tuners.plan_of(1.0)
+        return SimpleNamespace(plan=plan, measured=MEASURED, describe=lambda: "measured 2 of 6 plans")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, stand_in: StandIn, *arguments: object) -> Result:
@@ -42,6 +45,20 @@ def test_a_model_with_weights_is_tuned_and_its_plan_written(config: Path, monkey
     assert wanted.items() <= stand_in.asked.items()
     assert "measured 2 of 6 plans" in result.stderr
     assert Plan.model_validate_json(result.stdout) == Plan.load(file) == tuners.plan_of(1.0)
+
+
+def test_what_was_measured_is_written_as_report_reads_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, took, page = (str(config.parent / name) for name in ("plan.json", "measured.json", "report.html"))
+    asked = ("--config", config, "--gpu", "cpu", "--effective-batch", 8)
+    result = run(monkeypatch, StandIn(), *asked, "--save", plan, "--measured", took)
+    assert result.exit_code == 0, result.output
+    assert Measured.model_validate_json(Path(took).read_text(encoding="utf-8")) == MEASURED
+    result = CliRunner().invoke(app, ["report", plan, took, "--output", page])
+    assert result.exit_code == 0, result.output
+    assert "1.10 s" in Path(page).read_text(encoding="utf-8")
+    result = run(monkeypatch, StandIn(), *asked, "--measured", config.parent / "missing" / "measured.json")
+    assert result.exit_code == 2
+    assert "cannot write the measurement" in result.stderr
 
 
 @pytest.mark.parametrize(

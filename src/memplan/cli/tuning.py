@@ -1,6 +1,7 @@
 """`memplan tune`: the fastest plan by measurement, on this machine, of a model with random weights."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ from memplan.cli.options import (
 )
 from memplan.cli.terminal import JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
 from memplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from memplan.plan_record import Measured
 
 
 def tune(
@@ -44,6 +48,9 @@ def tune(
     ] = None,
     study: Annotated[str, typer.Option(help="Its name there.")] = "memplan",
     save: SaveOption = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Write what the plan took to this file, for memplan report.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the most promising plans for a few steps each, and take the fastest."""
@@ -73,3 +80,15 @@ def tune(
             )
     console.print(found.describe(), soft_wrap=True)
     hand_out(found.plan, save, as_json=as_json)
+    if measured is not None:
+        with errors_as_exit_codes():
+            _write(measured, found.measured)
+
+
+def _write(path: Path, measured: "Measured") -> None:
+    from memplan.records import write_whole
+
+    try:
+        write_whole(path, f"{measured.model_dump_json(indent=1)}\n".encode())
+    except OSError as error:
+        raise UsageError(f"cannot write the measurement {path}: {error.strerror}. Name another file.") from error
