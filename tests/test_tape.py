@@ -1,6 +1,7 @@
 """`Tape`: which storages there are, when they die, and which module they belong to."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,20 @@ class Graph(nn.Module):
         return self.function(x * self.scale).sum()
 
 
+class OwnFormula(torch.autograd.Function):
+    """Adds up in its backward, in Python: what it asks for is not written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad * x) + (x * grad)
+
+
 GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "two fresh gradients": lambda h: h.sin() + h.cos() * 3,
     "three": lambda h: h.sin() + h.cos() * 3 + h.tanh(),
@@ -173,6 +188,7 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "a gather": lambda h: h.gather(0, torch.arange(FLOATS)).sin() + h.tanh(),
     "in place": lambda h: h.sin().mul_(2).add_(h).tanh(),
     "an expansion": lambda h: h[:1].expand(FLOATS) * h.sin(),
+    "a formula in Python": lambda h: OwnFormula.apply(h).tanh() + h.sin(),
     "a concatenation": lambda h: torch.cat([h, h.sin(), h.tanh()]).cos(),
 }
 
