@@ -33,7 +33,8 @@ def test_three_ways_the_least_change_that_suffices_first() -> None:
 
 def test_what_is_not_enough_by_itself_comes_after_what_is_by_how_much_it_saves() -> None:
     first, second, third = ways(7 * GIB)
-    assert first == "That, with its state paged to the host (bnb.optim.PagedAdamW8bit), saves about 11.00 GiB."
+    paged = "an optimizer whose state is paged to the host (bnb.optim.PagedAdamW8bit)"
+    assert first == f"Stepping inside the backward with {paged} saves about 11.00 GiB."
     assert second == "LoRA instead of training all weights saves about 10.89 GiB of gradients and states."
     assert third.startswith("The smallest card that is large enough is ")
 

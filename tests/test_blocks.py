@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from memplan.blocks import alike, describe, find_blocks, is_batch_coupled, signature
+from memplan.blocks import alike, check_plannable, describe, find_blocks, is_batch_coupled, signature
+from memplan.errors import UsageError
 
 
 def swin() -> nn.Module:
@@ -246,3 +247,14 @@ def test_only_training_batch_norms_couple_a_batch() -> None:
         module.training = not isinstance(module, nn.BatchNorm2d)
     assert not is_batch_coupled(model)  # frozen on purpose
     assert not is_batch_coupled(tiny.llama()[0])
+
+
+# --- check_plannable ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.ModuleDict({"inside": nn.DataParallel(model)})])
+def test_copies_on_several_cards_are_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = tiny.llama(layers=2)[0]
+    check_plannable(model)
+    with pytest.raises(UsageError, match=r"inside nn\.DataParallel.* one process for each card .*DistributedDataPara"):
+        check_plannable(wrap(model))

@@ -18,6 +18,7 @@ FLOORS = {
     "units": 0,
     "gpus": 1,
     "link": 1,
+    "main_memory": 1,
     "plan_record": 1,
     "prediction": 1,
     "records": 0,

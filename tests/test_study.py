@@ -11,11 +11,13 @@ import torch
 from imprint import Imprint
 from real import other_meter, peak_of
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import memplan
 from memplan.errors import DoesNotFit, PlanMismatch
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
+from memplan.problem import RECOMPUTE
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
 from memplan.strategy import LEVERS, SAFE_LEVERS, Lever
@@ -154,11 +156,77 @@ def test_a_loss_without_the_head_has_nothing_to_say() -> None:
 
 
 def test_a_lever_that_fails_its_proof_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memplan.study.difference", lambda *_: "the loss differs by 1 from 2")
+    monkeypatch.setattr("memplan.proof.difference", lambda *_: "the loss differs by 1 from 2")
     model, batch = wide_llama()
     plan = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4, strategy="smallest-memory")
     assert "the loss cannot be computed in chunks: the loss differs by 1 from 2" in plan.assumptions
     assert "lm_head" not in plan.decisions
+
+
+class Stateful(nn.Module):
+    """A block that changes something of its own in every forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(32, 128), nn.Linear(128, 32)
+        if how == "spectral norm":
+            self.first = spectral_norm(self.first)
+        self.register_buffer("mean", torch.zeros(128))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.noise = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first(x).relu()
+        if self.how == "moving average":
+            self.mean.mul_(0.9).add_(inner.detach().mean((0, 1)), alpha=0.1)
+            inner = inner - self.mean
+        elif self.how == "hidden moving average":
+            self.mean.data.mul_(0.9).add_(inner.detach().mean((0, 1)), alpha=0.1)
+        elif self.how == "another buffer":
+            self.mean = self.mean + 1
+        elif self.how == "counter":
+            self.seen += 1
+        elif self.how == "noise of its own":
+            inner = inner * torch.rand(inner.shape, generator=self.noise)
+        return x + self.last(inner)
+
+
+def mean_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).mean()
+
+
+def stateful(how: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Stateful(how) for _ in range(4)), nn.Linear(32, 1)), torch.randn(4, 16, 32)
+
+
+SEEN = ["spectral norm", "moving average", "another buffer", "counter"]
+
+
+@pytest.mark.parametrize("how", [*SEEN, "hidden moving average", "noise of its own"])
+def test_blocks_that_change_in_every_forward_are_not_recomputed(how: str) -> None:
+    model, x = stateful(how)
+    before = deepcopy(model.state_dict())
+    plan = memplan.plan(model, "cpu:1GiB", sample=x, loss=mean_of, micro_batch=4, strategy="recompute-only")
+    (line,) = (line for line in plan.assumptions if line.startswith("blocks cannot be recomputed: "))
+    assert ("changed by every forward" in line) == (how in SEEN)
+    assert plan.recomputed == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_neither_where_they_cannot_be_run(how: str) -> None:
+    model, x = stateful(how)
+    study = study_of(model.to("meta"), x, Recipe(loss=mean_of), ("recompute",))
+    assert any("changed by every forward" in line for line in study.refusals)
+    assert not any(RECOMPUTE in level.values() for level in study.menu.levels)
+
+
+def test_blocks_without_state_of_their_own_are_recomputed() -> None:
+    model, x = stateful("none")
+    study = study_of(model, x, Recipe(loss=mean_of), ("recompute",))
+    assert study.refusals == ()
+    assert any(RECOMPUTE in level.values() for level in study.menu.levels)
 
 
 def test_an_optimizer_is_made_to_step_otherwise_only_if_it_is_there() -> None:

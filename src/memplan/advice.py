@@ -64,7 +64,8 @@ def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_spl
         saved += states
         yield (
             saved,
-            f"That, with its state paged to the host (bnb.optim.PagedAdamW8bit), saves about {format_bytes(saved)}.",
+            "Stepping inside the backward with an optimizer whose state is paged to the host "
+            f"(bnb.optim.PagedAdamW8bit) saves about {format_bytes(saved)}.",
         )
     if states + grads > _TRAINED_SHARE * breakdown["params"]:
         saved = int((states + grads) * (1 - _LORA_SHARE))

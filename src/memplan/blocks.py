@@ -156,7 +156,8 @@ def check_plannable(model: nn.Module) -> None:
     """Before a plan is made.
 
     Raises:
-        UsageError: adapters hand a cache of keys and values to every block (PEFT's prefix tuning).
+        UsageError: adapters hand a cache of keys and values to every block (PEFT's prefix tuning), or one process
+            copies the model to several cards (`nn.DataParallel`).
         AlreadyApplied: torch's wrappers recompute blocks already. A plan would recompute them twice.
     """
     adapters = getattr(model, "peft_config", None)
@@ -165,6 +166,13 @@ def check_plannable(model: nn.Module) -> None:
         raise UsageError(
             "the adapter hands a cache of keys and values to every block (prefix tuning), and a block that is run "
             "again would append to it, or go without. PEFT refuses that too. Use another adapter, such as LoRA."
+        )
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise UsageError(
+            "the model is inside nn.DataParallel, which copies it to each card in every step, and the copies of a "
+            "planned block would run with the weights of the first card. Plan for the module inside, with one process "
+            "for each card (torchrun) and DistributedDataParallel: memplan.autofit(model, world=memplan.World(2)) for "
+            "two cards."
         )
     wrapped = [path for path, module in model.named_modules() if type(module).__name__ == "CheckpointWrapper"]
     if wrapped:

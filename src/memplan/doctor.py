@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 from packaging.requirements import Requirement
 
-from memplan import cache, driver, settings
+from memplan import cache, driver, main_memory, settings
 from memplan.allocator import Settings
 from memplan.errors import BadAllocatorSetting, MemplanError, NoDevice, UnknownGpu
 from memplan.gpus import find_gpu
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 
 _ASKED: Final = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 _ALLOCATOR: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-_CGROUPS: Final = ("memory.max", "memory/memory.limit_in_bytes")  # of version 2 and 1, under /sys/fs/cgroup
 _MUCH: Final = 0.05  # of a card, in the hands of others
 _LEARNS_NOTHING: Final = "no plan learns from measured runs"
 _LEAST_FREE_BYTES: Final = 2**26  # on the disk of the cache: some hundred thousand runs
 
 
-def examine(environment: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys/fs/cgroup")) -> Diagnosis:
+def examine(environment: Mapping[str, str] = os.environ, cgroup: Path = main_memory.CGROUP) -> Diagnosis:
     """Look at versions, cards, the allocator's settings, main memory, memplan's settings and the cache.
 
     Args:
@@ -209,14 +208,13 @@ def _allocator(environment: Mapping[str, str]) -> Iterator[Finding]:
 def _host(cgroup: Path) -> Finding:
     memory = psutil.virtual_memory()
     says = f"{format_budget(memory.total)}, of which {format_budget(memory.available)} are free"
-    limits = [int(text) for text in map(_read, (cgroup / name for name in _CGROUPS)) if text.isdecimal()]
-    limit = min(limits, default=memory.total)
-    if limit < memory.total:
+    limit = main_memory.limit_bytes(cgroup)
+    if limit is not None and limit < memory.total:
         return Finding(
             what="main memory",
             says=f"{says}, and this container may have {format_budget(limit)}: gpu='cpu' would plan for more",
             state=State.CARE,
-            mend=f"Pass the limit: --gpu 'cpu:{limit}B', and as a strategy's host_memory a size below it.",
+            mend=f"Pass the limit: --gpu 'cpu:{limit}B'.",
         )
     if "microsoft" in platform.release().lower():
         return Finding(
@@ -226,13 +224,6 @@ def _host(cgroup: Path) -> Finding:
             mend="Give the strategy's host_memory a size, or take offload out of its levers.",
         )
     return Finding(what="main memory", says=says)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 # --- memplan itself -------------------------------------------------------------------------------------------------

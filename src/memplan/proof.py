@@ -1,6 +1,6 @@
 """A lever proves itself on the model at hand: one small step with it and one without, compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +10,7 @@ from memplan.abstract import preserved, to_training
 from memplan.losses import loss_of
 from memplan.recorder import Recipe
 from memplan.samples import Sample
+from memplan.skipping import skipped
 
 # What may differ where sums are added up in another order, as a share of the norm. A lever that changes the mathematics
 # (labels off by one, a row left out) is off by far more; what is left in between has no name.
@@ -30,10 +31,10 @@ def difference(
         sample: on the model's device; one sample is enough.
         installed: the context in which the lever works.
     """
-    plain = gradients(model, recipe, sample)
+    plain, buffers = _step(model, recipe, sample, nullcontext)
     if plain["the loss"].isnan():
         return f"{_why_nan(sample)}, which shows no difference. Plan with a sample from which something is learned."
-    other = gradients(model, recipe, sample, installed)
+    other, others_buffers = _step(model, recipe, sample, installed)
     tolerance = _TOLERANCE if recipe.autocast is None and _is_single(model) else _TOLERANCE_HALF
     if plain.keys() != other.keys():
         return f"{len(plain.keys() ^ other.keys())} gradients are in one of the two only"
@@ -43,7 +44,41 @@ def difference(
         off = float((other[name].double() - value.double()).norm())
         if not off <= tolerance * sizes[name] + noise:
             return f"{name} differs by {off:.3g} from {sizes[name]:.3g}"
-    return None
+    changed = (name for name, buffer in buffers.items() if not _is_same(buffer, others_buffers[name], tolerance))
+    return next((f"the buffer {name} is left with other values" for name in changed), None)
+
+
+def _is_same(buffer: Tensor, other: Tensor, tolerance: float) -> bool:
+    """To the bit on a CPU, where sums in a forward are added up in one order."""
+    if not buffer.is_floating_point():
+        return torch.equal(buffer, other)
+    rtol = 0.0 if buffer.device.type == "cpu" else tolerance
+    return torch.allclose(buffer.double(), other.double(), rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def difference_without(
+    model: nn.Module,
+    idle: Sequence[Sequence[str]],
+    recipe: Recipe,
+    sample: Sample,
+    installed: Callable[[], AbstractContextManager[object]],
+) -> str | None:
+    """As `difference`, while most blocks do nothing. None also where there is no memory or no step for that.
+
+    Args:
+        idle: their paths, those together that cannot be told apart. Those that are left work for all like them.
+    """
+    try:
+        with skipped(model, idle):
+            try:
+                gradients(model, recipe, sample)  # from here on no skipped block runs at all
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # the model's own, which wants what its blocks have computed
+                return None
+            return difference(model, recipe, sample, installed)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def gradients(
@@ -53,6 +88,13 @@ def gradients(
     installed: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
     """The loss and the gradients, by name, of one forward and backward that leaves nothing else behind."""
+    return _step(model, recipe, sample, installed)[0]
+
+
+def _step(
+    model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As `gradients`, and the buffers that they leave."""
     with preserved(model), installed():
         to_training(model)
         kind = next(model.parameters()).device.type
@@ -60,7 +102,7 @@ def gradients(
             loss = loss_of(model, sample, recipe.loss)
         loss.backward()
         grads = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return {"the loss": loss.detach(), **grads}
+        return {"the loss": loss.detach(), **grads}, {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def _why_nan(sample: Sample) -> str:

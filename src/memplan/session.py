@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-import psutil
 import torch
 from torch import nn
 
-from memplan import cache, optimizers, packed
+from memplan import cache, main_memory, optimizers, packed
 from memplan.advice import ways_out
 from memplan.allocator import Settings
 from memplan.batches import POINTS, profiled, splits
@@ -171,7 +170,7 @@ class Session:
         """What a plan may copy to the host, if the strategy lets it; a share of a host that is not here is nothing."""
         if "offload" not in strategy.levers or self._link_bytes_s is None:
             return 0
-        total = None if self.device is None else psutil.virtual_memory().total
+        total = None if self.device is None else main_memory.share_bytes()
         return usable_host_bytes(strategy.host_bytes(total))
 
     @cached_property

@@ -22,24 +22,23 @@ from memplan.errors import CannotTrace, ModelFailed
 from memplan.fresh_memory import relieved, seconds_per_byte
 from memplan.gpus import Gpu
 from memplan.graph import BlockGraph
-from memplan.levers import loss_head, offload, stepping
+from memplan.levers import loss_head, offload, recompute, stepping
 from memplan.levers.capture import Captured
 from memplan.levers.host_pool import HostPool
 from memplan.levers.lanes import queued_on_paper
-from memplan.levers.lazy_logits import Uses
 from memplan.levers.select import found_in, unrepeatable, watched
+from memplan.levers.uses import Uses
 from memplan.menu import Menu
 from memplan.optimizer_step import IN_BACKWARD, SINGLE
 from memplan.planner import Outcome
 from memplan.problem import KEEP, RECOMPUTE, lever_of
 from memplan.profile import Level, Profile
 from memplan.progress import stage
-from memplan.proof import difference, gradients
+from memplan.proof import difference_without
 from memplan.recorder import Recipe, Recorder
 from memplan.rescale import levels_at
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
 from memplan.samples import Sample
-from memplan.skipping import skipped
 from memplan.strategy import LEVERS, Lever
 from memplan.summary import decisions_of
 from memplan.timing import captured, cpu_rates, measured
@@ -156,10 +155,15 @@ class Study:
         every = {**self._as_it_is(()), **dict.fromkeys(self.blocks, RECOMPUTE)}
         if "recompute" not in self.levers:
             return ""
+        written: list[str] = []
         try:
-            return self._recorded(self.points[0], lambda: levers.decided(self.model, every))
+            trace = self._recorded(self.points[0], lambda: levers.watched(self.model, every, written))
+            why = recompute.refusal(written, self.model)
+            if why is None and self.blocks:
+                why = self._disproof({self.blocks[-1]: RECOMPUTE})
         except (ModelFailed, CannotTrace, CheckpointError) as error:
             return str(error).splitlines()[0]
+        return why or trace
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -222,9 +226,10 @@ class Study:
     def menu(self) -> Menu:
         if not self.blocks:
             return Menu({}, {})
-        others = offload.OPTIONS if self.host_bytes > 0 else ()
+        is_repeatable = isinstance(self._recomputed, Trace)
+        copies = offload.OPTIONS if is_repeatable or "recompute" not in self.levers else (offload.SAVED,)
         graphs = self._graphs() if "select" in self.levers else {}
-        return Menu.of(self._groups, graphs, isinstance(self._recomputed, Trace), others)
+        return Menu.of(self._groups, graphs, is_repeatable, copies if self.host_bytes > 0 else ())
 
     def _graphs(self) -> dict[str, tuple[BlockGraph, Sequence[float]]]:
         """With seconds from the device itself where the model is there, else from the card's figures."""
@@ -248,10 +253,10 @@ class Study:
 
     @cached_property
     def _chunked(self) -> tuple[dict[str, str], Trace] | str | None:
-        """The head's option and the trace at the first point with it; or why not; None if there is no head."""
+        """The head's option and the trace at the first point with it; or why not; None if there is nothing to gain."""
         path = loss_head.find_head(self.model)
         if path is None or "loss-head" not in self.levers:
-            return None
+            return loss_head.refusal_of(self.model) if "loss-head" in self.levers else None
         head = self.model.get_submodule(path)
         vocabulary = int(head.out_features)  # type: ignore[arg-type]  # of a Linear
         option = {path: loss_head.options(vocabulary, self.gpu.kind)[1]}
@@ -268,10 +273,8 @@ class Study:
             trace = self._recorded(self.points[0], installed)
         except (ModelFailed, CannotTrace) as error:
             return str(error).splitlines()[0]
-        if not used.losses:
-            return None  # another loss, or another kernel that does without the logits already
-        if used.reads:
-            return "the loss reads the logits as a whole"
+        if used.reads or not used.losses:
+            return loss_head.misuse_of(self.model, path, used)
         return self._disproof(option) or (option, trace)
 
     def _disproof(self, option: Mapping[str, str]) -> str | None:
@@ -283,12 +286,10 @@ class Study:
             return None
         assert self.device is not None
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
-        try:
-            with skipped(self.model, [[p for p in group if p != self.blocks[-1]] for group in self._groups]):
-                gradients(self.model, self.recipe, sample)  # from here on no skipped block runs at all
-                return difference(self.model, self.recipe, sample, lambda: levers.decided(self.model, option))
-        except torch.OutOfMemoryError:
-            return None
+        idle = [[path for path in group if path != self.blocks[-1]] for group in self._groups]
+        return difference_without(
+            self.model, idle, self.recipe, sample, lambda: loss_head.unheard(levers.decided(self.model, option))
+        )
 
     # -- the optimizer -------------------------------------------------------------------------------------------
 

@@ -195,7 +195,7 @@ def test_the_loader_of_the_script_stays_as_it_was() -> None:
         batch_size=8,
         shuffle=True,
         collate_fn=scripts.padded,
-        num_workers=2,
+        num_workers=1,
         persistent_workers=True,
         prefetch_factor=3,
         worker_init_fn=named,
@@ -210,7 +210,7 @@ def test_the_loader_of_the_script_stays_as_it_was() -> None:
         assert vars(loader) == before
         assert len(loader) == 3
         ours = prepared.base_dataloader
-        assert (ours.num_workers, ours.persistent_workers, ours.prefetch_factor) == (2, True, 3)
+        assert (ours.num_workers, ours.persistent_workers, ours.prefetch_factor) == (1, True, 3)
         assert ours.worker_init_fn is named
         assert len(ours) == 10
 

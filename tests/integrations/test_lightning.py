@@ -13,7 +13,7 @@ from integrations.scripts import BATCH, EPOCHS, Texts, make_model, padded
 from memplan import cache
 from memplan.errors import UsageError
 from memplan.integrations import parts
-from memplan.integrations.lightning import MemplanCallback
+from memplan.integrations.lightning import MemplanCallback, _not_logging, _step_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
@@ -171,3 +171,20 @@ def test_refusals() -> None:
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR", "lightning.pytorch")
+
+
+class Unnumbered(Module):
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(**batch).loss
+
+
+class Renamed(Module):
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        return self.model(**batch).loss
+
+
+@pytest.mark.parametrize("kind", [Module, Unnumbered, Renamed])
+def test_the_number_of_a_batch_is_passed_as_lightning_passes_it(kind: type[Module]) -> None:
+    module = kind("llama", 1)
+    with _not_logging(module):
+        assert _step_loss(module, padded([Texts(4)[at] for at in range(4)])).requires_grad

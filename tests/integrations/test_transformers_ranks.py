@@ -57,6 +57,24 @@ def test_rows_that_come_again_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unused", "used"])
+def test_the_loss_in_chunks_where_the_logits_would_be_copied(tmp_path: Path, kind: str) -> None:
+    """It is left out, and the plan says so; where nothing is copied, nobody reads the logits."""
+    for found in run(tmp_path / "planned", kind, "cpu:24MiB", 32):
+        in_chunks = [option for option in found["plan"]["decisions"].values() if option.startswith("chunked")]
+        said = " ".join(found["plan"]["assumptions"])
+        assert found["uses"]["reads"] == 0
+        if kind == "unused":
+            assert not in_chunks
+            assert "the loss is not computed in chunks" in said
+            assert "make the trainer with ddp_find_unused_parameters=False" in said
+        else:
+            assert len(in_chunks) == 1
+            assert found["uses"]["losses"] > 0
+            assert "not computed in chunks" not in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "budget", "words"),
     [

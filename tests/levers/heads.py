@@ -183,6 +183,9 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "to": lambda y, z: _entropy(y, z.to(torch.float64).to("cpu").to(device="cpu", dtype=torch.float32)),
     "soft cap": lambda y, z: _entropy(y, torch.tanh(z / 0.7) * 0.7),
     "scale": lambda y, z: _entropy(y, 2 * z.mul(0.3).div(0.5)),
+    "scale by name": lambda y, z: _entropy(y, torch.mul(input=torch.div(input=z, other=0.5), other=0.3)),
+    "sum by name": lambda y, z: _entropy(y, torch.add(input=z.tanh(), other=_BY_CLASS)),
+    "flatten all by name": lambda y, z: functional.cross_entropy(torch.flatten(input=z, end_dim=1), y.flatten()),
     "constant per class": lambda y, z: _entropy(y, (z + _BY_CLASS[None]) * _BY_CLASS),
     "constant tensor": lambda y, z: _entropy(y, z * torch.tensor(0.3, dtype=torch.float64)),
 }
@@ -229,6 +232,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "detached": lambda y, z: _entropy(y, z) * z.detach().square().mean(),
     "without autograd": lambda y, z: _entropy(y, z) * _unrecorded(z),
     "written": _written,
+    "by name": lambda y, z: torch.where(input=z, condition=z > 0, other=torch.mul(input=z, other=_BY_CLASS)).sum(),
     "scaled in place": lambda y, z: _entropy(y, z.mul_(0.5)),
     "own function": lambda y, z: _Squared.apply(z),
     "own function of a part": lambda y, z: _Squared.apply(torch.tanh(z[:, 1:] * 0.5)),

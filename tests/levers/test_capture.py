@@ -8,6 +8,7 @@ import torch
 from selecting import MODELS, Block, capture, captured_of, dropped_names, gradients, holding, install, made, rows, same
 from torch import Tensor, nn
 
+from memplan import levers
 from memplan.errors import PlanNotFollowed
 from memplan.levers.capture import RANDOM_STATE
 
@@ -168,6 +169,25 @@ def test_what_nobody_can_see_is_found_by_the_proof() -> None:
     with pytest.warns(PlanNotFollowed, match="computes .*add.* differently when it is run again"):
         assert same(gradients(block, x), plain)
     assert same(gradients(block, x), plain)
+
+
+def test_what_is_found_in_one_block_is_not_dropped_in_those_like_it() -> None:
+    """Whose proof would be that one's, had it not failed."""
+    count = iter(range(10_000))
+
+    def function(block: Block, x: Tensor) -> Tensor:
+        unseen = torch.zeros(4, 8)
+        unseen.numpy()[:] = np.float32(7 + next(count) // 100)
+        return block.last(block.first(x) * (unseen + 1))
+
+    blocks, x = [made(function) for _ in range(2)], rows()
+    dropped = dropped_names(made(function), x)
+    model = nn.ModuleDict({"a": blocks[0], "b": blocks[1]})
+    undo = levers.install(model, {"a": "select-1", "b": "select-1"}, {"select-1": dropped})
+    for block in blocks:
+        with pytest.warns(PlanNotFollowed, match="differently when it is run again"):
+            block(x).sum().backward()
+    undo()
 
 
 # --- given ----------------------------------------------------------------------------------------------------------

@@ -6,19 +6,22 @@ from functools import partial
 from typing import Any
 
 import heads
+import peft
 import pytest
 import tiny
 import torch
 from imprint import Imprint
 from test_recompute import MODELS, differences, run
 from torch import Tensor, nn
+from torch.nn import functional
 
 import memplan
 from memplan import levers
 from memplan.blocks import find_blocks
-from memplan.levers import RECOMPUTE
+from memplan.levers import RECOMPUTE, loss_head
 from memplan.levers.host_pool import HostPool
 from memplan.levers.offload import BOUNDARY
+from memplan.levers.uses import Uses
 from memplan.strategy import Lever, Strategy
 
 HOST = 2**24
@@ -178,11 +181,86 @@ def test_the_head_is_planned_in_chunks_where_it_is_frozen_capped_or_tied(make: C
 
 
 def test_a_plan_whose_sample_has_no_label_to_learn() -> None:
-    """Torch's mean over nothing is not a number, so nothing can be proved on it: the plan must stand nevertheless."""
+    """Torch's mean over nothing is not a number, so nothing can be proved on it: the plan stands without the lever."""
+    plan = planned(ignored(), "loss-head")
+    assert "lm_head" not in plan.decisions
+    (line,) = [line for line in plan.assumptions if line.startswith("the loss cannot be computed in chunks: ")]
+    assert "every label of the sample is ignored (-100), so that its loss is nan" in line
+
+
+def test_a_step_in_chunks_that_has_no_label_to_learn() -> None:
+    """As a batch of a planned run may be, whatever the sample was."""
     model, batch = ignored()
-    plan = planned((model, batch), "loss-head")
-    with memplan.apply(model, plan):
+    with levers.decided(model, {"lm_head": "chunked-5"}):
         loss = model(**batch)["loss"]
         loss.backward()
+        assert loss_head.uses(model.lm_head) == Uses(losses=1)
     assert loss.isnan()
-    assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
+    assert model.lm_head.weight.grad is not None
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def label_smoother(model: nn.Module, batch: Any) -> Tensor:
+    """As transformers' `LabelSmoother`, which takes the labels away from the model and does without `cross_entropy`."""
+    logs = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+    picked: Tensor = -logs.gather(-1, batch["labels"][:, 1:, None]).mean()
+    return 0.9 * picked - 0.1 * logs.mean()
+
+
+class Likelihood(nn.Module):
+    """A cross-entropy by its parts."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.nll_loss(logits.log_softmax(-1), labels)
+
+
+def without_name() -> tiny.Made:
+    """A model that does not say what its head is."""
+    model, batch = heads.own()
+    model.loss = Likelihood()
+    return model, batch
+
+
+@pytest.mark.parametrize(("make", "loss"), [(tiny.llama, label_smoother), (without_name, None)])
+def test_a_loss_without_cross_entropy_leaves_the_head_alone_and_the_plan_says_so(
+    make: Callable[[], tiny.Made], loss: Callable[..., Tensor] | None
+) -> None:
+    plan = planned(make(), "loss-head", loss=loss)
+    assert set(plan.decisions.values()) == {"keep"}
+    assert "the loss cannot be computed in chunks: the loss reads the logits as a whole" in plan.assumptions
+
+
+class Widening(nn.Module):
+    """Its widest layer outside of blocks is no head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": functional.cross_entropy(self.narrow(torch.relu(self.wide(x))), labels)}
+
+
+def test_a_layer_that_is_no_head_is_not_spoken_of() -> None:
+    batch = {"x": torch.randn(8, 16), "labels": torch.randint(4, (8,))}
+    plan = planned((Widening(), batch), "loss-head")
+    assert not [line for line in plan.assumptions if line.startswith("the loss cannot be computed")]
+
+
+def adapted(**how: Any) -> tiny.Made:
+    base, batch = tiny.llama(layers=1)
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **how)).train(), batch
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "Linear"),
+    ],
+)
+def test_a_head_that_peft_has_replaced_is_left_alone_and_the_plan_says_so(how: Any, kind: str) -> None:
+    plan = planned(adapted(**how), "loss-head")
+    assert not [path for path in plan.decisions if "lm_head" in path]
+    reason = f"the head is a {kind}, not a plain linear layer"
+    assert f"the loss cannot be computed in chunks: {reason}" in plan.assumptions

@@ -22,9 +22,10 @@ from imprint import Imprint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memplan.errors import ModelError, PlanMismatch
+from memplan.errors import ModelError, PlanMismatch, PlanNotFollowed
 from memplan.levers import chunked_loss, lazy_logits, loss_head, recompute
 from memplan.levers.loss_head import find_head, install, uses
+from memplan.levers.uses import Uses
 from memplan.meter import reachable_storages
 from memplan.recorder import Recipe, Recorder
 from memplan.samples import Sample
@@ -32,6 +33,7 @@ from memplan.samples import Sample
 OPTION = "chunked-5"  # divides none of the batches here
 
 for_every_model = pytest.mark.parametrize("name", heads.MODELS)
+reads_on_purpose = pytest.mark.filterwarnings("ignore::memplan.errors.PlanNotFollowed")
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def test_together_with_recomputed_blocks() -> None:
         recompute.install(block, "recompute")
     with chunked(model) as head:
         found = heads.run(model, batch)
-        assert uses(head) == lazy_logits.Uses(losses=1)
+        assert uses(head) == Uses(losses=1)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -149,6 +151,34 @@ def test_a_head_that_learns_alone() -> None:
     check(make)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("option", ["chunked-64", "chunked-512"])
+def test_thousands_of_rows_of_one_class_in_float16(option: str, scale: float) -> None:
+    """Their sum is beyond the largest number of the type, and the mean for a rare class near the smallest."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 40).half()
+    hidden = (torch.randn(16384, 8) + 10).half().requires_grad_()
+    target = torch.zeros(16384, dtype=torch.int64)
+    with torch.no_grad():
+        head.bias[39] = -10.0  # next to no gradient
+
+    def loss(logits: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float(), target) * scale
+
+    exact = heads.gradients(copy.deepcopy(head).double(), hidden.detach().double().requires_grad_(), loss)
+    plain = heads.gradients(head, hidden, loss)
+    with heads.installed(head, option):
+        found = heads.gradients(head, hidden, loss)
+        assert uses(head) == Uses(losses=1)
+    for value, other, true in zip(found, plain, exact, strict=True):
+        assert value.dtype == other.dtype
+        assert value.isfinite().all()
+        off, plain_off = (float((t.double() - true).norm()) for t in (value, other))
+        assert off <= 2 * max(plain_off, 1e-3 * float(true.norm()))
+    rare, rare_plain = (t[1][39].double() / exact[1][39] for t in (found, plain))
+    assert (rare - 1).abs().max() <= max(0.01, 2 * float((rare_plain - 1).abs().max()))
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     model, batch = tiny.lora(layers=1)
     with chunked(model) as head:
@@ -176,7 +206,7 @@ def test_nothing_is_lazy_where_nothing_learns() -> None:
         assert type(model(**batch).logits) is Tensor
         model.train().requires_grad_(False)
         assert type(model(**batch).logits) is Tensor
-        assert uses(head) == lazy_logits.Uses()
+        assert uses(head) == Uses()
 
 
 # --- backward, and again ----------------------------------------------------------------------------------------------
@@ -211,12 +241,13 @@ def test_what_models_do_with_logits_stays_lazy(way: str) -> None:
     wanted = heads.gradients(head, hidden, partial(heads.WAYS[way], target))
     with heads.installed(head, OPTION):
         found = heads.gradients(head, hidden, partial(heads.WAYS[way], target))
-        assert uses(head) == lazy_logits.Uses(losses=1)
+        assert uses(head) == Uses(losses=1)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         assert a.dtype == b.dtype
 
 
+@reads_on_purpose
 @pytest.mark.parametrize("way", heads.READS)
 def test_whatever_else_is_done_is_done_to_the_true_logits(way: str) -> None:
     head, hidden, target = heads.loose(bias=True, shape=(3, 7))
@@ -242,6 +273,7 @@ def test_what_logits_are_is_known_without_them() -> None:
         assert uses(head).reads == 0
 
 
+@reads_on_purpose
 @for_every_model
 def test_logits_in_the_output_are_the_true_ones(name: str) -> None:
     model, batch = heads.MODELS[name]()
@@ -255,6 +287,34 @@ def test_logits_in_the_output_are_the_true_ones(name: str) -> None:
         assert torch.equal(output["logits"].argmax(-1), wanted.argmax(-1))
         assert torch.equal(output["logits"].detach(), wanted)
         assert uses(head).reads == 1
+
+
+@pytest.mark.parametrize("way", ["added", "without autograd", "own function"])
+def test_who_reads_the_logits_of_a_step_is_told_once_what_it_takes(way: str) -> None:
+    head, hidden, target = heads.loose(shape=(3, 7))
+    with heads.installed(head, OPTION):
+        with pytest.warns(PlanNotFollowed, match=r"3.29 KiB more than planned.*leave out 'loss-head'") as told:
+            heads.gradients(head, hidden, partial(heads.READS[way], target))
+        heads.gradients(head, hidden, partial(heads.READS[way], target))  # a second warning would be an error here
+        assert uses(head).reads >= 2
+    assert [warning.filename for warning in told] == [heads.__file__]  # where they are read
+
+
+@pytest.mark.parametrize("how", ["fake", "recorded", "tried"])
+def test_nobody_is_told_of_reads_before_there_is_a_plan(how: str) -> None:
+    def reads(model: nn.Module, batch: Any) -> Tensor:
+        output = model(**batch)
+        values = float(output.logits.detach().sum()) if how == "recorded" else 0.0  # cannot be read of a fake tensor
+        return output.loss + output.logits.square().mean() + values
+
+    model, batch = tiny.llama(layers=1)
+    with loss_head.unheard(chunked(model)) if how == "tried" else chunked(model):
+        if how == "tried":
+            reads(model, batch)
+        else:
+            trace = Recorder(model, Recipe(loss=reads)).record(Sample.of(batch))
+            assert trace.how == how
+        assert uses(heads.head_of(model)).reads > 0
 
 
 def test_logits_that_cannot_be_made_any_more() -> None:
@@ -292,6 +352,7 @@ def test_lazy_logits_hold_nothing_and_go_with_their_output() -> None:
             gc.enable()
 
 
+@reads_on_purpose
 def test_hooks_on_the_head_are_called() -> None:
     head, hidden, target = heads.loose()
     calls: list[str] = []
@@ -315,7 +376,7 @@ def test_autocast_that_ends_before_the_loss() -> None:
     wanted = step()
     with heads.installed(head, OPTION):
         found = step()
-        assert uses(head) == lazy_logits.Uses(losses=1)
+        assert uses(head) == Uses(losses=1)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
@@ -323,6 +384,7 @@ def test_autocast_that_ends_before_the_loss() -> None:
 # --- the user's own errors --------------------------------------------------------------------------------------------
 
 
+@reads_on_purpose
 def test_errors_are_those_of_torch() -> None:
     head, hidden, target = heads.loose()
     with heads.installed(head, OPTION):
@@ -370,7 +432,8 @@ def test_a_plan_on_top_of_a_plan_replaces_it() -> None:
             assert type(head(hidden)) is Tensor
         with heads.installed(head, "chunked-7"):
             assert head.forward.rows == 7
-            assert head(hidden).argmax() == head.forward.__wrapped__(hidden).argmax()
+            with pytest.warns(PlanNotFollowed):
+                assert head(hidden).argmax() == head.forward.__wrapped__(hidden).argmax()
         assert head.forward.rows == 5
 
 
@@ -433,6 +496,9 @@ def test_heads_that_are_left_alone() -> None:
     assert find_head(nn.Sequential(scaled)) is None
     with pytest.raises(PlanMismatch, match=r"whose forward is not nn\.Linear's own"):
         install(model.lm_head, OPTION)
+    assert loss_head.refusal_of(model) == "the head is a Linear whose forward or weight is not nn.Linear's own"
+    assert loss_head.refusal_of(tiny.plain()[0]) is None
+    assert loss_head.refusal_of(tiny.vit()[0]) is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from memplan.integrations.parts import (
     proved,
 )
 from memplan.integrations.planning import place_of, plan_for
+from memplan.integrations.replicas import for_replicas, refuse_copied
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
@@ -40,6 +41,7 @@ from memplan.recorder import Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
+from memplan.strategy import Strategy
 from memplan.world import World, largest, least_share, of_first, on_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,6 +123,7 @@ class Attachment:
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
             sample, said = largest(*on_all(partial(self._shown, loader)))
             count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
+            strategy, left_out = on_all(partial(self._strategy, model))
             make = partial(
                 plan_for,
                 model,
@@ -132,10 +135,13 @@ class Attachment:
                 own_batches=own_batches,
                 can_split=count is not None,
                 share=self._least_room(),
+                strategy=strategy,
+                left_out=left_out,
             )
             plan = World(accelerator.num_processes).agreed(make, model)
-        if self._wishes.settings.plan is not None:  # which was made for another sample
-            said = ()
+        if self._wishes.settings.plan is not None:
+            refuse_copied(plan, accelerator)
+            said = ()  # it was made for another sample
         if self._wishes.count is None and not is_batch_coupled(model) and not self._can_try(model, sample):
             said += (_UNTRIED,)
         plan = plan.assuming(*said)
@@ -152,7 +158,7 @@ class Attachment:
         self.plan = plan
         if accelerator.is_main_process:
             off = "memplan.attach(accelerator, enabled=False)"
-            announce(banner(plan, (batch_size, own_batches), off, said=said))
+            announce(banner(plan, (batch_size, own_batches), off, said=(*left_out, *said)))
         self._tell_trackers()
         return prepared
 
@@ -259,6 +265,11 @@ class Attachment:
             **_ranks(accelerator),
         )
         return as_the_engine_runs(recipe, accelerator, model) if is_deepspeed(accelerator) else recipe
+
+    def _strategy(self, model: nn.Module) -> tuple[str | Path | Strategy, tuple[str, ...]]:
+        """By which to plan, and what it leaves out of the one that was asked for."""
+        settings = self._wishes.settings
+        return (settings.strategy, ()) if settings.plan else for_replicas(settings.strategy, model, self._accelerator)
 
     def _shown(self, loader: DataLoader[Any]) -> tuple[Sample, *tuple[str, ...]]:
         """The batch to plan for on this rank, and what has to be said of it."""

@@ -199,8 +199,13 @@ def _log(trainer: Trainer, record: dict[str, float]) -> None:
 
 def _step_loss(module: nn.Module, batch: object) -> Tensor:
     assert isinstance(module, LightningModule)
-    wanted = (batch, 0) if "batch_idx" in inspect.signature(module.training_step).parameters else (batch,)
-    output = module.training_step(*wanted)
+    signature = inspect.signature(module.training_step)
+    try:  # as Lightning, which passes the number of the batch to whatever takes a second argument
+        signature.bind(batch, 0)
+    except TypeError:
+        output = module.training_step(batch)
+    else:
+        output = module.training_step(batch, 0)
     return output["loss"] if isinstance(output, Mapping) else output  # type: ignore[return-value]  # checked by memplan
 
 

@@ -1,6 +1,7 @@
 """A plan for the batch of somebody's training loop, by the settings in force."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ def plan_for(
     own_batches: int,
     can_split: bool,
     share: float = 1.0,
+    strategy: str | Path | Strategy | None = None,
+    left_out: tuple[str, ...] = (),
 ) -> Plan:
     """A plan that fits, for steps of `own_batches` of the loop's own batches.
 
@@ -42,6 +45,8 @@ def plan_for(
         own_rows: samples in one of the loop's own batches.
         can_split: whether parts of a batch may be computed by themselves.
         share: of the memory that is here, what the plan may use: another rank may have less.
+        strategy: in the place of the settings'.
+        left_out: what it leaves out of that one, for the plan to say.
 
     Raises:
         DoesNotFit: no plan meets the budget. UsageError, PlanMismatch: the settings ask for what cannot be.
@@ -60,18 +65,18 @@ def plan_for(
     micro_batch = settings.micro_batch if can_split else own_rows
     if settings.micro_batch not in (None, micro_batch):
         raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
-    strategy = load_strategy(settings.strategy)
+    wanted = load_strategy(settings.strategy if strategy is None else strategy)
     asked = replace(
-        strategy if recipe.zero is None else _without_steps(strategy),
-        budget_share=strategy.budget_share * share,
-        risk=strategy.risk if settings.risk is None else settings.risk,
+        wanted if recipe.zero is None else _without_steps(wanted),
+        budget_share=wanted.budget_share * share,
+        risk=wanted.risk if settings.risk is None else settings.risk,
     )
     session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
     plan = session.plan(asked, effective, micro_batch)
     if plan.verdict is Verdict.DOES_NOT_FIT:
-        why = "" if can_split else f"\n  the batch of {own_rows} is not split: {_WHOLE}"
-        raise DoesNotFit(plan.describe() + why, plan.smallest_bytes)
-    return plan.assuming(*said_of(share))
+        whole = () if can_split else (f"the batch of {own_rows} is not split: {_WHOLE}",)
+        raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out)), plan.smallest_bytes)
+    return plan.assuming(*said_of(share), *left_out)
 
 
 def place_of(settings: Settings, device: torch.device) -> str:

@@ -19,6 +19,7 @@ from memplan.blocks import is_batch_coupled
 from memplan.errors import BadBatch, DoesNotFit, UsageError
 from memplan.fitting import Fit
 from memplan.gpus import Gpu
+from memplan.integrations.replicas import for_replicas
 from memplan.integrations.trainer_arguments import autocast_of, check, optimizer_of, set_arguments
 from memplan.integrations.trainer_callback import PlanCallback, attached
 from memplan.integrations.trainer_data import Rows, rows_of
@@ -63,6 +64,7 @@ def autofit_trainer(
     before = args.per_device_train_batch_size, args.gradient_accumulation_steps
     recipe = Recipe(autocast=autocast_of(args))
     fixed, why = on_all(partial(_division, trainer, rows, recipe, micro_batch))
+    strategy, left_out = on_all(partial(for_replicas, strategy, trainer.model, trainer.accelerator, args))
     try:
         fit = autofit(
             trainer.model,
@@ -81,12 +83,12 @@ def autofit_trainer(
         )
     except BaseException as error:
         trainer.optimizer = had
-        if isinstance(error, DoesNotFit) and why:
-            raise DoesNotFit(f"{error}\n  {why[0]}", error.smallest_bytes) from None
+        if isinstance(error, DoesNotFit) and (why or left_out):
+            raise DoesNotFit("\n  ".join((str(error), *why, *left_out)), error.smallest_bytes) from None
         raise
     chosen = load_strategy(strategy)
     fit._undo = _written(trainer, fit, had, chosen if risk is None else replace(chosen, risk=risk))
-    said = (*why, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
+    said = (*why, *left_out, *rows.said, *fetched(fit.plan, rows.sample), *evaluation(trainer, fit.plan))
     said += filled_up(trainer, before[0], fit.plan)
     fit.plan = fit.plan.assuming(*said)
     if trainer.is_world_process_zero():

@@ -31,6 +31,18 @@ def decided(
         undo()
 
 
+@contextmanager
+def watched(model: nn.Module, decisions: Mapping[str, str], written: list[str]) -> Iterator[None]:
+    """As `decided`; into `written` come the buffers of those modules that a run inside the `with` block has changed."""
+    with decided(model, decisions):
+        before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+        yield
+        after = dict(model.named_buffers())
+        changed = [name for name, (b, version) in before.items() if after.get(name) is not b or b._version != version]
+        inside = tuple(f"{path}." for path in decisions)
+        written += [name for name in changed if name.startswith(inside) and name not in written]
+
+
 def install(
     model: nn.Module,
     decisions: Mapping[str, str],

@@ -82,7 +82,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 work.add(slice(start, start + loss.rows))
             count = (target != loss.ignore_index).sum() if loss.mean else None
             # Where every label is ignored torch's mean is not a number, but its gradient is zero.
-            ctx.save_for_backward(*work.gradients(), None if count is None else count.clamp(min=1))
+            gradients, shrunk = zip(*work.gradients(), strict=True)
+            ctx.save_for_backward(*gradients, *shrunk, None if count is None else count.clamp(min=1))
             return (work.total if count is None else work.total / count).to(loss.result)
 
     @staticmethod
@@ -92,13 +93,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 "A gradient is to be differentiated again (create_graph=True), which a chunked loss head cannot do: "
                 "its logits are gone. Plan without the chunked loss head."
             )
-        *gradients, count = ctx.saved_tensors
+        *saved, count = ctx.saved_tensors
+        gradients, shrunk = saved[:3], saved[3:]
         factor = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
         factor = factor if count is None else factor / count
         # Autograd hands these on as they are, and a parameter keeps what it gets: in place, if nobody comes again.
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         scale = torch.mul if again else Tensor.mul_
-        return (*(None if g is None else scale(g, factor) for g in gradients), None, None, None)
+        factors = [factor if by is None else factor * by for by in shrunk]
+        scaled = (None if g is None else scale(g, by) for g, by in zip(gradients, factors, strict=True))
+        return (*scaled, None, None, None)
 
 
 class _Work:
@@ -129,14 +133,10 @@ class _Work:
         while self.steps and self.steps[-1] == Cast(self.exact):  # the loss computes in this type anyway
             self.steps = self.steps[:-1]
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of the hidden states, the weight and the bias: of the sum over all rows."""
-        (for_weight, for_bias), weight, bias = self.types, self.to_weight, self.to_bias
-        return (
-            self.to_hidden,
-            None if weight is None else weight.to(for_weight),
-            None if bias is None else bias.to(for_bias),
-        )
+    def gradients(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """Of the hidden states, the weight and the bias: of the sum over all rows, and by what each was shrunk."""
+        for_weight, for_bias = self.types
+        return (self.to_hidden, None), _in_range(self.to_weight, for_weight), _in_range(self.to_bias, for_bias)
 
     def add(self, part: slice) -> None:
         """One chunk of rows."""
@@ -181,6 +181,20 @@ class _Work:
         grad = logs.exp_().mul_(factors)
         grad.scatter_add_(1, torch.where(counted, target, 0)[:, None], factors * (smoothing - 1))
         return grad.sub_(factors * (smoothing / grad.shape[-1])) if smoothing else grad
+
+
+def _in_range(total: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    """A sum in the type of its parameter, and by what it was shrunk to have room there, if it was.
+
+    In float16 there is no number above 65504, which thousands of rows of one class pass, though their mean does not.
+    The mean alone would be too small in turn for numbers that the loss is scaled up to keep. So the largest decides.
+    """
+    if total is None or dtype is None:
+        return None, None
+    if dtype != torch.float16:
+        return total.to(dtype), None
+    by = (torch.linalg.vector_norm(total, torch.inf) / 2**15).clamp(min=1)
+    return total.div_(by).to(dtype), by
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -17,19 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
 from memplan.errors import ModelError
 from memplan.levers.chunked_loss import Cast, Loss, Step, chunked_loss, logits_of
-
-
-@dataclass(slots=True)
-class Uses:
-    """How often lazy logits became a loss in chunks, and how often they had to be computed as a whole."""
-
-    losses: int = 0
-    reads: int = 0
+from memplan.levers.uses import Uses
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +60,13 @@ class Call:
                 "without the chunked loss head."
             )
 
+    def read(self) -> None:
+        """What comes before the logits as a whole: the check, the count, and in a real step a word to who reads."""
+        self.check()
+        self.uses.reads += 1
+        if not isinstance(self.hidden, FakeTensor) and _get_current_dispatch_mode() is None:  # else it is a trace
+            self.uses.tell(prod(self.hidden.shape[:-1]) * self.weight.shape[0] * self.dtype.itemsize)
+
 
 class Deferred:
     """Logits to be: rows of hidden states through a head, then through steps; or the same operation on its parent."""
@@ -95,8 +97,7 @@ class Deferred:
     def _computed(self) -> Tensor:
         if self._parent is not None and self._again is not None:
             return self._again(self._parent.value())
-        self.call.check()
-        self.call.uses.reads += 1
+        self.call.read()
         with self.call.autocast:
             return self.call.head(self.call.hidden)
 
@@ -104,8 +105,7 @@ class Deferred:
         """Their values alone, for operators below autograd."""
         if self.is_known():
             return self.value().detach()
-        self.call.check()
-        self.call.uses.reads += 1
+        self.call.read()
         call, bias = self.call, self.call.bias
         with torch.no_grad(), torch.autocast(self.rows.device.type, enabled=False):
             return logits_of(self.rows, call.weight, bias, call.dtype, self.steps)
@@ -132,6 +132,8 @@ class LazyLogits(Tensor):
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if not args and func in _HANDLERS and "input" in kwargs:  # in all of these it is the first
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         result = _understood(func, args, kwargs)
         if result is None:
             args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy.deferred.value(), (args, kwargs))

@@ -6,16 +6,19 @@ are the model's, not ours. Only `cross_entropy` is computed in chunks (`chunked_
 them; then nothing is saved, and `uses` says so.
 """
 
+import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memplan.blocks import find_blocks
-from memplan.errors import PlanMismatch
-from memplan.levers.lazy_logits import Call, Uses, lazy
+from memplan.errors import PlanMismatch, PlanNotFollowed
+from memplan.levers.lazy_logits import Call, lazy
 from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
+from memplan.levers.uses import Uses
 from memplan.problem import KEEP
 
 _PREFIX = "chunked-"
@@ -66,11 +69,43 @@ def find_head(model: nn.Module) -> str | None:
     numbers than it gets is left alone, as its logits never decide the memory; so is one whose forward is not
     `nn.Linear`'s own. That the layer ends in a cross-entropy is told by a run (`uses`).
     """
-    named = getattr(model, "get_output_embeddings", None)
-    head = named() if named is not None else None
+    head = _named(model)
     if head is not None:
         return next((path for path, module in model.named_modules() if module is head and _is_head(module)), None)
     return max(_outside_blocks(model), key=lambda found: found[1].out_features, default=(None, None))[0]
+
+
+def _named(model: nn.Module) -> nn.Module | None:
+    """The head by the word of a model of transformers, which has another name for it in each."""
+    named = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = named() if named is not None else None
+    return head
+
+
+def refusal_of(model: nn.Module) -> str | None:
+    """Why the head that a model names, and `find_head` does not give, is left alone; None where it would save nothing.
+
+    Adapters put a layer of their own in the place of a head that is to learn, and quantization another kind of layer.
+    """
+    head = _named(model)
+    if head is None or _is_head(head) or not _is_wide(head):
+        return None
+    if type(head) is nn.Linear:
+        return "the head is a Linear whose forward or weight is not nn.Linear's own"
+    return f"the head is a {type(head).__name__}, not a plain linear layer"
+
+
+def misuse_of(model: nn.Module, path: str, used: Uses) -> str | None:
+    """What in a traced step stands against chunks: the loss reads the logits; None where there are none to be saved.
+
+    A layer that nobody names as the head may be another one, which everything reads. It is taken for the head where a
+    cross-entropy comes behind it, or no other linear layer.
+    """
+    if not used.reads:
+        return None  # another kernel does without the logits already
+    linear = [module for _, module in model.named_modules() if isinstance(module, nn.Linear)]
+    surely = used.losses or _named(model) is not None or model.get_submodule(path) is linear[-1]
+    return "the loss reads the logits as a whole" if surely else None
 
 
 def _outside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -81,7 +116,13 @@ def _outside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _is_head(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.out_features > module.in_features and _is_plain(module)
+    return isinstance(module, nn.Linear) and _is_wide(module) and _is_plain(module)
+
+
+def _is_wide(module: nn.Module) -> bool:
+    """Whether it makes more numbers than it gets, as far as it says so."""
+    made, given = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return made is None or given is None or bool(made > given)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -118,6 +159,14 @@ def uses(head: nn.Module) -> Uses:
     Where `reads` is not 0 after a step the lever saves nothing; where `losses` is 0 it was never reached.
     """
     return head.forward.uses if isinstance(head.forward, _Chunked) else Uses()
+
+
+@contextmanager
+def unheard(installed: AbstractContextManager[object]) -> Iterator[None]:
+    """A lever that is only tried, with no word on what the step does with it: `uses` tells who asks."""
+    with warnings.catch_warnings(), installed:
+        warnings.simplefilter("ignore", PlanNotFollowed)
+        yield
 
 
 class _Chunked(StandIn):

@@ -39,6 +39,15 @@ def install(block: nn.Module, option: str) -> Undo:
     return set_attributes(block, _without_lever(block))
 
 
+def refusal(written: Sequence[str], model: nn.Module) -> str | None:
+    """Why blocks that change these buffers in their forward cannot be run again; None if a norm counts its batches."""
+    for name in written:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(owner, _NormBase):
+            return f"{name} is changed by every forward of its block, and a second one would change it once more"
+    return None
+
+
 def _without_lever(block: nn.Module) -> dict[str, object]:
     return {"forward": plain_forward(block)} if isinstance(block.forward, StandIn) else {}
 

@@ -189,6 +189,8 @@ def unlike(
         again = _begun(part, saved, block, inputs, state)
         try:  # the last first, as the backward asks
             same = all(_is_same(again.give(view), saved[n].held) for n, view in reversed(part.entries))
+        except torch.OutOfMemoryError:
+            raise  # it says nothing about the operators
         except RuntimeError:  # an operator that cannot be run again after all: better held than met in the backward
             same = False
         if not same:

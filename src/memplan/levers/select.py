@@ -158,9 +158,10 @@ class Selected(StandIn):
         structure = type(self.block), self.dropped, *(node.name for node in graph.nodes), *self._types(inputs)
         if structure in self._proved:
             return parts
-        self._proved.add(structure)
         other = unlike(parts, saved, self.block, inputs, state)
-        if other:
+        if not other:
+            self._proved.add(structure)  # which the blocks that are like this one go by
+        else:
             names = ", ".join(graph.values[v].name for v in sorted(other)[:3])
             self._warn(f"computes {names} differently when it is run again")
         return tuple(part for part in parts if part.gives.isdisjoint(other))
