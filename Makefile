@@ -17,9 +17,10 @@ help:
 demo: setup
 	$(BIN)/python examples/01_autofit.py
 
-# One thread a worker: two workers with two threads each would fight over the cores.
+# One thread a worker: two workers with two threads each would fight over the cores. Whole files, since tests of one file
+# share what they have planned.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
