@@ -222,6 +222,13 @@ def test_neither_where_they_cannot_be_run(how: str) -> None:
     assert not any(RECOMPUTE in level.values() for level in study.menu.levels)
 
 
+def test_a_loss_that_is_no_number_says_nothing_against_recomputation() -> None:
+    model, batch = tiny.llama()
+    ignored = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    plan = memplan.plan(model, "cpu:1GiB", sample=ignored, micro_batch=2, strategy="huggingface")
+    assert plan.recomputed
+
+
 def test_blocks_without_state_of_their_own_are_recomputed() -> None:
     model, x = stateful("none")
     study = study_of(model, x, Recipe(loss=mean_of), ("recompute",))

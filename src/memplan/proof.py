@@ -62,21 +62,24 @@ def difference_without(
     recipe: Recipe,
     sample: Sample,
     installed: Callable[[], AbstractContextManager[object]],
+    *,
+    asks: bool = True,
 ) -> str | None:
     """As `difference`, while most blocks do nothing. None also where there is no memory or no step for that.
 
     Args:
         idle: their paths, those together that cannot be told apart. Those that are left work for all like them.
+        asks: whether a loss that is not a number, which shows nothing, is told; else it is no difference.
     """
     try:
         with skipped(model, idle):
             try:
-                gradients(model, recipe, sample)  # from here on no skipped block runs at all
+                plain = gradients(model, recipe, sample)  # from here on no skipped block runs at all
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # the model's own, which wants what its blocks have computed
                 return None
-            return difference(model, recipe, sample, installed)
+            return difference(model, recipe, sample, installed) if asks or not plain["the loss"].isnan() else None
     except torch.OutOfMemoryError:
         return None
 

@@ -8,7 +8,7 @@ two micro-batches that the profile is made of.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -160,7 +160,7 @@ class Study:
             trace = self._recorded(self.points[0], lambda: levers.watched(self.model, every, written))
             why = recompute.refusal(written, self.model)
             if why is None and self.blocks:
-                why = self._disproof({self.blocks[-1]: RECOMPUTE})
+                why = self._disproof({self.blocks[-1]: RECOMPUTE}, asks=False)
         except (ModelFailed, CannotTrace, CheckpointError) as error:
             return str(error).splitlines()[0]
         return why or trace
@@ -277,7 +277,7 @@ class Study:
             return loss_head.misuse_of(self.model, path, used)
         return self._disproof(option) or (option, trace)
 
-    def _disproof(self, option: Mapping[str, str]) -> str | None:
+    def _disproof(self, option: Mapping[str, str], *, asks: bool = True) -> str | None:
         """What differs in a real step on two samples, where the model can run one.
 
         Of the blocks only the last one does its work: it is they who get the gradient, whatever made it.
@@ -287,9 +287,8 @@ class Study:
         assert self.device is not None
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
         idle = [[path for path in group if path != self.blocks[-1]] for group in self._groups]
-        return difference_without(
-            self.model, idle, self.recipe, sample, lambda: loss_head.unheard(levers.decided(self.model, option))
-        )
+        tried = partial(levers.tried, self.model, option)
+        return difference_without(self.model, idle, self.recipe, sample, tried, asks=asks)
 
     # -- the optimizer -------------------------------------------------------------------------------------------
 
