@@ -206,8 +206,16 @@ class Mean(Contrast):
         return {"loss": nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())}
 
 
+class MeanOfLabels(Contrast):
+    """A mean over the labels of a batch that takes the number of items and does nothing with it, as T5's."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **_: object) -> dict[str, Tensor]:
+        scores = self.words(input_ids) @ self.words.weight.T
+        return {"loss": nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())}
+
+
 def test_losses_that_depend_on_the_division_keep_it(make: Any) -> None:
-    for model, word in ((Contrast(), "couples"), (Mean(), "mean")):
+    for model, word in ((Contrast(), "couples"), (Mean(), "mean"), (MeanOfLabels(), "adds those means up")):
         made = make(model=model)
         assert word in str(coupling(made, rows_of(made), Recipe()))
     made = make()

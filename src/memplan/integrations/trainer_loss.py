@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memplan.abstract import preserved
-from memplan.integrations.parts import full_precision_outputs, without_dropout
+from memplan.integrations.parts import IGNORED, full_precision_outputs, without_dropout
 from memplan.integrations.trainer_data import Rows, joined
 from memplan.recorder import Recipe
 
@@ -55,7 +55,9 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole)
     if abs(sum(parts) - whole) <= tolerance:
         return None
-    if abs(sum(parts) / 2 - whole) <= tolerance:
+    counts = [_labels_in(batch) for batch in rows.pair[1:]]
+    over_labels = sum(count * part for count, part in zip(counts, parts, strict=True)) / max(sum(counts), 1)
+    if min(abs(sum(parts) / 2 - whole), abs(over_labels - whole)) <= tolerance:
         return (
             "its loss is a mean over each micro-batch, although the model takes the number of items to divide by, so "
             "that transformers adds those means up instead of averaging them"
@@ -63,6 +65,12 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     return (
         f"its loss couples the rows of a batch: two rows have {whole:.6g}, and by themselves {sum(parts):.6g} together"
     )
+
+
+def _labels_in(batch: dict[str, Any]) -> int:
+    """Labels that count; none where the batch has none."""
+    labels = batch.get("labels")
+    return int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 0
 
 
 def _value(trainer: Any, batch: dict[str, Any], items: Any, recipe: Recipe, device: torch.device) -> float:
