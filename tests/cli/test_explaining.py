@@ -77,7 +77,7 @@ def test_doctor(state: State, code: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_doctor_names_a_setting_that_cannot_be_used() -> None:
-    told = run("doctor", MEMPLAN_CACHE="perhaps")
+    told = run("doctor", MEMPLAN_CACHE="perhaps", COLUMNS="400")
     assert isinstance(told.exception, SystemExit)
     assert told.exit_code == 2
     assert "broken settings: the environment set cache = 'perhaps', which has to be true or false" in told.stderr
