@@ -17,6 +17,8 @@ from integrations.scripts import Ran, train
 from memplan import cache
 from memplan.integrations import parts
 from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach
+from memplan.recorder import Recipe
+from memplan.samples import Sample
 
 CLOSE = 1e-5
 
@@ -346,3 +348,10 @@ def test_a_loop_that_ends_with_the_first_step_measures_nothing(cache_folder: Pat
             optimizer.zero_grad()
     assert not cache.all_runs()
     assert not torch.autograd._profiler_enabled()  # the record of allocations is not kept any longer
+
+
+def test_what_the_loss_counts_is_found_where_the_first_row_is_short() -> None:
+    """Half of its labels is not half of the batch's length, most of which is padding there."""
+    lengths = (4, 14, 17, 13)
+    batch = scripts.padded([{"input_ids": list(range(1, n + 1))} for n in lengths])
+    assert parts.proved(scripts.make_model("llama"), Recipe(), Sample.of(batch)) == parts.SHIFTED

@@ -170,7 +170,8 @@ def _uneven(batch: Sample) -> Sample:
     """With half of the first row's labels left out, so that tokens and samples count differently."""
     if has_tokens(batch.content):
         labels = batch.content["labels"] = batch.content["labels"].clone()
-        labels[0, : labels.shape[1] // 2] = IGNORED
+        counted = (labels[0] != IGNORED).nonzero()  # of a short row few are
+        labels[0][tuple(counted[: len(counted) // 2].T)] = IGNORED
     return batch
 
 
