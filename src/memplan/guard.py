@@ -340,7 +340,7 @@ class Guard:
         """After a step that went well. If it was close, fall; with several ranks, when all have said so."""
         if self._replicas is None:
             self._words.tell(Word.NEARLY if close else Word.WELL, self._bucket)
-        nearly = self._words.heard().buckets(Word.NEARLY)
+        nearly, self._words.said = self._words.buckets(Word.NEARLY), []  # which is heard once
         fallen = [self._fall(bucket, "nearly ran out of memory") for bucket in nearly]
         self._last = (Word.NEARLY if close and not any(fallen) else Word.WELL, self._bucket)
 

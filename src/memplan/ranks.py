@@ -162,12 +162,6 @@ class Words:
             self.tell(Word.FAILED, bucket)
         self._over = True
 
-    def heard(self) -> "Words":
-        """What was said, and from now on nothing is."""
-        heard = Words(None)
-        heard.said, self.said = self.said, []
-        return heard
-
     def ranks(self, word: Word) -> str:
         """Those that said it."""
         return ", ".join(str(rank) for rank, (said, _) in enumerate(self.said) if said is word)

@@ -157,7 +157,7 @@ class Study:
             return ""
         written: list[str] = []
         try:
-            trace = self._recorded(self.points[0], lambda: levers.watched(self.model, every, written))
+            trace = self._recorded(self.points[0], lambda: levers.noting_writes(self.model, every, written))
             why = recompute.refusal(written, self.model)
             if why is None and self.blocks:
                 why = self._disproof({self.blocks[-1]: RECOMPUTE}, asks=False)

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,6 @@ from memplan.integrations import trainer_guard
 
 KEEP = memplan.Strategy("blocks", levers=("recompute",))  # in 1 GiB nothing is recomputed
 RANK = int(os.environ["RANK"])
-
-
-class Begins(transformers.TrainerCallback):
-    """Faults are counted from the first step on, and not in what is planned before."""
-
-    def __init__(self, *faults: Fault) -> None:
-        self.faults, self.stack = faults, ExitStack()
-
-    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
-        for fault in self.faults:
-            self.stack.enter_context(fault.on(model))
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.stack.close()
 
 
 class Watch(transformers.TrainerCallback):
@@ -65,7 +50,7 @@ def ran(
     made.add_callback(watch)
     fit = memplan.autofit(made, "cpu:1GiB", micro_batch=micro_batch, strategy=KEEP)
     assert not fit.plan.changed
-    made.add_callback(Begins(*faults))
+    made.add_callback(trainers.Begins(*faults))
     torch.manual_seed(1 + RANK)
     try:
         run = trainers.Run.of(made)

@@ -1,7 +1,6 @@
 """A trainer whose memory runs out inside a step: the run goes on, and ends with the weights it would have had."""
 
 import logging
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import transformers
 from guarding import Fault, out_of_memory
 
 import memplan
-from integrations.trainers import Run, dataset, run, sft_trainer, trainer
+from integrations.trainers import Begins, Run, dataset, run, sft_trainer, trainer
 from memplan.fitting import Fit
 from memplan.strategy import load_strategy
 
@@ -33,24 +32,9 @@ def planned(fits: list[Fit], *faults: Fault) -> Any:
     def plan(made: transformers.Trainer) -> None:
         fits.append(memplan.autofit(made, **EVERYTHING))
         assert not fits[0].plan.changed
-        open_faults = ExitStack()
-        made.add_callback(_Begins(open_faults, faults))
+        made.add_callback(Begins(*faults))
 
     return plan
-
-
-class _Begins(transformers.TrainerCallback):
-    """Faults are counted from the first step on, and not in what is planned before."""
-
-    def __init__(self, stack: ExitStack, faults: tuple[Fault, ...]) -> None:
-        self.stack, self.faults = stack, faults
-
-    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
-        for fault in self.faults:
-            self.stack.enter_context(fault.on(model))
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.stack.close()
 
 
 def dropping(folder: Path) -> transformers.Trainer:

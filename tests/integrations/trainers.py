@@ -1,6 +1,7 @@
 """Trainers over tiny models and rows of unequal lengths, and what a run of one leaves behind."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tiny
 import torch
 import transformers
 import trl
+from guarding import Fault
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -94,6 +96,20 @@ def sft_trainer(folder: Path, lora: bool = False, **changes: Any) -> trl.SFTTrai
         processing_class=tokenizer(),
         peft_config=adapters if lora else None,
     )
+
+
+class Begins(transformers.TrainerCallback):
+    """Faults are counted from the first step on, and not in what is planned before."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self.faults, self.stack = faults, ExitStack()
+
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        for fault in self.faults:
+            self.stack.enter_context(fault.on(model))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.stack.close()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def tried(model: nn.Module, decisions: Mapping[str, str]) -> AbstractContextMana
 
 
 @contextmanager
-def watched(model: nn.Module, decisions: Mapping[str, str], written: list[str]) -> Iterator[None]:
+def noting_writes(model: nn.Module, decisions: Mapping[str, str], written: list[str]) -> Iterator[None]:
     """As `decided`; into `written` come the buffers of those modules that a run inside the `with` block has changed."""
     with decided(model, decisions):
         before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
