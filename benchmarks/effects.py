@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memplan
 from memplan.device import resolve_gpu
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 from memplan.strategy import LEVERS, Lever, load_strategy, shipped_strategies

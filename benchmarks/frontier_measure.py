@@ -30,7 +30,7 @@ from memplan.errors import DoesNotFit
 from memplan.meter import reachable_storages
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Verdict
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 from memplan.strategy import LEVERS, load_strategy

@@ -18,7 +18,8 @@ from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
 from memplan.problem import KEEP
 from memplan.profile import Level
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.roofline import Rates, estimated
 from memplan.samples import sample_for
 

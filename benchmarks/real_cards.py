@@ -37,7 +37,7 @@ from transformers import (
 
 from memplan.device import resolve_gpu
 from memplan.errors import MemplanError
-from memplan.recorder import AFTER_FORWARD, AFTER_STEP, Recipe
+from memplan.recipe import AFTER_FORWARD, AFTER_STEP, Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 

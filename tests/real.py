@@ -16,7 +16,7 @@ from memplan import optimizers, packed
 from memplan.device import CpuDevice
 from memplan.losses import loss_of
 from memplan.meter import allocator_record
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 _OTHER_METER = Path(__file__).resolve().parents[2] / "shared" / "tools" / "true_peak.py"

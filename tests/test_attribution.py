@@ -34,8 +34,8 @@ class Tree(nn.Module):
 
 def owners(tape: Tape, operator: str, first: int = 0) -> list[str]:
     """Whose operators of a name are, in order."""
-    number = tape.op_names[f"aten::{operator}"]
-    return [tape.modules[column[1]] for column in tape.op_columns[first:] if column[0] == number]
+    number = tape.notes.op_names[f"aten::{operator}"]
+    return [tape.notes.modules[column[1]] for column in tape.notes.op_columns[first:] if column[0] == number]
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, int]:
@@ -43,7 +43,7 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, int]:
     tape = Tape(model, None)
     with tape:
         loss = model(x).sum()
-        border = len(tape.op_columns)
+        border = len(tape.notes.op_columns)
         tape.backward = True
         loss.backward()
     return tape, border
@@ -66,8 +66,8 @@ class TestModules:
         tape, border = recorded(Tree(recompute=True), torch.ones(4, 8))
         assert owners(tape, "tanh", border) == ["branches.1", "branches.0"]
         assert owners(tape, "tanh_backward", border) == ["branches.1", "branches.0"]
-        again = [row for row, flag in enumerate(tape.recomputed) if flag]
-        assert {tape.modules[tape.module[row]].split(".")[0] for row in again} == {"branches"}
+        again = [row for row, flag in enumerate(tape.notes.recomputed) if flag]
+        assert {tape.notes.modules[tape.notes.module[row]].split(".")[0] for row in again} == {"branches"}
 
     def test_early_stop_leaves_no_module_open(self) -> None:
         """Recomputation ends by an exception as soon as the last saved tensor is there: before `down` has run."""
@@ -77,9 +77,9 @@ class TestModules:
 
     def test_visits_are_the_forwards(self) -> None:
         tape, border = recorded(Tree(), torch.ones(4, 8))
-        paths = [tape.modules[visit[0]] for visit in tape.visits]
+        paths = [tape.notes.modules[visit[0]] for visit in tape.notes.visits]
         assert paths == [*(f"branches.{i}{name}" for i in (0, 1) for name in (".up", ".down", "")), ""]
-        assert all(first <= last <= border for _, _, _, first, last in tape.visits)
+        assert all(first <= last <= border for _, _, _, first, last in tape.notes.visits)
 
     def test_modules_of_other_models_are_passed_over(self) -> None:
         stranger = nn.Linear(8, 8)
@@ -87,7 +87,7 @@ class TestModules:
         with tape:
             stranger(torch.ones(1, 8))
         assert owners(tape, "addmm") == [""]
-        assert not tape.visits
+        assert not tape.notes.visits
 
     def test_nothing_stays_behind(self) -> None:
         before = [dict(hooks) for hooks in global_hooks()]

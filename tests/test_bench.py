@@ -18,7 +18,7 @@ from memplan.device import CpuDevice
 from memplan.errors import UsageError
 from memplan.fitting import Fit, Live
 from memplan.plan_record import Measured, Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 ROWS = 2

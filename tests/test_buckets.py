@@ -17,7 +17,8 @@ from memplan.buckets import CAP_BYTES, FIRST_BYTES, bucket_bytes
 from memplan.errors import NoStepInBackward, UsageError
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES
 from memplan.training_run import usage_of

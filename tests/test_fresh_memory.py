@@ -8,7 +8,8 @@ from memplan.fresh_memory import relieved, seconds_per_byte
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
 from memplan.profile import ChainSizes
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.roofline import StepTimes
 from memplan.samples import Sample
 from memplan.study import Study

@@ -43,15 +43,15 @@ def taped(function: Function, *inputs: Tensor) -> Tape:
     with tape:
         function(*fakes)
     tape.forget()
-    for probe, size in probed_bytes(tape.probes).items():
-        for row in tape.probes[probe]:
-            tape.bytes[row] = size
+    for probe, size in probed_bytes(tape.notes.probes).items():
+        for row in tape.notes.probes[probe]:
+            tape.notes.bytes[row] = size
     return tape
 
 
 def growth_on(tape: Tape) -> int:
-    events = [(tick, size) for tick, size in zip(tape.born, tape.bytes, strict=True)]
-    events += [(tick, -size) for tick, size in zip(tape.died, tape.bytes, strict=True) if tick is not None]
+    events = [(tick, size) for tick, size in zip(tape.notes.born, tape.notes.bytes, strict=True)]
+    events += [(tick, -size) for tick, size in zip(tape.notes.died, tape.notes.bytes, strict=True) if tick is not None]
     return max(accumulate(size for _, size in sorted(events)), default=0)
 
 
@@ -284,7 +284,7 @@ class TestValues:
         assert own.tolist() == [0, 0, 0]
 
     def test_writing_in_place_allocates_nothing(self) -> None:
-        assert taped(lambda x: torch.zeros(4, 8).copy_(x).add_(x), torch.ones(4, 8)).bytes == [4 * 8 * 4]
+        assert taped(lambda x: torch.zeros(4, 8).copy_(x).add_(x), torch.ones(4, 8)).notes.bytes == [4 * 8 * 4]
 
     def test_no_layer_is_skipped_by_chance(self) -> None:
         assert self.run(lambda x: bool(torch.rand([]) < 0.999)) is False

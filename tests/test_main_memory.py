@@ -10,7 +10,7 @@ import memplan
 from memplan import main_memory
 from memplan.device import resolve_gpu
 from memplan.main_memory import limit_bytes, share_bytes
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 

@@ -21,7 +21,8 @@ from memplan.levers.stepping import install
 from memplan.losses import loss_of
 from memplan.optimizer_step import STEPPINGS
 from memplan.optimizers import OPTIMIZERS, build
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 

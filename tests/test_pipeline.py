@@ -19,7 +19,7 @@ import memplan
 from memplan.device import CpuDevice, resolve_gpu
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, MemoryTaken, ModelFailed
 from memplan.plan_record import Plan, Verdict
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 

@@ -14,7 +14,8 @@ from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.problem import Choice
 from memplan.profile import ChainSizes, Level, Profile
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.simulator import simulate
 from memplan.trace import Trace

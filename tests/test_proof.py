@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memplan.levers.undo import set_attributes
 from memplan.proof import difference
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 

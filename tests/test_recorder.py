@@ -16,7 +16,8 @@ from memplan.device import CpuDevice
 from memplan.errors import BadLoss, CannotTrace, ModelError, ModelFailed, NothingToTrain
 from memplan.fitting import training_step
 from memplan.optimizers import OPTIMIZERS
-from memplan.recorder import AFTER_FORWARD, AFTER_STEP, Recipe, Recorder
+from memplan.recipe import AFTER_FORWARD, AFTER_STEP, Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 

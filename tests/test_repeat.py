@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import memplan.recorder
 from memplan import levers
 from memplan.blocks import find_blocks
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.repeat import NotPeriodic, lengthened
 from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample

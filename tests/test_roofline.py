@@ -10,7 +10,8 @@ from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.gpus import Gpu, find_gpu
 from memplan.profile import Level
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.roofline import (
     MEMORY_EFFICIENCY,
     NOMINAL_BANDWIDTH_BYTES_S,

@@ -7,7 +7,8 @@ import tiny
 
 from memplan import levers
 from memplan.blocks import find_blocks, units
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import BlockRun
 

@@ -11,7 +11,8 @@ import two_ranks
 import memplan
 from memplan import levers
 from memplan.blocks import find_blocks, units
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.sharding import padded_bytes
 from memplan.trace import CATEGORIES, Trace

@@ -18,7 +18,8 @@ from memplan.errors import DoesNotFit, PlanMismatch
 from memplan.gpus import Gpu
 from memplan.kernels import backend_for
 from memplan.problem import RECOMPUTE
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.strategy import LEVERS, SAFE_LEVERS, Lever
 from memplan.study import Study

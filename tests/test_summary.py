@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import memplan
 from memplan.plan_record import Verdict
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.summary import unseen_bytes
 

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from memplan.abstract import AbstractModel
 from memplan.device import CpuDevice
 from memplan.inplace import sole_owner_counts
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.tape import Tape, on_host
 from memplan.trace import CATEGORIES, Trace
@@ -39,8 +40,8 @@ def taped(work: Callable[[Tensor], object]) -> Tape:
 
 
 def names(tape: Tape) -> list[str]:
-    table = list(tape.op_names)
-    return [table[column[0]].removeprefix("aten::") for column in tape.op_columns]
+    table = list(tape.notes.op_names)
+    return [table[column[0]].removeprefix("aten::") for column in tape.notes.op_columns]
 
 
 # --- storages ---------------------------------------------------------------------------------------------------------
@@ -48,17 +49,17 @@ def names(tape: Tape) -> list[str]:
 
 def test_a_result_is_a_storage_and_its_input_is_none() -> None:
     tape = taped(lambda x: x.sin())
-    assert tape.bytes == [SIZE]
-    assert (tape.born, tape.died) == ([1], [None])
-    assert tape.rows()["died"].tolist() == [tape.now] == [2]
+    assert tape.notes.bytes == [SIZE]
+    assert (tape.notes.born, tape.notes.died) == ([1], [None])
+    assert tape.notes.rows()["died"].tolist() == [tape.notes.now] == [2]
 
 
 def test_a_storage_dies_with_its_last_holder() -> None:
     tape = taped(lambda x: x.sin().cos().tan())
-    assert tape.bytes == [SIZE] * 3
-    assert tape.died[2] is None
-    assert [died is not None for died in tape.died] == [True, True, False]
-    assert all(born < died for born, died in zip(tape.born, tape.died, strict=True) if died is not None)
+    assert tape.notes.bytes == [SIZE] * 3
+    assert tape.notes.died[2] is None
+    assert [died is not None for died in tape.notes.died] == [True, True, False]
+    assert all(born < died for born, died in zip(tape.notes.born, tape.notes.died, strict=True) if died is not None)
 
 
 @pytest.mark.parametrize(
@@ -66,23 +67,23 @@ def test_a_storage_dies_with_its_last_holder() -> None:
 )
 def test_views_are_no_storages(view: Callable[[Tensor], Tensor]) -> None:
     tape = taped(view)
-    assert tape.bytes == []
-    assert {column[2] for column in tape.op_columns} == {0}
+    assert tape.notes.bytes == []
+    assert {column[2] for column in tape.notes.op_columns} == {0}
 
 
 def test_a_view_keeps_its_storage_alive() -> None:
     tape = taped(lambda x: x.sin()[:2])
-    assert (tape.bytes, tape.died) == ([SIZE], [None])
+    assert (tape.notes.bytes, tape.notes.died) == ([SIZE], [None])
 
 
 def test_an_expanded_tensor_takes_what_it_is_expanded_from() -> None:
-    assert taped(lambda x: x[:1].sin().expand(FLOATS)).bytes == [4]
-    assert taped(lambda x: x[:1].sin().expand(FLOATS).contiguous()).bytes == [4, SIZE]
+    assert taped(lambda x: x[:1].sin().expand(FLOATS)).notes.bytes == [4]
+    assert taped(lambda x: x[:1].sin().expand(FLOATS).contiguous()).notes.bytes == [4, SIZE]
 
 
 def test_writing_in_place_makes_nothing() -> None:
     tape = taped(lambda x: x.sin().mul_(2).add_(1))
-    assert tape.bytes == [SIZE]
+    assert tape.notes.bytes == [SIZE]
     assert names(tape) == ["sin", "mul_", "add_"]
 
 
@@ -110,8 +111,8 @@ def test_an_answer_stands_for_unknown_values() -> None:
 
 def test_what_dies_after_it_is_forgotten_does_not_count() -> None:
     tape = taped(lambda x: [x.sin() for _ in range(3)])
-    assert tape.died == [None] * 3
-    assert tape.now == 4
+    assert tape.notes.died == [None] * 3
+    assert tape.notes.now == 4
 
 
 def test_a_tape_leaves_no_hooks_and_no_functions_behind() -> None:
@@ -135,16 +136,16 @@ def test_host_memory_is_not_the_devices() -> None:
         return host[4:], back.sin()
 
     tape = taped(work)
-    assert tape.bytes == [SIZE, SIZE]
-    assert tape.died[0] is not None
-    assert tape.died[1] is None
-    copies = [c for c, name in zip(tape.op_columns, names(tape), strict=True) if name == "copy_"]
+    assert tape.notes.bytes == [SIZE, SIZE]
+    assert tape.notes.died[0] is not None
+    assert tape.notes.died[1] is None
+    copies = [c for c, name in zip(tape.notes.op_columns, names(tape), strict=True) if name == "copy_"]
     assert [column[2:4] for column in copies] == [(0, 0), (0, 0)]
 
 
 def test_random_states_that_checkpoints_keep_are_seen() -> None:
     tape = taped(lambda _: torch.get_rng_state())
-    assert tape.bytes == [torch.get_rng_state().nbytes]
+    assert tape.notes.bytes == [torch.get_rng_state().nbytes]
 
 
 # --- gradients that are added up --------------------------------------------------------------------------------------

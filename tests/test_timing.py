@@ -16,7 +16,8 @@ from memplan.errors import ModelFailed
 from memplan.gpus import find_gpu
 from memplan.kernels import backend_for
 from memplan.menu import Menu
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.roofline import StepTimes, estimated
 from memplan.samples import Sample
 from memplan.study import Study

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Span, Trace
 

@@ -13,7 +13,8 @@ import torch
 import memplan
 from memplan.allocator import FREE, Events, Settings, replayed
 from memplan.kernels.cuda import CudaBackend
-from memplan.recorder import AFTER_FORWARD, Recipe, Recorder
+from memplan.recipe import AFTER_FORWARD, Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 from memplan.training_run import events_of, usage_of

@@ -21,7 +21,7 @@ from memplan import tuning
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, PlanMismatch, UsageError
 from memplan.fitting import Fit, Live
 from memplan.plan_record import Budget, Measured, Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.report.charts import frontier_svg, timeline_svg
 from memplan.storages import storage_of
 from memplan.strategy import Strategy, load_strategy

@@ -7,7 +7,8 @@ import tiny
 import torch
 from torch import nn
 
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 from memplan.zero import Zero

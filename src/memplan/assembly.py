@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.tape import Tape
+from memplan.notes import Notes
 from memplan.trace import CATEGORIES, BlockRun, MicroStep, Span, Trace
 
 _CODE = {name: number for number, name in enumerate(CATEGORIES)}
@@ -23,8 +23,8 @@ class Border:
     visit: int
 
     @classmethod
-    def of(cls, tape: Tape) -> "Border":
-        return cls(tape.now, len(tape.op_columns), len(tape.visits))
+    def of(cls, notes: Notes) -> "Border":
+        return cls(notes.now, len(notes.op_columns), len(notes.visits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class MicroBorders:
 
 
 def assemble(
-    tape: Tape,
+    notes: Notes,
     borders: Sequence[MicroBorders],
     static: Sequence[Static],
     grads: Sequence[int],
@@ -52,43 +52,43 @@ def assemble(
         grads: the tape's rows that are parameter gradients.
         blocks: paths of the blocks to be told apart.
     """
-    rows, ops, stop = tape.rows(), tape.operators(), tape.now
-    steps = tuple(_micro_step(tape, border, blocks) for border in borders)
-    categories = _categories(rows, steps, grads, np.asarray(tape.recomputed, dtype=bool))
+    rows, ops, stop = notes.rows(), notes.operators(), notes.now
+    steps = tuple(_micro_step(notes, border, blocks) for border in borders)
+    categories = _categories(rows, steps, grads, np.asarray(notes.recomputed, dtype=bool))
     fixed = np.array([size for _, size in static], dtype=np.int64)
     kinds = [_CODE[name] for name, _ in static]
     return Trace(
         how=how,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        modules=tape.modules,
+        modules=notes.modules,
         storage_bytes=np.concatenate([fixed, rows["storage_bytes"]]),
         storage_category=np.concatenate([np.array(kinds, dtype=np.int8), categories]),
         storage_module=np.concatenate([np.zeros(len(fixed), dtype=np.int32), rows["storage_module"]]),
         born=np.concatenate([np.zeros(len(fixed), dtype=np.int64), rows["born"]]),
         died=np.concatenate([np.full(len(fixed), stop, dtype=np.int64), rows["died"]]),
-        op_names=tuple(tape.op_names),
+        op_names=tuple(notes.op_names),
         op_name=ops["op_name"],
         op_module=ops["op_module"],
         op_flops=ops["op_flops"],
         op_bytes=ops["op_bytes"],
         op_dtype=ops["op_dtype"],
-        dtypes=tuple(tape.dtypes),
+        dtypes=tuple(notes.dtypes),
         ticks=stop,
         steps=steps,
         optimizer=Span(stop, stop),
-        optimizer_ops=Span(len(tape.op_columns), len(tape.op_columns)),
+        optimizer_ops=Span(len(notes.op_columns), len(notes.op_columns)),
     )
 
 
-def with_optimizer(trace: Trace, tape: Tape) -> Trace:
+def with_optimizer(trace: Trace, notes: Notes) -> Trace:
     """The trace with the optimizer step of another tape behind it."""
-    rows, ops = tape.rows(), tape.operators()
-    names = {name: i for i, name in enumerate(dict.fromkeys([*trace.op_names, *tape.op_names]))}
-    dtypes = {name: i for i, name in enumerate(dict.fromkeys([*trace.dtypes, *tape.dtypes]))}
-    own_names = np.array([names[name] for name in tape.op_names], dtype=np.int32)
-    own_dtypes = np.array([dtypes[name] for name in tape.dtypes], dtype=np.int8)
-    stop, count = trace.ticks + tape.now, len(trace.op_name)
+    rows, ops = notes.rows(), notes.operators()
+    names = {name: i for i, name in enumerate(dict.fromkeys([*trace.op_names, *notes.op_names]))}
+    dtypes = {name: i for i, name in enumerate(dict.fromkeys([*trace.dtypes, *notes.dtypes]))}
+    own_names = np.array([names[name] for name in notes.op_names], dtype=np.int32)
+    own_dtypes = np.array([dtypes[name] for name in notes.dtypes], dtype=np.int8)
+    stop, count = trace.ticks + notes.now, len(trace.op_name)
     died = np.where(trace.died >= trace.ticks, stop, trace.died)
     temporaries = np.full(len(rows["born"]), _CODE["temporaries"], dtype=np.int8)
     return replace(
@@ -132,20 +132,20 @@ def with_leftovers(trace: Trace, *, grads: bool, others: bool) -> Trace:
     )
 
 
-def _micro_step(tape: Tape, borders: MicroBorders, blocks: Sequence[str]) -> MicroStep:
+def _micro_step(notes: Notes, borders: MicroBorders, blocks: Sequence[str]) -> MicroStep:
     start, middle, stop = borders.start, borders.backward, borders.stop
-    index = {path: i for i, path in enumerate(tape.modules)}
+    index = {path: i for i, path in enumerate(notes.modules)}
     wanted = {index[path]: path for path in blocks}
-    visits = [visit for visit in tape.visits[start.visit : middle.visit] if visit[0] in wanted]
-    back = _backward_ops(tape, Span(middle.op, stop.op), blocks)
-    ticks = [*tape.op_ticks[middle.op : stop.op], stop.tick]
+    visits = [visit for visit in notes.visits[start.visit : middle.visit] if visit[0] in wanted]
+    back = _backward_ops(notes, Span(middle.op, stop.op), blocks)
+    ticks = [*notes.op_ticks[middle.op : stop.op], stop.tick]
     nowhere = Span(stop.op, stop.op)
     runs = []
     for module, tick, last_tick, op, last_op in sorted(visits, key=lambda visit: visit[1]):
         ops = back.get(wanted[module], nowhere)
         backward = Span(ticks[ops.start - middle.op], ticks[ops.stop - middle.op])
         runs.append(BlockRun(wanted[module], Span(tick, last_tick), backward, Span(op, last_op), ops))
-    inner = [visit for visit in tape.visits[start.visit : middle.visit] if visit[0]]
+    inner = [visit for visit in notes.visits[start.visit : middle.visit] if visit[0]]
     head, head_op = max(((visit[2], visit[4]) for visit in (visits or inner)), default=(middle.tick, middle.op))
     return MicroStep(
         forward=Span(start.tick, head),
@@ -158,12 +158,12 @@ def _micro_step(tape: Tape, borders: MicroBorders, blocks: Sequence[str]) -> Mic
     )
 
 
-def _backward_ops(tape: Tape, ops: Span, blocks: Sequence[str]) -> dict[str, Span]:
+def _backward_ops(notes: Notes, ops: Span, blocks: Sequence[str]) -> dict[str, Span]:
     """First to last backward operator of each block."""
-    owner = owners(tape.modules, blocks)
+    owner = owners(notes.modules, blocks)
     spans: dict[str, Span] = {}
     for at in range(ops.start, ops.stop):
-        path = owner[tape.op_columns[at][1]]
+        path = owner[notes.op_columns[at][1]]
         if path is not None:
             spans[path] = Span(spans[path].start if path in spans else at, at + 1)
     return spans

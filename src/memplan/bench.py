@@ -23,7 +23,7 @@ from memplan.fitting import Live, apply
 from memplan.optimizer_step import tensors_in
 from memplan.out_of_memory import diagnose
 from memplan.plan_record import Measured, Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.rewind import Before, forget
 from memplan.samples import Sample
 

@@ -25,7 +25,7 @@ from memplan.levers.host_pool import HostPool
 from memplan.losses import Loss, loss_of
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.units import format_bytes
 

@@ -21,6 +21,7 @@ from memplan import optimizers
 from memplan.abstract import AbstractModel
 from memplan.errors import UsageError
 from memplan.kernels import Backend
+from memplan.notes import Notes
 from memplan.tape import Tape
 
 PLAIN: Final = "plain"  # as the optimizer does by itself
@@ -59,7 +60,7 @@ def not_in_backward(accumulation: int, clips: bool = False, replicas: int = 1) -
 class OptimizerPart:
     """What an optimizer adds to the trace of a step."""
 
-    tape: Tape  # of its step behind the micro-steps
+    notes: Notes  # of its step behind the micro-steps
     state: list[int]  # bytes of each storage on the device
     before: int  # so many of them, the first, are there before the first step; that step makes the others
     paged_bytes: int  # of state that is on the host between steps
@@ -134,7 +135,7 @@ class PrimedOptimizer:
         paged = [tensor for tensor in (*before, *made) if optimizers.is_paged(tensor)]
         early = [tensor for tensor in before if not optimizers.is_paged(tensor)]
         here = [*early, *(tensor for tensor in made if not optimizers.is_paged(tensor))]
-        return OptimizerPart(tape, sizes_of(here), len(sizes_of(early)), sum(sizes_of(paged)))
+        return OptimizerPart(tape.notes, sizes_of(here), len(sizes_of(early)), sum(sizes_of(paged)))
 
     @contextmanager
     def in_backward(self, tape: Tape) -> Iterator[Dropped]:

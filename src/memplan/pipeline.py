@@ -20,7 +20,7 @@ from memplan.gpus import Gpu
 from memplan.losses import Loss
 from memplan.plan_record import Plan, Verdict
 from memplan.prediction import Prediction
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy

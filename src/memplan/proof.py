@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memplan.abstract import preserved, to_training
 from memplan.losses import loss_of
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.skipping import skipped
 

@@ -8,11 +8,9 @@ its weights are. Either way the model, its gradients, buffers, hooks and the ran
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,74 +21,36 @@ from torch._subclasses.fake_tensor import (
 
 from memplan import buckets
 from memplan.abstract import AbstractModel, preserved, to_training
-from memplan.assembly import Border, MicroBorders, Static, assemble, with_leftovers, with_optimizer
+from memplan.assembly import Static, with_leftovers, with_optimizer
 from memplan.blocks import find_blocks, units
 from memplan.errors import (
-    BadLoss,
     CannotTrace,
     MemplanError,
-    ModelFailed,
     NoStepInBackward,
     NothingToTrain,
     UsageError,
 )
 from memplan.kernels import Backend
 from memplan.kernels.cpu import CpuBackend
-from memplan.kernels.probes import probed_bytes
-from memplan.losses import Loss, forward
+from memplan.micro_steps import MicroSteps
 from memplan.optimizer_step import (
     IN_BACKWARD,
-    PLAIN,
-    Dropped,
     OptimizerPart,
     PrimedOptimizer,
     check_stepping,
     not_in_backward,
 )
+from memplan.recipe import AFTER_FORWARD, AFTER_STEP, Recipe
 from memplan.repeat import NotPeriodic, lengthened, same_events
 from memplan.runs import ENOUGH, FEWEST, Run, long_runs, shortened
 from memplan.samples import Sample
 from memplan.sharding import sharded
-from memplan.tape import Tape
 from memplan.trace import CATEGORIES, Trace
 from memplan.units import format_bytes
-from memplan.zero import Zero, letting_go
-
-# When the loop drops the gradients of a step: behind it (or before the next forward, which is the same), or only when
-# the next forward has returned, where `zero_grad` stands between forward and backward.
-AFTER_STEP: Final = "after-step"
-AFTER_FORWARD: Final = "after-forward"
 
 _CPU = CpuBackend()
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How one step is made, beside the model and its sample.
-
-    `predict` and `plan` take what they have no argument for as it is here by default. To ask for another, as for a loop
-    that holds the logits: ``Session(model, Sample.of(batch), Recipe(keeps_output=True), card, None).predict()``, with a
-    card of ``find_gpu``.
-    """
-
-    loss: Loss | None = None  # loss(model, batch) -> scalar; None: the output's `.loss`
-    optimizer: "str | torch.optim.Optimizer" = "adamw"
-    autocast: torch.dtype | None = None
-    accumulation: int = 1
-    stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
-    drops: str = AFTER_STEP  # the gradients; or AFTER_FORWARD
-    keeps_output: bool = False  # until the next forward has returned, as a loop with `output = model(**batch)` does
-    clips: bool = False  # the gradients by their norm (`clip_grad_norm_`), between backward and step
-    replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
-    bucket_view: bool = False  # its gradient_as_bucket_view
-    shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
-    zero: Zero | None = None  # what DeepSpeed makes of it, in place of replicas and shards
-
-    def casting(self, kind: str) -> AbstractContextManager[object]:
-        """Around a forward on this kind of device."""
-        return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
 
 
 class Recorder:
@@ -117,6 +77,7 @@ class Recorder:
             raise UsageError(f"{asked}: there is one at least, and only several have buckets")
         self._by_enough = False  # whether a trace was made of `ENOUGH` blocks of each long run
         self._few_do: bool | None = None  # whether one of `FEWEST` is the same; the second trace tells
+        self._repeatable: set[str] = set()  # see `MicroSteps.record`
         self._parts: dict[tuple[int, ...], OptimizerPart] = {}  # by the places of the stepped parameters
         self._fakes: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # see `AbstractModel`
 
@@ -125,6 +86,9 @@ class Recorder:
         other = Recorder(self.model, self.recipe, backend)
         other.fake, other._fakes = self.fake, self._fakes
         other._by_enough, other._few_do = self._by_enough, self._few_do
+        other._repeatable = self._repeatable
+        if type(backend) is type(self.backend):  # no operator of an optimizer depends on a card's capability
+            other._parts = self._parts
         return other
 
     def record(
@@ -167,7 +131,7 @@ class Recorder:
             with AbstractModel(self.model, self.fake) as abstract:
                 part = self._part(abstract, stepped, None)
         trace = trace if self.recipe.zero is None else self.recipe.zero.on_a_rank(trace, self.backend.rounded)
-        trace = with_optimizer(self._with_state(trace, part), part.tape)
+        trace = with_optimizer(self._with_state(trace, part), part.notes)
         if self.recipe.shards > 1:
             cut = units(self.model, find_blocks(self.model), self.recipe.shards)
             trace = sharded(trace, cut, self.recipe.shards, self.backend.rounded)
@@ -243,69 +207,8 @@ class Recorder:
 
         With `primed`, these are stepped where their gradients come.
         """
-        tape = Tape(self.model, fake, self.backend)
-        for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
-            tape.pass_over(tensor)
-        views = buckets.views_for(self.model.parameters(), tape) if self.recipe.bucket_view else {}
-        borders, grads = [], []
-        held: list[object] = []  # the output of the last forward, if the loop keeps it
-        without = nullcontext(Dropped()) if self.recipe.zero is None else letting_go(self.model, tape)
-        stepping = primed.in_backward(tape) if primed else without
-        with tape, self.backend.kernels(), stepping as dropped:
-            for later in reversed(range(min(self.accumulation, 2))):
-                with nullcontext() if later else buckets.filled(views, tape, dropped):
-                    borders.append(self._micro_step(tape, batch, held))
-                rows = [tape.row_of(p.grad) for p in self.model.parameters() if p.grad is not None]
-                grads += [row for row in rows if row is not None]
-        tape.forget()
-        graded = {id(p) for p in self.model.parameters() if p.grad is not None} | dropped.parameters
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        _fill_probes(tape)
-        trace = assemble(
-            tape,
-            borders,
-            static,
-            [*grads, *dropped.rows],
-            blocks,
-            how="recorded" if fake is None else "fake",
-            micro_batch=batch.batch_size,
-            accumulation=self.accumulation,
-        )
-        return trace, graded
-
-    def _micro_step(self, tape: Tape, batch: Sample, held: list[object]) -> MicroBorders:
-        start = Border.of(tape)
-        loss = self._loss(tape, batch, held)
-        middle = Border.of(tape)
-        tape.backward = True
-        try:
-            loss.backward()
-        except _NEEDS_VALUES as error:
-            raise CannotTrace(_values_message(self.model, error)) from error
-        finally:
-            tape.backward = False
-        del loss
-        return MicroBorders(start, middle, Border.of(tape))
-
-    def _loss(self, tape: Tape, batch: Sample, held: list[object]) -> Tensor:
-        kind = next(self.model.parameters()).device.type
-        try:
-            with self.recipe.casting(kind):
-                output, loss = forward(self.model, batch, self.recipe.loss)
-                held[:] = [output] if self.recipe.keeps_output else []
-                del output
-        except _NEEDS_VALUES as error:
-            raise CannotTrace(_values_message(self.model, error)) from error
-        except BadLoss:
-            raise
-        except Exception as error:  # anything: it is the user's own model that runs
-            name, where = type(self.model).__name__, tape.last_entered
-            raise ModelFailed(
-                f"{name} raised {type(error).__name__}{f' in {where}' if where else ''}: {error}\n"
-                "Run one step of it by hand on the same sample: memplan can plan what trains."
-            ) from error
-        return loss / self.accumulation if self.accumulation > 1 else loss
+        steps = MicroSteps(self.model, self.recipe, self.backend, fake, self.accumulation)
+        return steps.record(batch, blocks, static, primed, self._repeatable)
 
     def _primed(self, abstract: AbstractModel) -> PrimedOptimizer:
         return PrimedOptimizer(abstract, self.fake, self.backend, self.recipe.optimizer, self.recipe.stepping)
@@ -366,16 +269,3 @@ def _likewise(model: nn.Module, graded: set[int], runs: Sequence[Run]) -> set[in
             own = model.get_submodule(path).parameters()
             found |= {id(p) for p, is_graded in zip(own, template, strict=True) if is_graded}
     return found
-
-
-def _fill_probes(tape: Tape) -> None:
-    for probe, size in probed_bytes(tape.probes).items():
-        for row in tape.probes[probe]:
-            tape.bytes[row] = size
-
-
-def _values_message(model: nn.Module, error: Exception) -> str:
-    return (
-        f"{type(model).__name__} asks for the value of a floating-point tensor in its step ({error}), and an abstract "
-        "run has none. Give the model real weights and plan on the device itself, where one step can be run."
-    )

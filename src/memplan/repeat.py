@@ -47,6 +47,11 @@ def same_events(one: Trace, other: Trace) -> bool:
     return all(map(np.array_equal, columns(one), columns(other)))
 
 
+def same_step(one: Trace, other: Trace) -> bool:
+    """Whether two traces have the same events in the same parts of the step."""
+    return one.steps == other.steps and same_events(one, other)
+
+
 def _lengthened(trace: Trace, runs: Sequence[Run]) -> Trace:
     for run in runs:
         trace = _Insertion(trace, run).result()

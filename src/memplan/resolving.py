@@ -10,7 +10,7 @@ from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.fitting import dtype_of, sample_in
 from memplan.plan_record import Plan, Verdict
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes

@@ -30,7 +30,8 @@ from memplan.prediction import Prediction
 from memplan.problem import KEEP
 from memplan.profile import Profile
 from memplan.progress import shown
-from memplan.recorder import AFTER_STEP, Recipe, Recorder
+from memplan.recipe import AFTER_STEP, Recipe
+from memplan.recorder import Recorder
 from memplan.risk import usable_bytes
 from memplan.roofline import StepTimes, is_nominal
 from memplan.samples import Sample

@@ -35,7 +35,8 @@ from memplan.problem import KEEP, RECOMPUTE, lever_of
 from memplan.profile import Level, Profile
 from memplan.progress import stage
 from memplan.proof import difference_without
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.rescale import levels_at
 from memplan.roofline import Rates, StepTimes, estimated, node_seconds
 from memplan.samples import Sample

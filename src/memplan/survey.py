@@ -35,7 +35,8 @@ from memplan.plan_record import Verdict
 from memplan.planner import Outcome, search
 from memplan.problem import KEEP, RECOMPUTE
 from memplan.profile import Level, Profile
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.risk import usable_bytes
 from memplan.roofline import BAND, Rates, estimated, is_nominal
 from memplan.samples import Sample

@@ -14,9 +14,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +25,7 @@ from memplan.kernels import Backend, cpu, forms, probes, quantised
 from memplan.kernels.fakes import on_fakes
 from memplan.kernels.flops import flops_of
 from memplan.kernels.forms import leaves
+from memplan.notes import Notes
 
 # What is made of known values is computed for real up to a size, since models read it: is this mask full, which
 # position is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants.
@@ -37,6 +36,16 @@ _REAL_LIMIT_FLOATING_BYTES = 2**20
 # Nodes that add up parameter gradients carry the largest number (accumulate_grad.cpp); they belong to whoever ran last.
 _GRADIENT_ACCUMULATION = 2**63
 
+# By which they are filled for the first time: a gradient is taken over as it is, or copied.
+_GIVING = frozenset(
+    {
+        torch.ops.aten.detach.default,
+        torch.ops.aten.clone.default,
+        torch.ops.aten.new_empty_strided.default,
+        torch.ops.aten.copy_.default,
+    }
+)
+
 _CPU = cpu.CpuBackend()
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -45,6 +54,7 @@ _RAND = torch.ops.aten.rand.default
 _CONSTANTS = {torch.ops.aten.ones_like.default: 1, torch.ops.aten.zeros_like.default: 0}
 
 _ON_HOST: ContextVar[bool] = ContextVar("on_host", default=False)
+_PREPARED: ContextVar[int] = ContextVar("prepared", default=0)  # how often
 
 
 @contextmanager
@@ -53,11 +63,17 @@ def on_host() -> Iterator[None]:
 
     A tape gives such storages no row and such operators no work: neither is the device's. Without a tape, nothing.
     """
+    prepares()  # a pool learns in a step what the next one will want
     token = _ON_HOST.set(True)
     try:
         yield
     finally:
         _ON_HOST.reset(token)
+
+
+def prepares() -> None:
+    """What runs now prepares for those to come, so a tape on which it is cannot tell what the next one will hold."""
+    _PREPARED.set(_PREPARED.get() + 1)
 
 
 class Tape(TorchDispatchMode):
@@ -75,26 +91,13 @@ class Tape(TorchDispatchMode):
         self.backend = backend
         self.answer = answer
         named = list(model.named_modules())  # the model itself comes first, as ""
-        self.modules: tuple[str, ...] = tuple(path for path, _ in named)
+        self.notes = Notes(tuple(path for path, _ in named))
         self._index = {id(module): i for i, (_, module) in enumerate(named)}
         # storages
-        self.bytes: list[int] = []
-        self.module: list[int] = []
-        self.born: list[int] = []
-        self.died: list[int | None] = []
-        self.recomputed: list[bool] = []  # born in a forward inside the backward
-        self.now = 1  # the next tick; before the first one there is what is always there
         self._live: dict[int, tuple[int | None, weakref.ref[Any]]] = {}  # storage address -> row
         self._overwritten: set[int] = set()  # addresses of real storages whose values are not known any more
-        # operators
-        self.op_names: dict[str, int] = {}  # name -> index, in order of appearance
-        self.op_columns: list[tuple[int, int, int, int, int]] = []  # name, module, flops, bytes, dtype
-        self.op_ticks: list[int] = []
-        self.dtypes: dict[str, int] = {}
-        self.probes: dict[probes.Probe, list[int]] = {}  # operators to be run for their workspace -> storage rows
         # modules
         self.stack: list[int] = [0]
-        self.visits: list[tuple[int, int, int, int, int]] = []  # module, first tick, last tick, first op, last op
         self._last_entered = 0
         self._entered: list[tuple[int, int]] = []
         self._switches: list[int] = [0]  # autograd sequence numbers at which the running module changes ...
@@ -122,6 +125,7 @@ class Tape(TorchDispatchMode):
             hooks.register_module_forward_hook(self._exit_module, always_call=True),
         ]
         self._route.__enter__()
+        self._prepared = _PREPARED.get()
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
@@ -136,10 +140,15 @@ class Tape(TorchDispatchMode):
 
     def _followed_random_state(self) -> Tensor:
         state, module = self._random_state(), self.running()
-        self.op_ticks.append(self.now)
+        self.notes.op_ticks.append(self.notes.now)
         self._follow(state, module, None)
-        self._count("torch::get_rng_state", module, 0, state.nbytes, "uint8")
+        self.notes.operator("torch::get_rng_state", module, 0, state.nbytes, "uint8")
         return state
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything since it was entered prepares for another run."""
+        return _PREPARED.get() != self._prepared
 
     def forget(self) -> None:
         """Stop following storages; what dies later does not belong to the step."""
@@ -154,7 +163,7 @@ class Tape(TorchDispatchMode):
             return
         self.stack.append(index)
         self._last_entered = index
-        self._entered.append((self.now, len(self.op_columns)))
+        self._entered.append((self.notes.now, len(self.notes.op_columns)))
         self._switch(index)
 
     def _exit_module(self, module: nn.Module, _args: object, _output: object) -> None:
@@ -168,13 +177,13 @@ class Tape(TorchDispatchMode):
     @property
     def last_entered(self) -> str:
         """Path of the module whose forward began last; where an error comes from, most likely."""
-        path: str = self.modules[self._last_entered]
+        path: str = self.notes.modules[self._last_entered]
         return path
 
     def _leave(self) -> None:
         index = self.stack.pop()
         tick, op = self._entered.pop()
-        self.visits.append((index, tick, self.now, op, len(self.op_columns)))
+        self.notes.visits.append((index, tick, self.notes.now, op, len(self.notes.op_columns)))
         self._switch(self.stack[-1])
 
     def _switch(self, index: int) -> None:
@@ -270,7 +279,7 @@ class Tape(TorchDispatchMode):
     ) -> None:
         module = self.running()
         self._last_module = module
-        self.op_ticks.append(self.now)
+        self.notes.op_ticks.append(self.notes.now)
         outputs = [t for t in leaves((out,)) if isinstance(t, Tensor)]
         fresh = [t for t in outputs if self._follow(t, module, written)]
         flops = moved = 0
@@ -284,14 +293,16 @@ class Tape(TorchDispatchMode):
             if self.backend.wants_probe(func, flat):
                 self._ask(func, args, kwargs)
             elif workspace:
-                self._add(workspace, module, self.now + 1)
+                self._add(workspace, module, briefly=True)
         dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else ""
-        self._count(func._schema.name, module, flops, moved, dtype)
+        if func in _GIVING and self._gives():
+            self.notes.additions.append((len(self.notes.op_columns), self.row_of(outputs[0]), outputs[0].nbytes))
+        self.notes.operator(func._schema.name, module, flops, moved, dtype)
 
-    def _count(self, name: str, module: int, flops: int, moved: int, dtype: str) -> None:
-        names, dtypes = self.op_names, self.dtypes
-        row = names.setdefault(name, len(names)), module, flops, moved, dtypes.setdefault(dtype, len(dtypes))
-        self.op_columns.append(row)
+    def _gives(self) -> bool:
+        """Whether what runs is autograd's, giving a parameter its gradient."""
+        node = _node() if self.backward and len(self.stack) == 1 else None
+        return node is not None and node._sequence_nr() >= _GRADIENT_ACCUMULATION
 
     # -- storages ------------------------------------------------------------------------------------------------
 
@@ -323,53 +334,27 @@ class Tape(TorchDispatchMode):
             if inherited is not None:  # without a mode it would have been written in place: the old storage lives on
                 self._live[key] = (inherited[0], weakref.ref(storage, self._death_of(key)))
                 return False
-        row = self._add(storage.nbytes(), module, None)
+        row = self._add(storage.nbytes(), module)
         self._live[key] = (row, weakref.ref(storage, self._death_of(key)))
         return True
 
-    def _add(self, size: int, module: int, died: int | None) -> int:
-        self.bytes.append(self.backend.rounded(size))
-        self.module.append(module)
-        self.born.append(self.now)
-        self.died.append(died)
-        self.recomputed.append(self.backward and torch.is_grad_enabled() and _node() is not None)
-        self.now += 1 if died is None else 2
-        return len(self.bytes) - 1
+    def _add(self, size: int, module: int, *, briefly: bool = False) -> int:
+        recomputed = self.backward and torch.is_grad_enabled() and _node() is not None
+        return self.notes.storage(self.backend.rounded(size), module, briefly=briefly, recomputed=recomputed)
 
     def _death_of(self, key: int) -> Callable[[object], None]:
         def die(_: object) -> None:
             self._overwritten.discard(key)
             row, _ = self._live.pop(key, (None, None))
             if row is not None:
-                self.died[row] = self.now
-                self.now += 1
+                self.notes.death(row)
 
         return die
 
     def _ask(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Leave a place for a workspace that only running the operator tells; see `probes.probed_bytes`."""
         probe = probes.Probe.of(func, args, kwargs)
-        self.probes.setdefault(probe, []).append(self._add(0, self._last_module, self.now + 1))
-
-    def rows(self) -> dict[str, NDArray[Any]]:
-        """Columns of the storages, as in `Trace`."""
-        return {
-            "storage_bytes": np.asarray(self.bytes, dtype=np.int64),
-            "storage_module": np.asarray(self.module, dtype=np.int32),
-            "born": np.asarray(self.born, dtype=np.int64),
-            "died": np.asarray([self.now if tick is None else tick for tick in self.died], dtype=np.int64),
-        }
-
-    def operators(self) -> dict[str, NDArray[Any]]:
-        """Columns of the operators, as in `Trace`."""
-        ops = np.asarray(self.op_columns, dtype=np.int64).reshape(-1, 5)
-        return {
-            "op_name": ops[:, 0].astype(np.int32),
-            "op_module": ops[:, 1].astype(np.int32),
-            "op_flops": ops[:, 2],
-            "op_bytes": ops[:, 3],
-            "op_dtype": ops[:, 4].astype(np.int8),
-        }
+        self.notes.probes.setdefault(probe, []).append(self._add(0, self._last_module, briefly=True))
 
 
 def _node() -> Any:

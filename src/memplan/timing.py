@@ -25,7 +25,7 @@ from memplan.levers.select import capturing
 from memplan.losses import loss_of
 from memplan.menu import Menu
 from memplan.problem import KEEP, RECOMPUTE
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.roofline import Rates, StepTimes
 from memplan.runs import FEWEST, long_runs, shortened
 from memplan.samples import Sample

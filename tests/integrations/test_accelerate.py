@@ -17,7 +17,7 @@ from integrations.scripts import Ran, train
 from memplan import cache
 from memplan.integrations import parts
 from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 CLOSE = 1e-5

@@ -23,7 +23,7 @@ from memplan.integrations import parts as parts_of_a_batch
 from memplan.integrations.accelerate import MemplanAccelerator, attach
 from memplan.integrations.attachment import Wishes
 from memplan.integrations.scripts import own_batch_size
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.settings import Settings
 

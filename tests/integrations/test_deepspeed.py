@@ -23,7 +23,7 @@ from memplan.errors import PlanMismatch, UsageError
 from memplan.integrations.accelerate import attach
 from memplan.integrations.deepspeed import as_the_engine_runs, check_engine, settle, write
 from memplan.plan_record import Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 ROWS = 21  # in batches of 8: ragged
 RANK = Path(__file__).with_name("zero_rank.py")

@@ -25,7 +25,7 @@ from memplan.integrations.trainer_arguments import optimizer_of
 from memplan.integrations.trainer_data import rows_of
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
 from memplan.integrations.trainer_words import evaluation
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

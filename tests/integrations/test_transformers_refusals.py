@@ -17,7 +17,7 @@ from integrations.trainers import arguments, collated, dataset, rows, trainer
 from memplan.errors import BadBatch, DoesNotFit, UsageError
 from memplan.integrations.trainer_data import rows_of
 from memplan.integrations.trainer_loss import coupling
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 WHOLE = {"gpu": "cpu:100MiB", "strategy": "huggingface"}
 

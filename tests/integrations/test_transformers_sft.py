@@ -15,7 +15,7 @@ from integrations.trainers import BATCH, rows, run, sft_trainer
 from memplan.errors import UsageError
 from memplan.integrations.trainer_data import joined, rows_of
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 # TRL 1.16 sets the old name of activation_checkpointing, which transformers 5.23 has renamed
 pytestmark = [

@@ -13,7 +13,8 @@ from memplan.gpus import all_gpus
 from memplan.kernels import capability_of
 from memplan.kernels.cuda import CudaBackend
 from memplan.kernels.cuda_attention import Capability
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import CATEGORIES, Trace
 

@@ -113,7 +113,7 @@ def test_a_llama_on_the_tape(capability: tuple[int, int], name: str, checkpointe
             loss.backward()
             tape.backward = False
         tape.forget()
-    names = [list(tape.op_names)[row[0]] for row in tape.op_columns]
+    names = [list(tape.notes.op_names)[row[0]] for row in tape.notes.op_columns]
     assert names.count(f"aten::_scaled_dot_product_{name}_attention") == (4 if checkpointed else 2)
     assert names.count(f"aten::_scaled_dot_product_{name}_attention_backward") == 2
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memplan.kernels import forms
 from memplan.kernels.cuda import CudaBackend
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 import memplan
 from memplan.errors import CannotTrace
 from memplan.losses import Loss
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 WRAPPED_NUMBERS = 256

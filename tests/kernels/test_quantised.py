@@ -16,7 +16,8 @@ from memplan.kernels import quantised as kernels
 from memplan.kernels.cpu import CpuBackend
 from memplan.kernels.cuda import CudaBackend
 from memplan.levers import eight_bit
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.summary import unseen_bytes
 from memplan.trace import Trace

@@ -16,7 +16,7 @@ from memplan.abstract import preserved
 from memplan.device import CpuDevice
 from memplan.fitting import training_step
 from memplan.levers.loss_head import find_head, install
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 Results = dict[str, Tensor]

@@ -27,7 +27,8 @@ from memplan.levers import chunked_loss, lazy_logits, loss_head, recompute
 from memplan.levers.loss_head import find_head, install, uses
 from memplan.levers.uses import Uses
 from memplan.meter import reachable_storages
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 
 OPTION = "chunked-5"  # divides none of the batches here

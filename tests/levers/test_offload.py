@@ -24,7 +24,8 @@ from memplan.levers.host_pool import HostPool, Parcel
 from memplan.levers.lanes import Direct, Pairs, Streams, lanes_for, queued_on_paper
 from memplan.levers.offload import BOUNDARY, OPTIONS, SAVED
 from memplan.link import DEPTH
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 from memplan.trace import Trace
 

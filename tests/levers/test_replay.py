@@ -11,7 +11,8 @@ from torch import Tensor
 
 from memplan.levers import replay, select
 from memplan.levers.capture import Capture
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 
 KIB = 1024

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import StepLR
 from memplan.device import CpuDevice
 from memplan.errors import NoStepInBackward, UsageError
 from memplan.levers.stepping import alternatives, install, refusal
-from memplan.recorder import Recipe, Recorder
+from memplan.recipe import Recipe
+from memplan.recorder import Recorder
 from memplan.samples import Sample
 
 Maker = Callable[[list[nn.Parameter]], Optimizer]

@@ -37,7 +37,7 @@ from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loa
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
 from memplan.plan_record import Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from memplan.errors import UsageError
 from memplan.plan_record import Plan
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.zero import Zero
 
 _BUCKET_NUMEL: Final = 500_000_000  # reduce_bucket_size

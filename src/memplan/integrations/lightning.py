@@ -28,7 +28,7 @@ from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
 from memplan.plan_record import Plan
-from memplan.recorder import AFTER_FORWARD, Recipe
+from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings

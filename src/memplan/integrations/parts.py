@@ -19,7 +19,7 @@ from memplan.abstract import preserved
 from memplan.errors import UsageError
 from memplan.losses import loss_of
 from memplan.packed import bits_of
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 
 Count = Callable[[Any], "Tensor | int"]

@@ -10,7 +10,7 @@ from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memplan.abstract import preserved
 from memplan.integrations.parts import IGNORED, full_precision_outputs, without_dropout
 from memplan.integrations.trainer_data import Rows, joined
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 _TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7
 _TOLERANCE_HALF: Final = 2e-2

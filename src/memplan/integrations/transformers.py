@@ -27,7 +27,7 @@ from memplan.integrations.trainer_guard import GuardedSteps
 from memplan.integrations.trainer_loss import TrainerLoss, coupling
 from memplan.integrations.trainer_words import evaluation, fetched, filled_up
 from memplan.pipeline import autofit
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
 from memplan.report.settings import stride_of
 from memplan.strategy import Strategy, load_strategy

@@ -22,7 +22,9 @@ _PLAIN: Final = frozenset(
     {int, float, bool, str, NoneType, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 
-_TORCH_S_OWN: Final = frozenset({"aten", "prim", "prims"})  # as torch._library.utils.is_builtin
+# Of whose operators it is known that nothing but the arguments' forms decides: torch's own (as
+# torch._library.utils.is_builtin), and those that `quantised` knows.
+_BY_FORM: Final = frozenset({"aten", "prim", "prims", "bitsandbytes"})
 _CPU: Final = torch.device("cpu")
 _MOST_KNOWN: Final = 50_000  # for processes that plan many models; one model, for all cards, makes 1,600
 _FIELDS: dict[torch.device, dict[str, Any]] = {}  # of fakes, but for their mode
@@ -89,7 +91,7 @@ def _maker(
     func: Operator, out: Any, mode: FakeTensorMode, args: tuple[Any, ...], tensors: Sequence[FakeTensor]
 ) -> Make | None:
     """How to make the same of other arguments of the same form; None if that cannot be said."""
-    if func.namespace not in _TORCH_S_OWN:  # others may look at what they like
+    if func.namespace not in _BY_FORM:  # others may look at what they like
         return None
     if func._schema.is_mutable and torch.Tag.inplace_view in func.tags:  # gives a tensor another storage
         return None

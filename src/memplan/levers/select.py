@@ -33,6 +33,7 @@ from memplan.graph import BlockGraph
 from memplan.levers.capture import Capture, Captured
 from memplan.levers.replay import Part, Saved, leave, parts_of, random_state, unlike
 from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
+from memplan.tape import prepares
 
 _PLAIN = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
 _PLAIN_TYPES = frozenset(_PLAIN)
@@ -216,6 +217,7 @@ def capturing(
     Args:
         clock: waits for the device, if operators are to be timed.
     """
+    prepares()
     saved: list[Saved] = []
     capture = Capture(block, [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)], clock)
 

@@ -27,7 +27,7 @@ from memplan import optimizers
 from memplan.errors import NoStepInBackward
 from memplan.levers.undo import Undo
 from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE, check_stepping, not_in_backward, set_single
-from memplan.recorder import Recipe
+from memplan.recipe import Recipe
 
 ASSUMPTION: Final = (
     "gradients are dropped inside the backward: no clipping by their norm (it would find none), no GradScaler, one "

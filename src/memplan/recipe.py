@@ -1,0 +1,43 @@
+"""`Recipe`: how a training step is made, beside its model and its sample."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from memplan.losses import Loss
+from memplan.optimizer_step import PLAIN
+from memplan.zero import Zero
+
+# When the loop drops the gradients of a step: behind it (or before the next forward, which is the same), or only when
+# the next forward has returned, where `zero_grad` stands between forward and backward.
+AFTER_STEP: Final = "after-step"
+AFTER_FORWARD: Final = "after-forward"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one step is made, beside the model and its sample.
+
+    `predict` and `plan` take what they have no argument for as it is here by default. To ask for another, as for a loop
+    that holds the logits: ``Session(model, Sample.of(batch), Recipe(keeps_output=True), card, None).predict()``, with a
+    card of ``find_gpu``.
+    """
+
+    loss: Loss | None = None  # loss(model, batch) -> scalar; None: the output's `.loss`
+    optimizer: "str | torch.optim.Optimizer" = "adamw"
+    autocast: torch.dtype | None = None
+    accumulation: int = 1
+    stepping: str = PLAIN  # when and how the optimizer steps: a word of `optimizer_step.STEPPINGS`
+    drops: str = AFTER_STEP  # the gradients; or AFTER_FORWARD
+    keeps_output: bool = False  # until the next forward has returned, as a loop with `output = model(**batch)` does
+    clips: bool = False  # the gradients by their norm (`clip_grad_norm_`), between backward and step
+    replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
+    bucket_view: bool = False  # its gradient_as_bucket_view
+    shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
+    zero: Zero | None = None  # what DeepSpeed makes of it, in place of replicas and shards
+
+    def casting(self, kind: str) -> AbstractContextManager[object]:
+        """Around a forward on this kind of device."""
+        return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
