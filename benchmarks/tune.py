@@ -1,37 +1,31 @@
 """What `memplan.tune` finds beside an exhaustive sweep: `python benchmarks/tune.py --write`.
 
-    python benchmarks/tune.py --only tiny --rows 2 --write     # the tests' own Llama, for a machine with little time
+    python benchmarks/tune.py --only tiny     # the tests' own Llama, to try the benchmark itself
 
-For each workload on the CPU, at a budget half way between the smallest plan and the whole batch at once: the plans that
-`tune` chooses from are all run in turn, several times, each in the same process on the same model, and each counts by
-its least lap. By that clock the plan that `tune` took may be at most 2 % slower than the best one, and `tune` may have
-run a third of them. Results are kept in docs/tune.json, so that workloads can be run one by one.
+For each workload on the CPU, at a budget half way between the smallest plan and the whole batch at once: `tune` takes a
+plan; then all that it chose from are run in rounds on one live model, as in `frontier.py`, and each counts by its
+median. By that clock the plan that `tune` took may be at most 2 % slower than the best one, and `tune` may have run a
+third of them. Results are kept in docs/tune.json, so that workloads can be run one by one.
 """
 
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import workloads
-from torch import nn
+from frontier_measure import NONE, TINY, build, laps, plan_file
+from frontier_report import ratios, spread
 
 import memplan
-from memplan.bench import Bench, Failure
-from memplan.blocks import find_blocks
-from memplan.device import CpuDevice
-from memplan.laps import by_turns
-from memplan.plan_record import Plan
-from memplan.recorder import Recipe
-from memplan.samples import Sample
 from memplan.units import format_bytes, format_seconds
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 NAMES = ("W1", "W2", "W3", "W4")
-TINY = "tiny"  # for trying the benchmark itself
 MOST_SLOWER, MOST_RUN = 0.02, 1 / 3
 
 HEAD = """# Tuning
@@ -61,62 +55,33 @@ memplan report plan.json measured.json
 
 ## Beside an exhaustive sweep
 
-Made by `python benchmarks/tune.py --write`, on the CPU. Every plan of a workload is run in turn with all others (the
-sweep). By that clock the plan that `memplan.tune` took may be at most 2 % slower than the best, for at most a third of
-the runs. The doubt is how far apart the two least laps of one plan lay: smaller differences mean nothing, and a plan
-that is slower by more than 2 % and by less than that is an open case: the machine was too busy to tell. On a card,
-where trials run in a process of their own, this is not yet measured.
+Made by `python benchmarks/tune.py --write`, on the CPU. Every plan of a workload is run in rounds with all others on
+one live model (the sweep), each lap beside one of no plan; the median of these ratios counts. By that clock the plan
+that `memplan.tune` took may be at most 2 % slower than the best, for at most a third of the runs. The noise is twice
+the median deviation of no plan against itself: smaller differences mean nothing, and a plan that is slower by more than
+2 % and by less than the noise is an open case. On a card, where trials run in a process of their own, this is not yet
+measured.
 """
 
 Answer = dict[str, Any]
 
 
-def build(name: str, blocks: int | None, rows: int | None, tokens: int | None) -> tuple[nn.Module, workloads.Batch]:
-    """A workload, with fewer blocks, samples or tokens where that is asked for."""
-    model, batch = workloads.build(name) if name != TINY else tiny()
-    if blocks is not None:
-        stack = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
-        assert isinstance(stack, nn.ModuleList)
-        del stack[blocks:]
-    shorter = {key: tensor[:, :tokens] if tensor.dim() == 2 else tensor for key, tensor in batch.items()}
-    return model, {key: tensor[:rows].clone() for key, tensor in shorter.items()}
-
-
-def tiny() -> tuple[nn.Module, workloads.Batch]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import tiny as models  # type: ignore[import-not-found]  # beside the tests
-
-    made: tuple[nn.Module, workloads.Batch] = models.llama(rows=4, length=64, use_cache=False)
-    return made
-
-
-def compare(name: str, reduced: dict[str, int | None]) -> Answer:
+def compare(name: str, rounds: int) -> Answer:
     """`tune`, and then the sweep over all that it chose from."""
-    model, batch = build(name, **reduced)
+    model, batch = build(name)
     samples = next(iter(batch.values())).shape[0]
     asked: Answer = {"sample": batch, "effective_batch": samples}
     whole_bytes = memplan.predict(model, batch).peak_bytes
     budget_bytes = (memplan.plan(model, "cpu", **asked).smallest_bytes + whole_bytes) // 2
     tuned = memplan.tune(model, f"cpu:{budget_bytes}B", **asked)
-    with Bench(model, Recipe(), Sample.of(batch), CpuDevice()) as bench:
-
-        def lap(plan: Plan) -> float:
-            found = bench.run(plan)
-            if isinstance(found, Failure):
-                raise RuntimeError(found.why)
-            return found.step_s
-
-        plans = {str(trial.number): trial.plan for trial in tuned.trials}
-        swept = by_turns({number: lambda plan=plan: lap(plan) for number, plan in plans.items()})  # type: ignore[misc]
     taken = next(trial for trial in tuned.trials if trial.measured == tuned.measured)
     return {
         "about": "the tests' 4-layer Llama, 4 x 64 tokens" if name == TINY else workloads.SMALL[name].about,
-        "reduced": reduced,
         "threads": torch.get_num_threads(),
         "budget_bytes": budget_bytes,
         "taken": str(taken.number),
         "gap": tuned.gap,
-        "doubt": swept.doubt,
+        **swept(name, {str(trial.number): trial.plan for trial in tuned.trials}, rounds),
         "plans": {
             str(trial.number): {
                 "micro_batch": trial.micro_batch,
@@ -125,30 +90,47 @@ def compare(name: str, reduced: dict[str, int | None]) -> Answer:
                 "loss_head": trial.loss_head,
                 "predicted_s": trial.plan.step_s,
                 "tuned_s": None if trial.measured is None else trial.measured.step_s,
-                "swept_s": swept.seconds[str(trial.number)],
             }
             for trial in tuned.trials
         },
     }
 
 
+def swept(name: str, plans: dict[str, memplan.Plan], rounds: int) -> Answer:
+    """Each plan's step over one of the whole batch without a plan: median, and that of no plan against itself."""
+    kept = ROOT / "build" / "tune"
+    for number, plan in plans.items():
+        path = plan_file(str(kept), name, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(path)
+    answers = list(laps(name, [NONE, *plans], rounds, str(kept)))
+    if errors := [answer["error"] for answer in answers if "error" in answer]:
+        raise RuntimeError(errors[0])
+    runs = [answer["round"] for answer in answers]
+    paired = ratios(runs)
+    return {
+        "rounds": rounds,
+        "unit_s": median(seconds for run in runs for setting, seconds in run if setting == NONE),
+        "noise": 2 * spread(paired.pop(NONE)),
+        "swept": {number: median(found) for number, found in paired.items()},
+    }
+
+
 def page(results: dict[str, Answer]) -> str:
     lines = [
         HEAD,
-        "| workload | sizes | budget | plans | run | slower than the best | doubt | |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+        "| workload | budget | plans | run | slower than the best | noise | |",
+        "|---|--:|--:|--:|--:|--:|---|",
     ]
     for name, result in sorted(results.items()):
         plans = result["plans"]
         ran = sum(plan["tuned_s"] is not None for plan in plans.values())
-        least = min(plan["swept_s"] for plan in plans.values())
-        slower = plans[result["taken"]]["swept_s"] / least - 1
-        fails = ran > MOST_RUN * len(plans) or slower > max(MOST_SLOWER, result["doubt"])
+        slower = result["swept"][result["taken"]] / min(result["swept"].values()) - 1
+        fails = ran > MOST_RUN * len(plans) or slower > max(MOST_SLOWER, result["noise"])
         verdict = "**fail**" if fails else "pass" if slower <= MOST_SLOWER else "open"
-        cut = ", ".join(f"{count} {what}" for what, count in result["reduced"].items() if count is not None)
         lines.append(
-            f"| {name}: {result['about']} | {cut or 'whole'} | {format_bytes(result['budget_bytes'])} | {len(plans)} |"
-            f" {ran} | {slower:.1%} | {result['doubt']:.1%} | {verdict} |"
+            f"| {name}: {result['about']} | {format_bytes(result['budget_bytes'])} | {len(plans)} | {ran} |"
+            f" {slower:.1%} | {result['noise']:.1%} | {verdict} |"
         )
     missing = [name for name in NAMES if name not in results]
     lines += ["", f"Not yet measured: {', '.join(missing)}."] if missing else []
@@ -158,7 +140,8 @@ def page(results: dict[str, Answer]) -> str:
             f"## {name}",
             "",
             f"torch threads: {result['threads']}. Taken: plan {result['taken']}. By `tune`'s own account no other "
-            f"could be more than {result['gap']:.1%} faster.",
+            f"could be more than {result['gap']:.1%} faster. {result['rounds']} rounds, in which a step without a plan "
+            f"took {format_seconds(result['unit_s'])}.",
             "",
             "| plan | micro-batch | share | strategy | loss head | predicted | by tune | in the sweep |",
             "|--:|--:|--:|---|---|--:|--:|--:|",
@@ -166,7 +149,7 @@ def page(results: dict[str, Answer]) -> str:
         for number, plan in result["plans"].items():
             tuned = "let go" if plan["tuned_s"] is None else format_seconds(plan["tuned_s"])
             settings = [plan[name] for name in ("micro_batch", "budget_share", "strategy", "loss_head")]
-            seconds = [format_seconds(plan["predicted_s"]), tuned, format_seconds(plan["swept_s"])]
+            seconds = [format_seconds(plan["predicted_s"]), tuned, f"{result['swept'][number] - 1:+.1%}"]
             lines.append(f"| {' | '.join(map(str, [number, *settings, *seconds]))} |")
     return "\n".join([*lines, ""])
 
@@ -174,9 +157,7 @@ def page(results: dict[str, Answer]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=(*NAMES, TINY), default=NAMES)
-    parser.add_argument("--blocks", type=int, help="keep so many blocks of each model")
-    parser.add_argument("--rows", type=int, help="keep so many samples of each batch")
-    parser.add_argument("--tokens", type=int, help="keep so many tokens of each sample")
+    parser.add_argument("--rounds", type=int, default=7, help="laps of each plan, beside one that warms up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write docs/tune.json and docs/tune.md")
     args = parser.parse_args()
@@ -185,7 +166,7 @@ def main() -> None:
     kept = DOCS / "tune.json"
     results: dict[str, Answer] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for name in args.only:
-        results[name] = compare(name, {"blocks": args.blocks, "rows": args.rows, "tokens": args.tokens})
+        results[name] = compare(name, args.rounds)
         if args.write:
             kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (DOCS / "tune.md").write_text(page(results), encoding="utf-8")
