@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from memplan.blocks import alike, check_plannable, describe, find_blocks, is_batch_coupled, signature
+from memplan.blocks import alike, check_plannable, describe, find_blocks, is_batch_coupled, signature, statement
 from memplan.errors import UsageError
 
 
@@ -236,6 +236,16 @@ def test_signatures_of_other_models_differ(make: Callable[[], tiny.Made]) -> Non
 
 
 # --- batch norms ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_trained_is_told() -> None:
+    model, _ = tiny.lora(layers=2)
+    counts = {trained: sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (False, True)}
+    told = statement(model.bfloat16(), 2048)
+    assert f"{counts[False]:,} of bfloat16 frozen" in told
+    assert f"{counts[True]:,} of bfloat16 trained, adapters of rank {model.peft_config['default'].r}" in told
+    assert told.endswith("; samples of 2,048 tokens")
+    assert statement(nn.Linear(2, 2), None) == "weights: 6 of float32 trained"
 
 
 def test_only_training_batch_norms_couple_a_batch() -> None:

@@ -3,7 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.errors import BadBudget
-from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds, parse_bytes
+from memplan.units import (
+    format_budget,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_rate,
+    format_seconds,
+    parse_bytes,
+)
 
 GIB = 2**30
 
@@ -105,3 +113,20 @@ def test_rates_and_shares() -> None:
     assert format_rate(123456.7, "tokens") == "123457 tokens/s"
     assert format_percent(0.0712) == "7.1 %"
     assert format_percent(-0.2) == "-20.0 %"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (4096, "4,096"),
+        (999_499, "999,499"),
+        (999_500, "1.00 million"),
+        (41_943_040, "41.9 million"),
+        (999_500_000, "1.00 billion"),
+        (8_030_261_248, "8.03 billion"),
+        (405_000_000_000, "405 billion"),
+    ],
+)
+def test_counts_have_three_digits(count: int, text: str) -> None:
+    assert format_count(count) == text

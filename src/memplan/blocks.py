@@ -17,6 +17,7 @@ from memplan import packed
 from memplan._compat import is_checkpointing_layer
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.sharding import Unit, padded_bytes
+from memplan.units import format_count
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -141,6 +142,19 @@ def signature(model: nn.Module) -> str:
     forms = ((n, *packed.form_of(p), p.requires_grad) for n, p in model.named_parameters())
     rows = (f"{name} {shape} {dtype} {is_trained}\n" for name, shape, dtype, is_trained in forms)
     return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
+
+
+def statement(model: nn.Module, tokens: int | None) -> str:
+    """What is trained on what, in words: the weights by their type, the rank of adapters, the tokens of a sample."""
+    counts: Counter[tuple[str, bool]] = Counter()
+    for parameter in model.parameters():
+        if packed.bits_of(parameter) is None:  # of those `packed.statements` tells
+            counts[str(parameter.dtype).removeprefix("torch."), parameter.requires_grad] += parameter.numel()
+    kinds = (f"{format_count(n)} of {dtype} {'trained' if t else 'frozen'}" for (dtype, t), n in counts.items())
+    adapters = getattr(model, "peft_config", None)
+    ranks = {getattr(each, "r", None) for each in adapters.values()} if isinstance(adapters, dict) else set()
+    rank = "".join(f", adapters of rank {rank}" for rank in sorted(r for r in ranks if isinstance(r, int)))
+    return f"weights: {', '.join(kinds)}{rank}{f'; samples of {tokens:,} tokens' if tokens else ''}"
 
 
 def is_batch_coupled(model: nn.Module) -> bool:

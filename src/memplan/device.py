@@ -9,7 +9,6 @@ All sizes are bytes (int), all times seconds (float).
 
 import gc
 import platform
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,7 @@ from memplan.allocator import Settings
 from memplan.driver import reading_of
 from memplan.errors import NoDevice, UnknownGpu, UsageError
 from memplan.fake_memory import FakeMemory
-from memplan.gpus import Gpu, find_gpu
+from memplan.gpus import LIVE_CUDA, Gpu, find_gpu
 from memplan.meter import allocator_record, reachable_storages, survivors
 from memplan.units import format_bytes
 
@@ -35,7 +34,6 @@ Measured elsewhere with torch 2.10 and later: 141 MiB (T4) to 426 MiB (RTX 6000 
 loaded. Sources: fitcheck's archived runs, unslothai/unsloth-zoo#1053, pytorch/pytorch#86509. Rounded up: against us.
 """
 
-_LIVE_CUDA = re.compile(r"cuda(?::(\d+))?")
 
 Step = Callable[[], object]
 _Scripted = TypeVar("_Scripted")
@@ -316,7 +314,7 @@ def resolve_gpu(gpu: str | Gpu) -> tuple[Gpu, Device | None]:
         text = gpu.strip()
         if text.lower() == "auto":
             text = "cuda" if torch.cuda.is_available() else "cpu"
-        if live := _LIVE_CUDA.fullmatch(text.lower()):
+        if live := LIVE_CUDA.fullmatch(text.lower()):
             device = _live_cuda(int(live[1]) if live[1] else None)
             return _record_of(device), device
         gpu = find_gpu(text)

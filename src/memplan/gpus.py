@@ -23,6 +23,10 @@ _ALIKE: Final = 0.5  # share of common letters from which a name may have been m
 _LIKE_A_SIZE: Final = re.compile(r"[+-]?(?:[\d.].*|(?:nan|inf)\s*(?:[kmgt]?i?b)?)", re.IGNORECASE)
 
 
+LIVE_CUDA: Final = re.compile(r"cuda(?::(\d+))?")
+"""A card of this machine, by its index if there is one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """What a plan is made for: a card, the CPU, or only an amount of memory.
@@ -70,6 +74,13 @@ def find_gpu(text: str) -> Gpu:
         f"no card is called {text!r}; {known}. Any other card can be given by its memory, for example '24GiB', "
         "and the processor as 'cpu' or 'cpu:8GiB'"
     )
+
+
+def check_named(gpu: str) -> None:
+    """As `find_gpu` raises; what asks for a device of this machine passes."""
+    name = gpu.strip().lower()
+    if name != "auto" and not LIVE_CUDA.fullmatch(name):
+        find_gpu(gpu)
 
 
 @functools.cache

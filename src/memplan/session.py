@@ -11,7 +11,7 @@ from memplan import cache, main_memory, optimizers, packed
 from memplan.advice import ways_out
 from memplan.allocator import Settings
 from memplan.batches import POINTS, profiled, splits
-from memplan.blocks import check_plannable, is_batch_coupled, signature
+from memplan.blocks import check_plannable, is_batch_coupled, signature, statement
 from memplan.checking import checked
 from memplan.corrections import Corrections, seconds_by_lever
 from memplan.device import CudaDevice, Device, memory_parts
@@ -365,7 +365,8 @@ class Session:
 
     def _assumptions(self, trace: Trace, refusals: tuple[str, ...] = ()) -> tuple[str, ...]:
         when = "after each step" if self.recipe.drops == AFTER_STEP else "between forward and backward"
-        lines = [f"steady state: optimizer state exists and gradients are dropped (set_to_none) {when}"]
+        steady = f"steady state: optimizer state exists and gradients are dropped (set_to_none) {when}"
+        lines = [statement(self.model, self.sample.tokens), steady]
         if self.recipe.keeps_output:
             lines.append("the model's output is kept until the next forward has returned")
         else:

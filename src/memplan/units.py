@@ -86,6 +86,14 @@ def format_seconds(seconds: float) -> str:
     return f"{sign}{hours} h {rest:02d} min"
 
 
+def format_count(count: int) -> str:
+    """A number of things to three digits: 8030261248 -> "8.03 billion", 41943040 -> "41.9 million", 4096 -> "4,096"."""
+    for scale, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= 0.9995 * scale:
+            return f"{_three_digits(count / scale)} {word}"
+    return f"{count:,}"
+
+
 def format_rate(per_second: float, noun: str) -> str:
     """A rate to three digits: (12.345, "samples") -> "12.3 samples/s"."""
     return f"{_three_digits(per_second)} {noun}/s"

@@ -330,6 +330,23 @@ class TestUsage:
         assert "Usage: " in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--gpu", "a100-40gb"), "no card is called 'a100-40gb'"),
+        (("predict", "--gpu", "a100-40gb"), "no card is called 'a100-40gb'"),
+        (("plan", "--gpu", "24GiB", "--strategy", "balancd"), "no strategy is called 'balancd'"),
+    ],
+)
+def test_names_are_looked_up_before_a_model_is_built(
+    config: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memplan.cli.planning.build", lambda *_: pytest.fail("the model was built"))
+    result = run(arguments[0], config, *arguments[1:])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 class TestProcess:
     """What only a process of its own shows."""
 

@@ -23,7 +23,9 @@ from memplan.cli.options import (
     one_model,
 )
 from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
+from memplan.gpus import check_named
 from memplan.settings import Settings
+from memplan.strategy import load_strategy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,7 @@ def predict(
     """Predict the peak memory of one training step, and what it is made of."""
     console = stderr_console()
     with errors_as_exit_codes():
+        check_named(gpu)
         built = build(console, one_model(model, config), method, lora_rank, dtype)
         with progress(console, "predicting"):
             from memplan.pipeline import predict as predict_step
@@ -106,6 +109,8 @@ def plan(
     console = stderr_console()
     with errors_as_exit_codes():
         settings = Settings.found({"gpu": gpu, "strategy": strategy, "micro_batch": micro_batch, "risk": risk})
+        check_named(settings.gpu)  # before the seconds that a model takes
+        load_strategy(settings.strategy)
         built = build(console, one_model(model, config), method, lora_rank, dtype)
         with progress(console, f"planning for {settings.gpu}"):
             from memplan.pipeline import plan as make_plan
