@@ -129,8 +129,15 @@ class Problem:
     def step_s(self, choice: "Choice") -> float:
         """Seconds of one whole optimizer step under a choice whose options are all allowed."""
         options = self.chosen(choice)
-        blocks_s = sum(option.step_s for option in options) + self._waits_s(options)
+        return self.whole_s(sum(option.step_s for option in options) + self._waits_s(options))
+
+    def whole_s(self, blocks_s: float) -> float:
+        """Seconds of an optimizer step whose blocks take so many in each micro-step."""
         return self.accumulation * (blocks_s + self.rest_s) + self.optimizer_s
+
+    def blocks_s(self, whole_s: float) -> float:
+        """What of an optimizer step's seconds its blocks have in each micro-step."""
+        return (whole_s - self.optimizer_s) / self.accumulation - self.rest_s
 
     def _waits_s(self, options: list[Option]) -> float:
         if self.link_bytes_s is None:

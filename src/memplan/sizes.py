@@ -30,8 +30,7 @@ def fastest(problem: Problem) -> Choice:
 
 def least_s(problem: Problem) -> float:
     """Seconds of a step in which every block takes its fastest option and never waits for the link."""
-    blocks_s = sum(min(o.step_s for o in block.options if problem.allows(o)) for block in problem.blocks)
-    return problem.accumulation * (blocks_s + problem.rest_s) + problem.optimizer_s
+    return problem.whole_s(sum(min(o.step_s for o in block.options if problem.allows(o)) for block in problem.blocks))
 
 
 def ladder(largest: int) -> Iterator[int]:

@@ -29,7 +29,7 @@ is deterministic. Sizes are bytes, times are seconds.
 import numpy as np
 
 from memplan.problem import Block, Problem
-from memplan.solvers.labels import Link, chained, fastest, needs_of
+from memplan.solvers.labels import Link, chained, fastest, needs_of, some_choice
 from memplan.solvers.offload import improved, least_peak
 from memplan.solvers.solution import Solution, gap_peaks, peak_bytes
 
@@ -48,12 +48,11 @@ def _without_link(problem: Problem) -> Solution:
     chain = chained(links, gap_peaks(problem), problem.budget_bytes)
     if chain is None or problem.optimizer_bytes > problem.budget_bytes:
         return Solution.infeasible()
-    found = fastest(chain)
-    assert found.choice is not None  # the chain fits, so that the search had a plan to begin with
-    if found.bound_s >= found.time_s:
-        return Solution.of(problem, found.choice, bound_s=problem.step_s(found.choice))
-    bound_s = problem.accumulation * (found.bound_s + problem.rest_s) + problem.optimizer_s
-    return Solution.of(problem, found.choice, bound_s)
+    found = fastest(chain, problem.blocks_s(problem.at_most_s), problem.enough)
+    choice = found.choice or some_choice(chain)  # nothing fast enough is there: one that fits, with the bound
+    if found.choice is not None and found.bound_s >= found.time_s:
+        return Solution.of(problem, choice, bound_s=problem.step_s(choice))
+    return Solution.of(problem, choice, bound_s=problem.whole_s(found.bound_s))
 
 
 def smallest_budget(problem: Problem) -> int:

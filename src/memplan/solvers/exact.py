@@ -78,7 +78,7 @@ def solve(problem: Problem) -> Solution:
     if over > 0:
         raise RuntimeError(f"internal error: HiGHS exceeded the budget by {over} bytes")
     step_s = problem.step_s(found.choice)
-    bound_s = problem.accumulation * (found.bound_s + problem.rest_s) + problem.optimizer_s
+    bound_s = problem.whole_s(found.bound_s)
     return Solution.of(problem, found.choice, step_s if step_s - bound_s <= TOLERANCE * step_s else bound_s)
 
 

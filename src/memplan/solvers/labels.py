@@ -146,6 +146,11 @@ def fastest(chain: Chain, at_most_s: float = inf, enough: float = 0.0) -> Fastes
     return Fastest(choice, known_s, bound_s * (1 - SLACK))
 
 
+def some_choice(chain: Chain) -> Choice:
+    """A choice that fits, and is quick to be found."""
+    return _greedy(chain)[0]
+
+
 # --- the relaxation -------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ def improved(problem: Problem, plain: Solution) -> Solution:
     if not sizes:
         return plain
     search = _Search(problem, plain.choice)
-    bound_s = inf if plain.bound_s is None else search.blocks_of(plain.bound_s)
+    bound_s = inf if plain.bound_s is None else problem.blocks_s(plain.bound_s)
     bounds = search.bounds()
     bound_s = float(bounds.least_s.min(initial=bound_s))
     for at in bounds.promising(TRIED, APART):
@@ -46,8 +46,7 @@ def improved(problem: Problem, plain: Solution) -> Solution:
     if search.best is None:
         return Solution.infeasible()
     search.polish(bound_s)
-    bound_s = problem.accumulation * (bound_s + problem.rest_s) + problem.optimizer_s
-    return Solution.of(problem, search.best, bound_s)
+    return Solution.of(problem, search.best, problem.whole_s(bound_s))
 
 
 def least_peak(problem: Problem, plain: int) -> int:
@@ -66,17 +65,13 @@ class _Search:
         self.problem = problem
         self.priced = Priced(problem)
         self.best = plain
-        self.best_s = inf if plain is None else self.blocks_of(problem.step_s(plain))
-        self.limit_s = inf if plain is None else self.blocks_of(problem.at_most_s)
+        self.best_s = inf if plain is None else problem.blocks_s(problem.step_s(plain))
+        self.limit_s = inf if plain is None else problem.blocks_s(problem.at_most_s)
 
     @property
     def to_beat_s(self) -> float:
         """Slower choices are of no interest."""
         return min(self.best_s, self.limit_s)
-
-    def blocks_of(self, step_s: float) -> float:
-        """The blocks' share of a step, per micro-step."""
-        return (step_s - self.problem.optimizer_s) / self.problem.accumulation - self.problem.rest_s
 
     @cached_property
     def tables(self) -> Tables:
@@ -134,7 +129,7 @@ class _Search:
             return False
         if self.tables.sum_s(choice) >= self.best_s:
             return True
-        blocks_s = self.blocks_of(self.problem.step_s(choice))
+        blocks_s = self.problem.blocks_s(self.problem.step_s(choice))
         if blocks_s < self.best_s:
             self.best, self.best_s = choice, blocks_s
         return True
