@@ -240,7 +240,9 @@ def test_signatures_of_other_models_differ(make: Callable[[], tiny.Made]) -> Non
 
 def test_what_is_trained_is_told() -> None:
     model, _ = tiny.lora(layers=2)
-    counts = {trained: sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (False, True)}
+    counts = {False: 0, True: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
     told = statement(model.bfloat16(), 2048)
     assert f"{counts[False]:,} of bfloat16 frozen" in told
     assert f"{counts[True]:,} of bfloat16 trained, adapters of rank {model.peft_config['default'].r}" in told

@@ -19,13 +19,13 @@ def show(as_json: JsonOption = False) -> None:
     """List the models that were measured here, and what is corrected by it."""
     from memplan.cache import all_runs, folder
     from memplan.corrections import Corrections
-    from memplan.report.tables import learned_table
+    from memplan.report.tables import learned_tables
 
     with errors_as_exit_codes():
         place, learned = folder(), {key: Corrections(runs) for key, runs in all_runs().items()}
     console = stderr_console()
     if learned:
-        console.print(learned_table(learned))
+        console.print(learned_tables(learned))
     count = sum(len(found.runs) for found in learned.values())
     console.print(_OFF if place is None else f"{count} runs in {place}", soft_wrap=True)  # a path in one piece
     if as_json:

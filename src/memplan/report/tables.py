@@ -73,20 +73,18 @@ def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
     return table
 
 
-def learned_table(learned: Mapping[Key, Corrections]) -> RenderableType:
-    """One row per model and machine: the runs, what times are multiplied by, and what is kept free at least."""
-    table = _table("", "Model", "Optimizer", "Card", "Runs", "Times", "Kept free", text=3)
+def learned_tables(learned: Mapping[Key, Corrections]) -> RenderableType:
+    """For each model and machine: the runs, what times are multiplied by, and what is kept free at least."""
+    tables = []
     for key, found in learned.items():
-        times = [f"{factors_text(found.factors(how))} ({how})" for how in ("measured", "estimate") if found.timed(how)]
-        table.add_row(
-            key.model,
-            key.optimizer,
-            key.card,
-            str(len(found.runs)),
-            "\n".join(times),
-            format_bytes(found.excess_bytes) if found.excess_bytes else "",
-        )
-    return table
+        facts: dict[str, str | Text] = {"on": key.card, "runs": str(len(found.runs))}
+        for how in ("measured", "estimate"):
+            if found.timed(how):
+                facts[f"times, {how}"] = factors_text(found.factors(how))
+        if found.excess_bytes:
+            facts["kept free"] = format_bytes(found.excess_bytes)
+        tables += [_facts(f"{key.model}, {key.optimizer}", facts), ""]
+    return Group(*tables)
 
 
 def _budget(plan: Plan) -> RenderableType:
