@@ -68,6 +68,7 @@ FLOORS = {
     "blocks": 9,
     "buckets": 9,
     "inplace": 9,
+    "means": 9,
     "micro_steps": 9,
     "notes": 9,
     "optimizer_step": 9,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 import memplan
 from integrations import scripts
 from integrations.scripts import Ran, train
-from memplan import cache
+from memplan import cache, means
 from memplan.integrations import parts
 from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach
 from memplan.recipe import Recipe
@@ -354,4 +354,4 @@ def test_what_the_loss_counts_is_found_where_the_first_row_is_short() -> None:
     """Half of its labels is not half of the batch's length, most of which is padding there."""
     lengths = (4, 14, 17, 13)
     batch = scripts.padded([{"input_ids": list(range(1, n + 1))} for n in lengths])
-    assert parts.proved(scripts.make_model("llama"), Recipe(), Sample.of(batch)) == parts.SHIFTED
+    assert means.mean_over(scripts.make_model("llama"), Recipe(), Sample.of(batch)) == means.SHIFTED

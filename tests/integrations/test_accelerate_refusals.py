@@ -17,12 +17,12 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 import memplan
 from integrations import scripts
 from integrations.scripts import BATCH, Texts, fresh_accelerate, padded, train
+from memplan import means
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, PlanMismatch, UsageError
-from memplan.integrations import attachment
-from memplan.integrations import parts as parts_of_a_batch
 from memplan.integrations.accelerate import MemplanAccelerator, attach
-from memplan.integrations.attachment import Wishes
+from memplan.integrations.attachment import Attachment, Wishes
 from memplan.integrations.scripts import own_batch_size
+from memplan.means import SHIFTED
 from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.settings import Settings
@@ -178,15 +178,15 @@ def test_a_loss_that_takes_too_long_to_try_is_taken_for_a_mean_and_the_plan_says
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a large model that is not on its card yet."""
-    monkeypatch.setattr(attachment, "_QUICK", 0)
+    monkeypatch.setattr(means, "_QUICK", 0)
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     model = parts()[0]
     wishes = Wishes(Settings.found({"gpu": "cpu:1GiB"}), None, None, None)
-    made = attachment.Attachment(accelerator, wishes)
+    made = Attachment(accelerator, wishes)
     sample = Sample.of(padded([Texts(4)[at] for at in range(4)]))
-    assert made._count_name(model, Recipe(), sample) == parts_of_a_batch.SHIFTED
+    assert made._count_name(model, Recipe(), sample) == SHIFTED
     assert not made._can_try(model, sample)
-    monkeypatch.setattr(attachment, "_QUICK", 10**12)
+    monkeypatch.setattr(means, "_QUICK", 10**12)
     assert made._can_try(model, sample)
     assert made._count_name(Contrastive(), Recipe(), sample) is None
 

@@ -19,9 +19,9 @@ from accelerate import Accelerator
 
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.attachment import Attachment, Wishes
-from memplan.integrations.parts import Count, counter
 from memplan.integrations.scripts import refuse_unknown_runs
 from memplan.losses import Loss
+from memplan.means import Count, counter
 from memplan.settings import Settings
 
 __all__ = ["Attachment", "MemplanAccelerator", "MemplanPlugin", "attach", "prepare"]

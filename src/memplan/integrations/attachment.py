@@ -21,21 +21,13 @@ from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, set
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, longest_batch
-from memplan.integrations.parts import (
-    SAMPLES,
-    SHIFTED,
-    Count,
-    Split,
-    counter,
-    full_precision_outputs,
-    has_tokens,
-    proved,
-)
+from memplan.integrations.parts import Split, full_precision_outputs
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, refuse_copied
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
+from memplan.means import SAMPLES, SHIFTED, Count, can_try, counter, has_tokens, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
@@ -287,14 +279,10 @@ class Attachment:
             return None
         if not self._can_try(model, sample):  # the plan says that it was not tried
             return SHIFTED if has_tokens(sample.content) else SAMPLES
-        return proved(model, recipe, sample)
+        return mean_over(model, recipe, sample)
 
     def _can_try(self, model: nn.Module, sample: Sample) -> bool:
-        """Whether the loss can be computed where the weights are now, which takes a while if that is not the card."""
-        parameter = next(model.parameters())
-        weights = sum(p.numel() for p in model.parameters())
-        is_quick = weights * (sample.tokens or 1) <= _QUICK or parameter.device == self._accelerator.device
-        return is_quick and not parameter.is_meta
+        return can_try(model, sample, self._accelerator.device)
 
     def _least_room(self) -> float:
         """Of the memory that the first rank has, what the one with the least has."""
@@ -327,8 +315,6 @@ _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
     "skip_first_batches": Attachment._skip_first_batches,
 }
 
-
-_QUICK: Final = 10**12  # weights x tokens of a row: eight rows of it in a forward take a processor some 16 seconds
 
 _UNTRIED: Final = (
     "the loss is taken to be a mean over label tokens, or over samples where there are none: trying it would take too "

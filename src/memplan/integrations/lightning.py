@@ -24,9 +24,10 @@ from memplan.blocks import is_batch_coupled
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import batch_size_of, cut, longest_batch
-from memplan.integrations.parts import SAMPLES, Count, Split, counter, proved
+from memplan.integrations.parts import Split
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
+from memplan.means import SAMPLES, Count, counter, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
@@ -124,7 +125,7 @@ class MemplanCallback(Callback):
 
     def _counted(self, module: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
         name = self.settings.normalise
-        found = proved(module, recipe, sample) if name == "auto" else name
+        found = mean_over(module, recipe, sample) if name == "auto" else name
         return None if found is None else counter(found)
 
     def _install(

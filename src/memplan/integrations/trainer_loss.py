@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from memplan.abstract import preserved
-from memplan.integrations.parts import IGNORED, full_precision_outputs, without_dropout
+from memplan.integrations.parts import full_precision_outputs
 from memplan.integrations.trainer_data import Rows, joined
+from memplan.means import IGNORED, without_dropout
 from memplan.recipe import Recipe
 
 _TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7

@@ -1,0 +1,143 @@
+"""What a model's loss is a mean over, as the model itself tells: the loss of a batch and of its parts are computed.
+
+A loss that is a mean over samples is split by samples, one that is a mean over labelled tokens by those tokens. A loss
+that is neither, such as one that compares the samples of a batch with each other, is not to be split.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from memplan.abstract import preserved
+from memplan.errors import UsageError
+from memplan.losses import loss_of
+from memplan.packed import bits_of
+from memplan.recipe import Recipe
+from memplan.samples import Sample
+
+Count = Callable[[Any], "Tensor | int"]
+"""How much of the batch a micro-batch holds."""
+
+SAMPLES: Final = "samples"
+TOKENS: Final = "tokens"  # labels that count
+SHIFTED: Final = "shifted-tokens"  # those, but for the first of each row, which nothing predicts
+
+IGNORED = -100
+"""`torch.nn.functional.cross_entropy` leaves labels of this value out by default."""
+
+_QUICK: Final = 10**12  # weights x tokens of a row: eight rows of it in a forward take a processor some 16 seconds
+_ROWS = 4
+_TOLERANCES: Final = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative; of lower precisions:
+_COARSE = 2e-2
+
+
+def counter(name: str) -> Count:
+    """What counts by that name. Raises UsageError for another name."""
+    if name not in _COUNTS:
+        raise UsageError(f"normalise = {name!r} is not one of auto, {', '.join(_COUNTS)}")
+    return _COUNTS[name]
+
+
+def rows_in(batch: Any) -> int:
+    """Samples: the first dimension of the first tensor that has one."""
+    return next(int(leaf.shape[0]) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def tokens_in(batch: Any) -> Tensor:
+    """Labels that count, a whole number in a tensor on their device."""
+    return (_labels(batch) != IGNORED).sum()
+
+
+def shifted_tokens_in(batch: Any) -> Tensor:
+    """Labels that count and have a token before them, from which a causal model predicts them."""
+    return (_labels(batch)[..., 1:] != IGNORED).sum()
+
+
+_COUNTS: Final[dict[str, Count]] = {SHIFTED: shifted_tokens_in, TOKENS: tokens_in, SAMPLES: rows_in}
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        raise UsageError(
+            'losses are to be weighted by label tokens, but the batch has no "labels" of rows and tokens. Pass '
+            "normalise='samples', or a function that counts what a batch's loss is a mean over."
+        )
+    return labels
+
+
+def has_tokens(batch: Any) -> bool:
+    """Whether a batch has labels for tokens."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
+    """By which count the losses of parts add up to the loss of the whole; None if by none of them.
+
+    Four rows of the sample, of which the first has half of its labels left out, are computed as one batch and as parts
+    of one and three, without dropout and with nothing kept for a backward. The model stays as it was.
+    """
+    parameter = next(model.parameters())
+    batch = _uneven(sample.resized(_ROWS).to(parameter.device))
+    parts = [_rows(batch, slice(0, 1)), _rows(batch, slice(1, _ROWS))]
+    with preserved(model), _nothing_saved():
+        without_dropout(model)
+        whole, *pieces = (_value(model, recipe, part) for part in (batch, *parts))
+    errors = {}
+    for name in _COUNTS if has_tokens(batch.content) else (SAMPLES,):
+        counts = [float(_COUNTS[name](part.content)) for part in parts]
+        mean = sum(c * p for c, p in zip(counts, pieces, strict=True)) / sum(counts)
+        errors[name] = abs(mean - whole)
+    best = min(errors, key=errors.__getitem__)
+    exact = recipe.autocast is None
+    tolerance = _TOLERANCES.get(parameter.dtype, _COARSE) if exact else _COARSE
+    return best if errors[best] <= tolerance * abs(whole) else None
+
+
+def without_dropout(model: nn.Module) -> None:
+    """In eval mode, but for packed weights, which bitsandbytes packs anew, for good, for inference on a CPU."""
+    model.eval()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and bits_of(weight) is not None:
+            module.training = True
+
+
+def can_try(model: nn.Module, sample: Sample, device: torch.device | None) -> bool:
+    """Whether a loss can be computed where the weights are, which takes a while if that is not the device."""
+    parameter = next(model.parameters())
+    weights = sum(p.numel() for p in model.parameters())
+    is_quick = weights * (sample.tokens or 1) <= _QUICK or parameter.device == device
+    return is_quick and not parameter.is_meta
+
+
+def _uneven(batch: Sample) -> Sample:
+    """With half of the first row's labels left out, so that tokens and samples count differently."""
+    if has_tokens(batch.content):
+        labels = batch.content["labels"] = batch.content["labels"].clone()
+        counted = (labels[0] != IGNORED).nonzero()  # of a short row few are
+        labels[0][tuple(counted[: len(counted) // 2].T)] = IGNORED
+    return batch
+
+
+def _rows(batch: Sample, rows: slice) -> Sample:
+    return Sample.of(batch.map(lambda tensor: tensor[rows] if tensor.dim() else tensor).content)
+
+
+def _value(model: nn.Module, recipe: Recipe, part: Sample) -> float:
+    with recipe.casting(next(model.parameters()).device.type):
+        return float(loss_of(model, part, recipe.loss).detach())
+
+
+def _nothing_saved() -> AbstractContextManager[None]:
+    """A forward that could be differentiated, as a loss has to be, without the memory for it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never)
+
+
+def _never(_: object) -> Tensor:
+    raise AssertionError("nothing of this forward is differentiated")
