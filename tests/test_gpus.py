@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from memplan.errors import BadBudget, UnknownGpu
-from memplan.gpus import Gpu, all_gpus, find_gpu
+from memplan.gpus import Gpu, all_gpus, find_gpu, with_like_kernels
 
 GIB = 2**30
 CARDS = pytest.mark.parametrize("card", all_gpus(), ids=lambda card: card.name)
@@ -146,3 +146,19 @@ def test_a_card_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(card)) == copy.deepcopy(card) == card
     assert hash(card) == hash(copy.deepcopy(card))
     assert all_gpus() is all_gpus()
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "unlike"),
+    [
+        ("rtx-5090", {"a100-sxm-40gb", "h100-sxm", "24GiB"}, {"v100-32gb", "t4"}),
+        ("cuda:0", {"a100-sxm-40gb"}, {"t4"}),
+        ("t4", {"v100-32gb"}, {"rtx-5090"}),
+    ],
+)
+def test_a_plan_holds_for_cards_with_like_kernels_only(name: str, like: set[str], unlike: set[str]) -> None:
+    found = {gpu.name for gpu in with_like_kernels(name, (*all_gpus(), find_gpu("24GiB")))}
+    assert like <= found
+    assert not unlike & found
+    amd = {gpu.name for gpu in all_gpus() if gpu.driver_names[0].startswith("AMD")}
+    assert not amd & found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from memplan.gpus import all_gpus
+from memplan.gpus import all_gpus, with_like_kernels
 from memplan.plan_record import Budget
 from memplan.units import format_bytes
 
@@ -77,6 +77,7 @@ def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_spl
 def _smallest_card(needed_bytes: int, budget: Budget) -> str | None:
     """The smallest in the catalogue of which so much is usable, if it gives up the same share and the same context."""
     share = 1 - budget.margin_bytes / budget.total_bytes
-    sizes = {gpu.name: gpu.total_bytes for gpu in all_gpus() if gpu.total_bytes is not None}
+    known = with_like_kernels(budget.gpu, all_gpus())
+    sizes = {gpu.name: gpu.total_bytes for gpu in known if gpu.total_bytes is not None}
     enough = {name: size for name, size in sizes.items() if size * share - budget.context_bytes >= needed_bytes}
     return min(enough, key=enough.__getitem__) if enough else None

@@ -128,14 +128,15 @@ class Fit:
             others_bytes = device.peak_of(_nothing) - _own_bytes(self.model)
             micro = shown.resized(self.plan.micro_batch).to(device.torch_device)
             with training_step(self.model, micro, recipe, device) as step:
-                peak_bytes = device.peak_of(step) - others_bytes
+                peaks = device.peaks_of(step)
                 seconds = sorted(device.seconds_of(step, steps))
-        step_s = seconds[len(seconds) // 2]
+        step_s, peak_bytes = seconds[len(seconds) // 2], peaks.tensor_bytes - others_bytes
         if sample is None and loss is None and optimizer is None:  # else it is no run of this plan
             self.remember(peak_bytes, step_s)
         return Measured(
             peak_bytes=peak_bytes,
             predicted_bytes=self.plan.peak_bytes,
+            reserved_bytes=None if device.torch_device.type == "cpu" else peaks.reserved_bytes - others_bytes,
             step_s=step_s,
             predicted_s=self.plan.step_s,
             budget_bytes=self.plan.budget_bytes,

@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -81,6 +81,22 @@ def check_named(gpu: str) -> None:
     name = gpu.strip().lower()
     if name != "auto" and not LIVE_CUDA.fullmatch(name):
         find_gpu(gpu)
+
+
+def with_like_kernels(name: str, gpus: Iterable[Gpu]) -> list[Gpu]:
+    """Those that a plan for the card of that name may hold for, if they are large enough.
+
+    They are of the same maker, and have fused attention and bfloat16 or have not, as the card: NVIDIA's have them from
+    compute capability 8.0 on. A card that the catalogue does not have, and a size, count as one of those.
+    """
+    own = next((kind_of_kernels(gpu) for gpu in all_gpus() if gpu.name == name), (False, True))
+    return [gpu for gpu in gpus if kind_of_kernels(gpu) == own]
+
+
+def kind_of_kernels(gpu: Gpu) -> tuple[bool, bool]:
+    """Whether a card is AMD's, and whether it is as new as Ampere."""
+    is_amd = any(driver_name.startswith("AMD") for driver_name in gpu.driver_names)
+    return is_amd, gpu.compute_capability is None or gpu.compute_capability >= (8, 0)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
@@ -63,13 +63,19 @@ class FrontierPoint(Record):
 class Measured(Record):
     """A real run beside its prediction."""
 
-    peak_bytes: int
+    peak_bytes: int = Field(gt=0)
     predicted_bytes: int
+    reserved_bytes: int | None = Field(None, description="CUDA: what the allocator took from the card for it")
     step_s: float
     predicted_s: float
     budget_bytes: int
     device: str
     steps: int
+
+    @property
+    def needs_bytes(self) -> int:
+        """What had to be within the budget: on a card what its allocator took, on a CPU the peak."""
+        return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
 
     @property
     def peak_error(self) -> float:
@@ -79,9 +85,12 @@ class Measured(Record):
     def describe(self) -> str:
         return (
             f"measured {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.predicted_bytes)}, "
-            f"{self.peak_error:+.2%}; budget {format_budget(self.budget_bytes)}), "
+            f"{self.peak_error:+.2%}{self._reserved()}; budget {format_budget(self.budget_bytes)}), "
             f"{format_seconds(self.step_s)} per step (predicted {format_seconds(self.predicted_s)})"
         )
+
+    def _reserved(self) -> str:
+        return "" if self.reserved_bytes is None else f"; {format_bytes(self.reserved_bytes)} reserved"
 
 
 class SampleField(Record):
@@ -109,14 +118,14 @@ class Plan(Record):
     layers: tuple[Layer, ...]
     stepping: str = Field("plain", description='how the optimizer steps: "plain", "single" or "in-backward"')
     host_bytes: int = Field(0, description="held in host memory at once")
-    peak_bytes: int = Field(description="the most bytes at any moment of the step, as in Prediction")
+    peak_bytes: int = Field(gt=0, description="the most bytes at any moment of the step, as in Prediction")
     reserved_bytes: int | None = Field(None, description="CUDA: the most that its allocator reserves")
     fits_bytes: int | None = Field(None, description="CUDA: the least cap on that without a retry")
     peak_phase: str
     peak_module: str = Field("", description="the module that runs at the peak; empty for the model itself")
     breakdown: dict[str, int] = Field(description="bytes at the peak by category, as in Prediction")
     unplanned_bytes: int = Field(description="the peak at the same micro-batch with nothing recomputed")
-    step_s: float
+    step_s: float = Field(gt=0)
     seconds: dict[str, float] = Field(
         {}, description='of a step by lever, "keep" for all that is none\'s; before corrections by measured runs'
     )
@@ -124,7 +133,9 @@ class Plan(Record):
     slowdown: float = Field(description="step time against no recomputation at the same micro-batch, minus 1")
     gap: float = Field(description="relative distance of the step time to the proven lower bound")
     shadow_price: float = Field(description="seconds per step that one GiB more would save")
-    times: str = Field(description='"measured" on this device, or "estimate" from the card\'s figures')
+    times: str = Field(
+        description='"measured" on this device, "estimate" from the card\'s figures, "nominal" where there are none'
+    )
     smallest_bytes: int = Field(description="the least usable budget that any plan of this strategy would fit")
     frontier: tuple[FrontierPoint, ...] = Field((), description="from the least memory to the least time")
     timeline: Timeline | None = Field(None, description="bytes by category over the step as planned")
@@ -141,6 +152,13 @@ class Plan(Record):
     assumptions: tuple[str, ...] = ()
     _live: object = PrivateAttr(default=None)  # the sample and loss it was made with; not in the file
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Plan":
+        odd = [point for point in self.frontier if len(point.options) != len(self.layers)]
+        if odd:
+            raise ValueError(f"a plan of the frontier has {len(odd[0].options)} options for {len(self.layers)} blocks")
+        return self
+
     def __eq__(self, other: object) -> bool:
         """Whether the two say the same, one of them perhaps read from a file."""
         return isinstance(other, Plan) and self.model_dump() == other.model_dump()
@@ -153,6 +171,24 @@ class Plan(Record):
     def needs_bytes(self) -> int:
         """What has to be within the budget: on a card what its allocator has to reserve, on a CPU the peak."""
         return self.peak_bytes if self.fits_bytes is None else self.fits_bytes
+
+    @property
+    def unplanned_needs_bytes(self) -> int:
+        """What stands beside `needs_bytes` if nothing were done in the same batch; on a card an estimate.
+
+        That is what the frontier says of keeping everything, else as much above `unplanned_bytes` as the plan needs
+        above its own peak.
+        """
+        if self.fits_bytes is None:
+            return self.unplanned_bytes
+        kept = (p.peak_bytes for p in self.frontier if {*p.options, p.head} == {"keep"} and p.stepping == "plain")
+        return next(kept, self.unplanned_bytes + self.needs_bytes - self.peak_bytes)
+
+    @property
+    def faster_within_budget(self) -> FrontierPoint | None:
+        """The fastest plan that would fit too, where the strategy wants less memory than it may have."""
+        within = [p for p in self.frontier if p.peak_bytes <= self.budget_bytes and p.step_s < self.step_s]
+        return min(within, key=lambda point: point.step_s, default=None)
 
     def save(self, path: "str | Path") -> None:
         """Write the plan as JSON. Raises PlanSchema if the file cannot be written; an older one is left as it was."""
@@ -212,7 +248,10 @@ class Plan(Record):
         try:
             return cls.model_validate(record)
         except ValidationError as error:
-            raise PlanSchema(f"{path} is a damaged plan: {error}") from error
+            first, count = error.errors(include_url=False)[0], error.error_count()
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            more = f", and {count - 1} more" if count > 1 else ""
+            raise PlanSchema(f"{path} is a damaged plan: {where}: {first['msg']}{more}. Plan again.") from error
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -247,7 +286,7 @@ class Plan(Record):
             )
         if self.host_bytes > 0:
             lines.append(f"  host      {format_bytes(self.host_bytes)} of pinned memory")
-        if self.shadow_price > 0:
+        if self.shadow_price > 0 and self.faster_within_budget is None:
             lines.append(f"  one GiB more would save {format_seconds(self.shadow_price)} per step")
         lines += [f"  way out   {way}" for way in self.ways_out]
         lines += [f"  assumed   {text}" for text in self.assumptions]

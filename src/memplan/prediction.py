@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from importlib import import_module
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from memplan.records import Record
 from memplan.units import format_bytes
@@ -32,6 +32,12 @@ class Timeline(Record):
 
     phase: tuple[str, ...]  # of each moment: "forward", "loss", "backward", "optimizer"
     bytes: dict[str, tuple[int, ...]]  # category -> bytes at each moment
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Timeline":
+        if not self.phase or any(len(sizes) != len(self.phase) for sizes in self.bytes.values()):
+            raise ValueError("a timeline has a phase and all bytes for each of its moments")
+        return self
 
     @cached_property
     def total(self) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Frozen, and with no other fields than its own."""
+    """Frozen, with no other fields than its own, and with numbers that are numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def write_whole(path: Path, content: bytes) -> None:

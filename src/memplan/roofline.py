@@ -137,3 +137,9 @@ def _affine(points: Mapping[int, float], micro_batch: int) -> float:
     (low, first), (high, second) = sorted(points.items())
     slope = min(max(0.0, (second - first) / (high - low)), first / low)
     return first + slope * (micro_batch - low)
+
+
+def basis_of(gpu: Gpu, times: StepTimes) -> str:
+    """What times rest on: "measured", "estimate" from a card's figures, or "nominal" where it has none."""
+    is_assumed = gpu.kind != "cpu" and is_nominal(gpu)
+    return "nominal" if is_assumed and times.how == "estimate" else times.how

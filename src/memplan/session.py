@@ -33,7 +33,7 @@ from memplan.progress import shown
 from memplan.recipe import AFTER_STEP, Recipe
 from memplan.recorder import Recorder
 from memplan.risk import usable_bytes
-from memplan.roofline import StepTimes, is_nominal
+from memplan.roofline import StepTimes, basis_of, is_nominal
 from memplan.samples import Sample
 from memplan.strategy import Strategy
 from memplan.study import Planned, Study
@@ -317,7 +317,7 @@ class Session:
             slowdown=outcome.slowdown,
             gap=outcome.gap,
             shadow_price=outcome.shadow_price_s_per_gib,
-            times=times.how,
+            times=basis_of(self.gpu, times),
             smallest_bytes=smallest,
             frontier=frontier,
             timeline=timeline_of(trace),

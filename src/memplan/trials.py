@@ -203,7 +203,7 @@ class Trials:
         return [one for one in trials if not one.began or one.state == "running" or self._keeps_budget(one)]
 
     def _keeps_budget(self, trial: Trial) -> bool:
-        return trial.measured is not None and trial.measured.peak_bytes <= self.budget_bytes
+        return trial.measured is not None and trial.measured.needs_bytes <= self.budget_bytes
 
     # -- one worker ----------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Trials:
 
     def measured(self, trial: Trial, found: Measured) -> None:
         """It ran: samples per second are the study's objective, the peak beyond the budget its constraint."""
-        over_bytes, rate = found.peak_bytes - self.budget_bytes, trial.plan.effective_batch / found.step_s
+        over_bytes, rate = found.needs_bytes - self.budget_bytes, trial.plan.effective_batch / found.step_s
         self._note(trial, _MEASURED, found.model_dump_json())
         if over_bytes > 0:
             self._note(trial, _WHY, f"its peak is {format_bytes(over_bytes)} above the budget")

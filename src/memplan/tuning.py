@@ -18,13 +18,13 @@ import torch
 from optuna.storages import BaseStorage
 from torch import nn
 
-from memplan import fitting, optimizers, pipeline
+from memplan import __version__, fitting, optimizers, pipeline
 from memplan.batches import splits
 from memplan.bench import Bench, Failure, at_home
 from memplan.blocks import is_batch_coupled, signature
 from memplan.device import Device, resolve_gpu
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, UsageError
-from memplan.fitting import Fit, Live, apply
+from memplan.fitting import Fit, Live, apply, key_of
 from memplan.gpus import Gpu
 from memplan.laps import by_turns
 from memplan.losses import Loss
@@ -63,7 +63,8 @@ class Tuned:
         trials: every candidate, also those that were not run.
         gap: share of the step's time that another plan could save at most, if predictions are no further off than
             `trials.OFF`. The planner's bound is proven of predictions; what they are off by is measured, not proven.
-            Plans that failed or broke the budget when they were run are not counted among the others.
+            Plans that failed or broke the budget when they were run are not counted among the others. 1: too few were
+            run to say how far predictions are off.
     """
 
     plan: Plan
@@ -80,10 +81,10 @@ class Tuned:
     def describe(self) -> str:
         """What was tried and what was found, in a few lines of plain text."""
         ran = sum(trial.measured is not None for trial in self.trials)
-        lines = [
-            f"measured {ran} of {len(self.trials)} plans; no other could be more than {self.gap:.1%} faster, as far as "
-            "predictions hold"
-        ]
+        bound = f"no other could be more than {self.gap:.1%} faster, as far as predictions hold"
+        if self.gap >= 1:
+            bound = "too few to say how much faster another could be"
+        lines = [f"measured {ran} of {len(self.trials)} plans; {bound}"]
         for trial in sorted(self.trials, key=_order):
             told = trial.why or trial.state
             if trial.measured is not None:
@@ -158,15 +159,17 @@ def tune(
     made_for = {
         "model": type(model).__name__,
         "signature": signature(model),
+        "memplan": __version__,
         "torch": torch.__version__,
         "device": card.name,
+        "runs on": key_of(model, session.sample, recipe, live_device).card,  # on a CPU its threads too
         "budget_bytes": card.total_bytes,
         "effective_batch": effective_batch,
         "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
         "optimizer": optimizers.name_of(recipe.optimizer),
         "autocast": str(autocast),
         "clip_grad_norm": clip_grad_norm,
-        "strategies": [one.name for one in chosen],
+        "strategies": list(map(str, chosen)),
         "budget_shares": shares,
         "sample": [field.model_dump(mode="json") for field in session.sample.fields()],
     }

@@ -58,7 +58,8 @@ def test_what_was_measured_is_written_as_report_reads_it(config: Path, monkeypat
     assert "1.10 s" in Path(page).read_text(encoding="utf-8")
     result = run(monkeypatch, StandIn(), *asked, "--measured", config.parent / "missing" / "measured.json")
     assert result.exit_code == 2
-    assert "cannot write the measurement" in result.stderr
+    assert "cannot write" in result.stderr
+    assert "missing/measured.json: No such file or directory" in result.stderr
 
 
 @pytest.mark.parametrize(

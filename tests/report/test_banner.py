@@ -12,7 +12,7 @@ def test_what_was_chosen_why_and_how_to_turn_it_off() -> None:
     text = banner(make_plan(), (8, 1), "undo()", beside=" (checked)", said=("rows are equal",), alone="print it")
     assert text.splitlines() == [
         "memplan   LlamaForCausalLM on rtx-4090, balanced: fits",
-        "  peak    21.00 GiB of 22.00 GiB, with nothing recomputed 30.00 GiB",
+        "  needs   21.00 GiB of 22.00 GiB, with nothing recomputed 30.00 GiB",
         "  batch   2 x 4 accumulated = 8 per step (was 8 x 1); same steps, same learning rates",
         "  blocks  3 of 5 recomputed; 3 of 5 blocks are recomputed (checked)",
         "  time    12.0% slower than keeping everything (estimate)",

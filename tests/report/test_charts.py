@@ -155,9 +155,8 @@ class TestTimeline:
         with pytest.raises(UsageError, match="no timeline"):
             timeline_svg(make_plan())
 
-    @pytest.mark.parametrize("sizes", [{}, {"params": (1,)}, {"params": (1, 2), "grads": (1, 2, 3)}])
-    def test_a_timeline_with_holes_is_a_damaged_plan(self, sizes: dict[str, tuple[int, ...]]) -> None:
-        odd = Timeline(phase=("forward", "backward"), bytes=sizes)
+    def test_a_timeline_without_bytes_is_a_damaged_plan(self) -> None:
+        odd = Timeline(phase=("forward", "backward"), bytes={})
         for name in ("timeline", "unplanned_timeline"):
             with pytest.raises(PlanSchema, match="damaged"):
                 timeline_svg(full_plan(**{name: odd}))

@@ -11,6 +11,7 @@ from test_charts import measured_at
 from memplan.errors import PlanSchema
 from memplan.plan_record import Plan, Verdict
 from memplan.report.answers import answers
+from memplan.report.explain import explain
 from memplan.report.page import MOST_ROWS, page_html, parts_of, shown_plans
 from memplan.units import format_bytes
 
@@ -157,12 +158,36 @@ class TestAnswers:
         said = sentence_of(full_plan(unplanned_bytes=30 * GIB), 1)
         assert said == (
             "12.0% slower A step takes 1.23 s (estimate): 6.48 samples/s. Keeping everything would need 30.00 GiB. "
-            "By these times no plan for this batch and budget is more than 0.10% faster; that is proven."
+            "By these times no plan of the strategy's levers for this batch and budget is more than 0.10% faster; "
+            "that is proven."
         )
         assert sentence_of(full_plan(slowdown=0.0), 1).startswith("no time")
         assert "(from measured blocks)" in sentence_of(full_plan(times="measured"), 1)
         assert "is any faster" in sentence_of(full_plan(gap=0.0), 1)
         assert "2.00 GiB of pinned host memory." in sentence_of(full_plan(host_bytes=2 * GIB), 1)
+
+    def test_what_a_strategy_of_little_memory_leaves(self) -> None:
+        """Another plan fits too and is faster: nothing is proven of it, and more memory changes nothing."""
+        lean = full_plan(
+            strategy="smallest-memory",
+            frontier=(point("rrrrr", 21 * GIB, 1.234, chosen=True), point("kkkkk", 22 * GIB, 1.0)),
+        )
+        assert "for this batch and so little memory is more than" in sentence_of(lean, 1)
+        said = sentence_of(lean, 3)
+        assert said.startswith("nothing The strategy 'smallest-memory' takes as little as it can.")
+        assert "19.0 % less time and needs 22.00 GiB" in said
+        assert explain(lean).more.more_s == 0.0
+
+    def test_what_nothing_done_needs_is_said_in_the_same_measure(self) -> None:
+        card = full_plan(
+            fits_bytes=22 * GIB,
+            peak_bytes=21 * GIB,
+            unplanned_bytes=30 * GIB,
+            frontier=(point("rrrrr", 22 * GIB, 1.234, chosen=True),),
+        )
+        assert "would need about 31.00 GiB" in sentence_of(card, 1)
+        kept = (point("rrrrr", 22 * GIB, 1.234, chosen=True), point("kkkkk", 33 * GIB, 1.0))
+        assert "would need about 33.00 GiB" in sentence_of(card.model_copy(update={"frontier": kept}), 1)
 
     def test_what_takes_most(self) -> None:
         assert sentence_of(full_plan(), 2) == (
@@ -218,7 +243,6 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"frontier": (point("rr", GIB, 1.0),)}, "options for 2 of 5 blocks"),
             ({"frontier": (point("kkkkk", GIB, 1.0),)}, "none of the plan's frontier is the chosen one"),
             ({"layers": layers_of("rrskk")}, "model.layers.0 has 'recompute' in the frontier, but not what"),
             (

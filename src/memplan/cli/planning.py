@@ -22,7 +22,15 @@ from memplan.cli.options import (
     build,
     one_model,
 )
-from memplan.cli.terminal import EXIT_DOES_NOT_FIT, JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
+from memplan.cli.terminal import (
+    EXIT_DOES_NOT_FIT,
+    JsonOption,
+    check_writable,
+    errors_as_exit_codes,
+    hand_out,
+    progress,
+    stderr_console,
+)
 from memplan.gpus import check_named
 from memplan.settings import Settings
 from memplan.strategy import load_strategy
@@ -109,7 +117,8 @@ def plan(
     console = stderr_console()
     with errors_as_exit_codes():
         settings = Settings.found({"gpu": gpu, "strategy": strategy, "micro_batch": micro_batch, "risk": risk})
-        check_named(settings.gpu)  # before the seconds that a model takes
+        check_writable(save)  # before the seconds that a model takes
+        check_named(settings.gpu)
         load_strategy(settings.strategy)
         built = build(console, one_model(model, config), method, lora_rank, dtype)
         with progress(console, f"planning for {settings.gpu}"):

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from memplan.errors import DoesNotFit, MemplanError
+from memplan.errors import DoesNotFit, MemplanError, UsageError
 from memplan.progress import shown
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ def errors_as_exit_codes() -> Iterator[None]:
     except MemplanError as error:
         typer.echo(f"memplan: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT if isinstance(error, DoesNotFit) else EXIT_USAGE) from error
+
+
+def check_writable(*paths: "Path | None") -> None:
+    """Before the work: that files can be made where its results are to go. Raises UsageError."""
+    for path in paths:
+        if path is None or path.exists():
+            continue
+        try:
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}. Name another file.") from error
 
 
 def hand_out(plan: "Plan", save: "Path | None", *, as_json: bool) -> None:

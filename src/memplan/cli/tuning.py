@@ -20,7 +20,7 @@ from memplan.cli.options import (
     build,
     one_model,
 )
-from memplan.cli.terminal import JsonOption, errors_as_exit_codes, hand_out, progress, stderr_console
+from memplan.cli.terminal import JsonOption, check_writable, errors_as_exit_codes, hand_out, progress, stderr_console
 from memplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def tune(
     with errors_as_exit_codes():
         from memplan.device import resolve_gpu
 
+        check_writable(save, measured)
         if method is Method.QLORA:
             raise UsageError("--method qlora: a quantised base has to be loaded; do that, and call memplan.tune on it")
         _, device = resolve_gpu(gpu)

@@ -25,7 +25,8 @@ def answers(plan: Plan) -> tuple[Answer, ...]:
 
 def basis_of(plan: Plan) -> str:
     """What the planned times rest on. Not to be taken for the measurement of a step."""
-    return "from measured blocks" if plan.times == "measured" else plan.times
+    words = {"measured": "from measured blocks", "nominal": "for a card of 100 TFLOP/s and 1 TB/s: only ratios count"}
+    return words.get(plan.times, plan.times)
 
 
 def _what_fits(plan: Plan) -> Answer:
@@ -49,13 +50,16 @@ def _what_it_costs(plan: Plan) -> Answer:
     fits = plan.verdict is not Verdict.DOES_NOT_FIT
     takes = "A step takes" if fits else "With that least, a step would take"
     rate = format_rate(plan.samples_per_s, "samples")
+    about = "" if plan.fits_bytes is None else "about "
     sentences = [
         f"{takes} {format_seconds(plan.step_s)} ({basis_of(plan)}): {rate}.",
-        f"Keeping everything would need {format_bytes(plan.unplanned_bytes)}.",
+        f"Keeping everything would need {about}{format_bytes(plan.unplanned_needs_bytes)}.",
     ]
     if fits:
+        within = "budget" if plan.faster_within_budget is None else "so little memory"
         sentences.append(
-            f"By these times no plan for this batch and budget is {_at_all(plan.gap)} faster; that is proven."
+            f"By these times no plan of the strategy's levers for this batch and {within} is {_at_all(plan.gap)} "
+            "faster; that is proven."
         )
     if plan.host_bytes:
         sentences.append(f"{format_bytes(plan.host_bytes)} of pinned host memory.")
@@ -86,8 +90,17 @@ def _what_more_would_change(plan: Plan) -> Answer:
     question = "And with more memory?"
     if plan.verdict is Verdict.DOES_NOT_FIT:
         missing = format_bytes(plan.smallest_bytes - plan.budget_bytes)
-        ways = ("The ways out below need no other card.",) if plan.ways_out else ()
-        return Answer(question, f"{missing} more, and it fits", ways)
+        return Answer(question, f"{missing} more, and it fits", ())
+    if (other := plan.faster_within_budget) is not None:
+        saved = format_percent(1 - other.step_s / plan.step_s)
+        return Answer(
+            question,
+            "nothing",
+            (
+                f"The strategy {plan.strategy!r} takes as little as it can. In the same budget there is a plan that "
+                f"takes {saved} less time and needs {format_bytes(other.peak_bytes)}: plan with 'balanced'.",
+            ),
+        )
     faster = [point for point in plan.frontier if point.step_s < plan.step_s]
     if plan.shadow_price <= 0 and not faster:
         return Answer(question, "nothing", ("No plan for this batch is faster, however much memory there is.",))

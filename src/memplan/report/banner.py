@@ -28,9 +28,9 @@ def banner(
     blocks = f"{count_text(plan)}; {plan.reason}" if plan.layers else plan.reason
     rows = [
         (
-            "peak",
-            f"{format_bytes(plan.peak_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
-            f"{format_bytes(plan.unplanned_bytes)}",
+            "needs",
+            f"{format_bytes(plan.needs_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
+            f"{format_bytes(plan.unplanned_needs_bytes)}",
         ),
         ("batch", f"{batch} ({was}); same steps, same learning rates"),
         ("blocks", f"{blocks}{beside}"),

@@ -44,6 +44,8 @@ INK: Final = {  # of lines and words; words stand out by 4.5:1 at least
 }
 _LETTER: Final = 6.4  # the width of a letter of 12 px, on average, for the layout of words
 _LINE: Final = 16
+# The last ones by name: what makes pixels of a picture looks for no other font of a system than those that are named.
+_FONTS: Final = "system-ui, Arial, Helvetica, Liberation Sans, DejaVu Sans, Noto Sans, sans-serif"
 
 
 def timeline_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1000, key: bool = True) -> str:
@@ -95,8 +97,8 @@ def frontier_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1
         raise UsageError("the plan carries no other plans, so there is no frontier to draw: make the plan again")
     sizes, times = [point.peak_bytes for point in points], [point.step_s for point in points]
     limit = plan.budget_bytes if _near(plan.budget_bytes, sizes) else None
-    run = measured if measured and _near(measured.peak_bytes, sizes) and _near(measured.step_s, times) else None
-    span_x = _padded([*sizes, *([] if limit is None else [limit]), *([run.peak_bytes] if run else [])])
+    run = measured if measured and _near(measured.needs_bytes, sizes) and _near(measured.step_s, times) else None
+    span_x = _padded([*sizes, *([] if limit is None else [limit]), *([run.needs_bytes] if run else [])])
     span_y = _padded([*times, *([run.step_s] if run else [])])
     rows = _time_ticks(*span_y)
     left = 16 + int(_LETTER * max(len(words) for _, words in rows))
@@ -111,11 +113,12 @@ def frontier_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1
     drawn.append(f'<polyline points="{way}" fill="none" {_stroke("edge")}/>')
     drawn += [_point(frame, at, point, limit) for at, point in enumerate(points)]
     if run is not None:
-        x, y = frame.x(run.peak_bytes), frame.y(run.step_s)
+        x, y = frame.x(run.needs_bytes), frame.y(run.step_s)
         drawn.append(f'<path d="M{x - 7:.1f} {y:.1f}l7 -7 7 7 -7 7z" fill="none" {_stroke("measured", 2)}/>')
         drawn.append(_text(x, y + 22, "measured", "measured", "middle", halo=True))
     elif measured is not None:
-        words = f"measured {format_bytes(measured.peak_bytes)}, {format_seconds(measured.step_s)}: outside this picture"
+        size, seconds = format_bytes(measured.needs_bytes), format_seconds(measured.step_s)
+        words = f"measured {size}, {seconds}: outside this picture"
         drawn.append(_text(frame.right_x, 12, words, "measured", "end"))
     return _svg(frame, "frontier", f"Memory against time per step of {len(points)} plans", drawn)
 
@@ -372,6 +375,6 @@ def _svg(frame: _Frame, kind: str, label: str, drawn: Iterable[str]) -> str:
     plot = f'data-left="{frame.left}" data-right="{frame.right_x}" data-head="{frame.head}" data-base="{frame.base}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="{kind}" viewBox="0 0 {frame.width} {frame.height}" '
-        f'{plot} role="img" aria-label="{escape(label)}" font-family="system-ui, sans-serif" font-size="12">'
+        f'{plot} role="img" aria-label="{escape(label)}" font-family="{_FONTS}" font-size="12">'
         f'<rect class="sheet" width="100%" height="100%" fill="{INK["paper"][0]}"/>{"".join(drawn)}</svg>\n'
     )

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from pydantic import Field
 
-from memplan.gpus import Gpu
+from memplan.gpus import Gpu, with_like_kernels
 from memplan.plan_record import FrontierPoint, Layer, Plan
 from memplan.prediction import activations_in, by_category
 from memplan.records import Record
@@ -36,7 +36,7 @@ class Shift(Record):
 
 
 class Cards(Record):
-    """The smallest cards of the catalogue, with as large a share kept free as in the plan."""
+    """The smallest cards of the catalogue, of those with kernels like the plan's, with as large a share kept free."""
 
     plan: tuple[str, ...] = Field(description="for the plan as it is")
     everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
@@ -174,9 +174,11 @@ def _solved(plan: Plan, other: Plan | None, same: Plan | None, sign: int) -> Shi
 def _below(plan: Plan) -> Shift:
     by_bytes = -shift_bytes(plan)
     budget_bytes = plan.budget_bytes + by_bytes
+    if plan.needs_bytes <= budget_bytes:
+        return _shift(plan, by_bytes, plan.step_s, exact=True)
     fitting = [point.step_s for point in plan.frontier if point.peak_bytes <= budget_bytes]
     is_none = not fitting and budget_bytes < plan.smallest_bytes
-    return _shift(plan, by_bytes, min(fitting, default=None), exact=is_none or plan.needs_bytes <= budget_bytes)
+    return _shift(plan, by_bytes, min(fitting, default=None), exact=is_none)
 
 
 def _above(plan: Plan) -> Shift:
@@ -185,6 +187,8 @@ def _above(plan: Plan) -> Shift:
     budget_bytes = plan.budget_bytes + by_bytes
     if budget_bytes < plan.smallest_bytes:
         return _shift(plan, by_bytes, None, exact=True)
+    if plan.faster_within_budget is not None:  # the strategy does not want the memory that there is
+        return _shift(plan, by_bytes, plan.step_s, exact=True)
     known = [point.step_s for point in plan.frontier if point.peak_bytes <= budget_bytes]
     if plan.needs_bytes <= plan.budget_bytes:
         known.append(plan.step_s - plan.shadow_price if by_bytes >= GIB else plan.step_s)
@@ -204,12 +208,11 @@ def _cards(plan: Plan, gpus: Iterable[Gpu]) -> Cards:
     room = plan.budget_bytes + plan.budget.margin_bytes
     usable = {
         gpu.name: (gpu.total_bytes - plan.budget.context_bytes) * plan.budget_bytes // room
-        for gpu in sorted(gpus, key=lambda gpu: gpu.total_bytes or 0)
+        for gpu in sorted(with_like_kernels(plan.budget.gpu, gpus), key=lambda gpu: gpu.total_bytes or 0)
         if gpu.total_bytes is not None
     }
-    everything = plan.unplanned_bytes + plan.needs_bytes - plan.peak_bytes
 
     def enough(needs_bytes: int) -> tuple[str, ...]:
         return tuple(name for name, size in usable.items() if size >= needs_bytes)[:_CARDS]
 
-    return Cards(plan=enough(plan.needs_bytes), everything=enough(everything))
+    return Cards(plan=enough(plan.needs_bytes), everything=enough(plan.unplanned_needs_bytes))

@@ -9,15 +9,17 @@ from rich.text import Text
 
 from memplan.offer import Offer
 from memplan.plan_record import Verdict
-from memplan.report.tables import ruled
+from memplan.report.rows import NARROW, ruled
 from memplan.units import format_budget, format_bytes
-
-_NARROW: Final = 76  # columns below which an offer takes two lines rather than one
 
 _CHECKED: Final = (
     "Whether a card fits is checked by a trace of the leanest plan, on its allocator, with what `memplan plan` keeps "
     "free of it. How it would be used is read off the profile: `memplan plan --gpu CARD` checks that too, and has more "
     "levers, so it finds the same or better."
+)
+_UNCERTAIN: Final = (
+    "uncertain: the leanest plan needs a part of the margin that is kept for the error of predictions, and may run out "
+    "of memory."
 )
 _ESTIMATED: Final = (
     "samples/s are estimates from datasheets, not measurements. The band is from tensor cores at 50 % of their rate, "
@@ -37,6 +39,8 @@ def offer_tables(offers: Sequence[Offer]) -> RenderableType:
     unknown = list(dict.fromkeys(o.gpu for o in offers if o.fits and o.samples_per_s is None))
     if unknown:
         rows.append(f"{', '.join(unknown)}: only the memory is known, so there is no time.")
+    if any(offer.verdict is Verdict.UNCERTAIN for offer in offers):
+        rows.append(_UNCERTAIN)
     if any(offer.fits for offer in offers):
         rows.append(_CHECKED)
     return Group(*rows)
@@ -58,7 +62,7 @@ class _Fitting:
             return
         first = self.offers[0]
         title = f"{first.method}, {first.samples} samples per step"
-        if options.max_width < _NARROW:
+        if options.max_width < NARROW:
             yield Text(title, style="bold")
             for offer in self.offers:
                 yield Text.assemble((offer.gpu, "bold"), f" {format_budget(offer.total_bytes)}")

@@ -169,10 +169,6 @@ def _headline(plan: Plan) -> str:
 
 
 def _shown(plan: Plan, point: FrontierPoint) -> Shown:
-    if len(point.options) != len(plan.layers):
-        raise PlanSchema(
-            f"a plan of the frontier has options for {len(point.options)} of {len(plan.layers)} blocks: {_AGAIN}"
-        )
     cells = tuple(
         Cell(_mark(option), _kind(option), f"{layer.path}: {option}")
         for layer, option in zip(plan.layers, point.options, strict=True)
@@ -259,8 +255,8 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
         ("autocast", plan.autocast or "none"),
         ("strategy", plan.strategy),
         ("peak of tensors", format_bytes(plan.peak_bytes)),
-        ("without a plan", format_bytes(plan.unplanned_bytes)),
-        ("least that fits", format_bytes(plan.smallest_bytes)),
+        ("the same without a plan", format_bytes(plan.unplanned_bytes)),
+        ("least budget that fits", format_bytes(plan.smallest_bytes)),
         ("time per step", f"{format_seconds(plan.step_s)} ({basis_of(plan)})"),
         ("samples per second", format_rate(plan.samples_per_s, "samples").removesuffix(" samples/s")),
     ]

@@ -18,7 +18,8 @@ from memplan.units import format_budget, format_bytes, format_percent, format_ra
 _TOP: Final = 6  # ranges of modules are named
 _WORDS: Final = {
     "needs_bytes": "what it needs",
-    "unplanned_bytes": "without a plan",
+    "peak_bytes": "peak of tensors",
+    "unplanned_bytes": "peak without a plan",
     "smallest_bytes": "least that fits",
     "host_bytes": "on the host",
     "how": "traced",
@@ -47,7 +48,9 @@ def explanation_sheet(plan: Plan, found: Explanation) -> RenderableType:
         *_indented([_shift_text(plan, found.less), _shift_text(plan, found.more)]),
         _title("Which card is enough?"),
         *_indented(_card_texts(found)),
+        *([_title("Ways out"), *_indented(plan.ways_out)] if plan.ways_out else []),
         *([_title("Memory against time"), Frontier(plan)] if plan.frontier else []),
+        *([_title("What is assumed"), *_indented(plan.assumptions)] if plan.assumptions else []),
     )
 
 
@@ -190,7 +193,8 @@ def _card_texts(found: Explanation) -> list[str]:
     if found.cards is None:
         return ["This plan is for a CPU. A card's kernels and allocator need other memory: plan for a card to know."]
     texts = {"For this plan": found.cards.plan, "With nothing dropped, for the same batch": found.cards.everything}
-    return [f"{what}: {', '.join(names) or 'none of the catalogue'}." for what, names in texts.items()]
+    named = [f"{what}: {', '.join(names) or 'none of the catalogue'}." for what, names in texts.items()]
+    return [*named, "That goes by size, of cards with kernels like this one's: memplan plan --gpu CARD says for sure."]
 
 
 # --- a comparison ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -15,7 +14,9 @@ from memplan.corrections import Corrections, factors_text
 from memplan.gpus import Gpu
 from memplan.plan_record import Layer, Plan, Verdict, count_text
 from memplan.prediction import Prediction, by_category
+from memplan.report.answers import basis_of
 from memplan.report.paths import Share, module_shares, path_range, pattern_of
+from memplan.report.rows import Rows
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
 
 _STYLES: Final = {Verdict.FITS: "bold green", Verdict.UNCERTAIN: "bold yellow", Verdict.DOES_NOT_FIT: "bold red"}
@@ -58,8 +59,7 @@ def plan_tables(plan: Plan) -> RenderableType:
 
 def gpu_table(gpus: Iterable[Gpu]) -> RenderableType:
     """One row per card: its memory as torch sees it, its peak rates, and when they were looked up."""
-    table = _table("", "Card", "Memory", "GB/s", "bf16\nTFLOP/s", "fp32\nTFLOP/s", "Compute", "As of", text=0)
-    table.columns[0].justify = "left"
+    table = Rows("", "Card", "Memory", "GB/s", "bf16\nTFLOP/s", "fp32\nTFLOP/s", "Compute", "As of", text=0)
     for gpu in gpus:
         table.add_row(
             gpu.name,
@@ -95,6 +95,7 @@ def _budget(plan: Plan) -> RenderableType:
         spare = Text(f"{format_bytes(-spare_bytes)} too much", style="red")
     beside_peak: tuple[str | Text, ...] = (", ", spare)
     on_card: dict[str, str | Text] = {}
+    about = "" if plan.fits_bytes is None else "about "
     if plan.fits_bytes is not None:
         beside_peak = ()
         on_card["reserved"] = Text.assemble((format_bytes(plan.fits_bytes), "bold"), " by the allocator, ", spare)
@@ -108,31 +109,32 @@ def _budget(plan: Plan) -> RenderableType:
             (format_bytes(plan.peak_bytes), "bold"), f" in {plan.peak_phase}", *beside_peak
         ),
         **on_card,
-        "without a plan": f"{format_bytes(plan.unplanned_bytes)} at the same micro-batch",
+        "without a plan": f"{about}{format_bytes(plan.unplanned_needs_bytes)} at the same micro-batch",
         "least that fits": f"{format_bytes(plan.smallest_bytes)} with the strategy {plan.strategy!r}",
     }
     return _facts(f"Budget on {budget.gpu}", facts)
 
 
 def _step(plan: Plan) -> RenderableType:
+    within = "" if plan.faster_within_budget is None else " that needs no more"
     facts: dict[str, str | Text] = {
         "batch": Text.assemble(
             (f"{plan.micro_batch} x {plan.accumulation}", "bold"),
             f" (micro-batch x accumulation) = {plan.effective_batch}",
         ),
         "blocks": count_text(plan),
-        "time": f"{format_seconds(plan.step_s)} ({plan.times}), {format_rate(plan.samples_per_s, 'samples')}",
+        "time": f"{format_seconds(plan.step_s)} ({basis_of(plan)}), {format_rate(plan.samples_per_s, 'samples')}",
         "slowdown": f"{format_percent(plan.slowdown)} against keeping everything",
-        "gap": f"{format_percent(plan.gap)} at most to the fastest plan there is",
+        "gap": f"{format_percent(plan.gap)} at most to the fastest plan of its levers{within}",
     }
-    if plan.shadow_price > 0:
+    if plan.shadow_price > 0 and not within:
         facts["one GiB more"] = f"would save {format_seconds(plan.shadow_price)}"
     return _facts("Step", facts)
 
 
 def _layers(layers: Sequence[Layer]) -> RenderableType:
     """One row per run of neighbours that read the same."""
-    table = _table("Blocks, each for one micro-batch", "Block", "Plan", "n", "Saves", "Holds", "Extra time", text=2)
+    table = Rows("Blocks, each for one micro-batch", "Block", "Plan", "n", "Saves", "Holds", "Extra time", text=2)
 
     def cells(layer: Layer) -> tuple[str, ...]:
         sizes = format_bytes(layer.keep_bytes), format_bytes(layer.held_bytes)
@@ -148,7 +150,7 @@ def _layers(layers: Sequence[Layer]) -> RenderableType:
 def _categories(breakdown: Mapping[str, int]) -> RenderableType:
     sizes = by_category(breakdown)
     total = sum(sizes.values())
-    table = _table("Predicted at the peak", "Category", "Size", "Share")
+    table = Rows("Predicted at the peak", "Category", "Size", "Share")
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if size:
             table.add_row(name, format_bytes(size), format_percent(size / total))
@@ -158,14 +160,14 @@ def _categories(breakdown: Mapping[str, int]) -> RenderableType:
 
 
 def _modules(kept: Mapping[str, int], at_peak: Mapping[str, int], top: int) -> RenderableType:
-    table = _table("Activations by module", "Module", "n", "Kept for backward", "Each", "At the peak")
+    table = Rows("Activations by module", "Module", "n", "Kept for backward", "Each", "At the peak")
     _add_shares(table, module_shares(kept, at_peak), top, indent="")
     table.add_section()
     table.add_row("sum", "", format_bytes(sum(kept.values())), "", format_bytes(sum(at_peak.values())))
     return table
 
 
-def _add_shares(table: Table, shares: Sequence[Share], top: int, indent: str) -> None:
+def _add_shares(table: Rows, shares: Sequence[Share], top: int, indent: str) -> None:
     for share in shares[:top]:
         each = f"{'' if share.alike else 'up to '}{format_bytes(share.largest_bytes)}" if share.count > 1 else ""
         count = str(share.count) if share.count > 1 else ""
@@ -175,27 +177,6 @@ def _add_shares(table: Table, shares: Sequence[Share], top: int, indent: str) ->
     if rest := shares[top:]:
         sums = format_bytes(sum(share.kept_bytes for share in rest)), format_bytes(sum(s.peak_bytes for s in rest))
         table.add_row(f"{indent}{len(rest)} smaller", "", sums[0], "", sums[1], style="dim")
-
-
-def ruled(title: str) -> Table:
-    """A table of the look that all have; the columns are still to come."""
-    return Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-
-
-def _table(title: str, *columns: str, text: int = 1) -> Table:
-    """A table whose first `text` columns are words and whose others are numbers, which are never broken."""
-    table = ruled(title)
-    for place, column in enumerate(columns):
-        is_text = place < text
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    return table
 
 
 def _facts(title: str, facts: Mapping[str, str | Text]) -> RenderableType:
