@@ -24,7 +24,7 @@ _CONTAINERS = (dict, list, set)
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Undo every change that the block makes to the modules' attributes and to the random state."""
-    before = [(module, _shallow(module.__dict__)) for module in model.modules()]
+    before = [(module, contents(module.__dict__)) for module in model.modules()]
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -33,7 +33,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for module, attributes in before:
-            _put_back(module.__dict__, attributes)
+            put_back(module.__dict__, attributes)
 
 
 @contextmanager
@@ -52,12 +52,12 @@ def _passed_over() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _shallow(attributes: dict[str, object]) -> dict[str, tuple[object, object]]:
+def contents(attributes: dict[str, object]) -> dict[str, tuple[object, object]]:
     """Each attribute with a copy of its content, if it is a container: identity and content are both kept."""
     return {k: (v, v.copy() if isinstance(v, _CONTAINERS) else None) for k, v in attributes.items()}
 
 
-def _put_back(attributes: dict[str, object], before: dict[str, tuple[object, object]]) -> None:
+def put_back(attributes: dict[str, object], before: dict[str, tuple[object, object]]) -> None:
     attributes.clear()
     for name, (value, content) in before.items():
         attributes[name] = value

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 import memplan
 from integrations import scripts
@@ -253,17 +253,101 @@ def test_a_loop_that_calls_backward_itself(driven: Any) -> None:
         train()
 
 
-def test_a_loop_that_counts_itself(driven: Any) -> None:
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_loop_that_counts_itself(driven: Any, count: int) -> None:
     accelerator, model, optimizer, loader = driven
 
     def train() -> None:
-        for at, batch in enumerate(loader):
-            accelerator.backward(model(**batch).loss)
-            if at % 8 == 7:
+        for at, batch in enumerate(loader, start=1):
+            accelerator.backward(model(**batch).loss / count)
+            if at % count == 0:
                 optimizer.step()
 
-    with pytest.raises(UsageError, match=r"optimizer.step\(\) was not called at the last of 4 micro-batches"):
+    called = {2: 2, 4: 1, 8: 0}[count]
+    with pytest.raises(UsageError, match=rf"optimizer.step\(\) was called for {called} of the 4 micro-batches"):
         train()
+
+
+def test_a_loop_that_asks_when_a_step_ends(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    steps = 0
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                optimizer.step()
+                steps += 1
+    assert steps == 3
+
+
+def test_a_schedule_that_accelerate_does_not_know(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def train() -> None:
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            schedule.step()
+
+    with pytest.raises(
+        UsageError, match=r"learning rate went from 0\.001 to 0\.00025 within a step of 4 micro-batches"
+    ):
+        train()
+
+
+def test_a_schedule_that_is_made_and_prepared_afterwards(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert schedule.get_last_lr() == [0.001 / 4]  # after three steps
+
+
+def test_a_loop_that_clips_parts(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+
+    def train() -> None:
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(UsageError, match=r"changed between two micro-batches.*Use accelerator\.clip_grad_norm_"):
+        train()
+
+
+def test_a_loop_that_clips_the_whole(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        if accelerator.sync_gradients:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from (Texts(8)[at] for at in range(8))
+
+
+def test_a_stream_that_several_workers_read(accelerator: Accelerator) -> None:
+    """Each makes batches of its own part, so that cut ones would be of other rows."""
+    model, optimizer, _ = parts()
+    loader = DataLoader(Stream(), batch_size=BATCH, collate_fn=padded, num_workers=2)
+    attach(accelerator, gpu="cpu:1GiB", micro_batch=2)
+    with pytest.raises(UsageError, match="several workers read parts of a stream"):
+        accelerator.prepare(model, optimizer, loader)
+
+
+def test_a_compiled_model() -> None:
+    with fresh_accelerate(), pytest.raises(UsageError, match="compiles the model"):
+        attach(Accelerator(cpu=True, dynamo_backend="eager"))
 
 
 def test_backward_outside_of_a_step(driven: Any) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from integrations import scripts
 from integrations.scripts import BATCH, Texts, fresh_accelerate, make_model, padded
+from memplan.errors import UsageError
 from memplan.integrations.accelerate import attach
 
 pytestmark = pytest.mark.slow
@@ -61,3 +62,29 @@ def test_a_checkpoint_from_before_memplan(tmp_path: Path) -> None:
     whole = run(None, None, None)
     resumed = run(scripts.plan_file("llama", 2, BATCH), tmp_path, save_at=None)
     assert max(float((a - b).abs().max()) for a, b in zip(resumed, whole, strict=True)) <= 1e-5
+
+
+def test_batches_that_are_counted_otherwise(tmp_path: Path) -> None:
+    """As scripts do that count optimizer steps, or go on twice."""
+    plan = scripts.plan_file("llama", 2, BATCH)
+    run(plan, tmp_path, save_at=3)
+    (tmp_path / "batches.txt").write_text("4")  # steps would be 3, batches 12
+    with pytest.raises(UsageError, match=r"4 batches are 1 steps, .* had taken 3 .*batches of 2 samples: skip 12 of"):
+        run(plan, tmp_path, save_at=None)
+
+
+def test_what_was_skipped_counts_when_it_is_saved_again(tmp_path: Path) -> None:
+    with fresh_accelerate():
+        accelerator = Accelerator(cpu=True)
+        attach(accelerator, plan=scripts.plan_file("llama", 2, BATCH))
+        net = make_model("llama")
+        parts = net, torch.optim.AdamW(net.parameters()), DataLoader(Texts(37), BATCH, collate_fn=padded)
+        net, optimizer, loader = accelerator.prepare(*parts)
+        saved = []
+        for batch in accelerator.skip_first_batches(loader, 8):
+            accelerator.backward(net(**batch).loss)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                accelerator.save_state(tmp_path)
+                saved.append((tmp_path / "memplan_steps.txt").read_text())
+        assert saved == ["3\n", "4\n", "5\n"]

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from integrations import scripts
 from integrations.scripts import BATCH, Texts, make_model, padded
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.integrations.lightning import MemplanCallback
+from memplan.plan_record import Plan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.utilities import CombinedLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
@@ -94,11 +96,74 @@ def refused(
     [
         ({"val_check_interval": 2}, "val_check_interval = 2 counts batches.* such as 0.25"),
         ({"overfit_batches": 1}, "limit_train_batches = 1 counts batches"),
-        ({"fast_dev_run": 1}, "limit_train_batches = 1 counts batches"),
+        ({"fast_dev_run": 1}, "fast_dev_run counts batches"),
+        ({"limit_train_batches": 0.3}, "limit_train_batches = 0.3 of 2 batches is no whole number of them"),
+        ({"val_check_interval": 0.25}, "val_check_interval = 0.25 of 2 batches is no whole number of them"),
+        ({"overfit_batches": 0.3}, "0.3 of 2 batches is no whole number of them"),
+        ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs makes new loaders"),
     ],
 )
 def test_numbers_of_batches(options: dict[str, Any], words: str) -> None:
     refused(UsageError, words, **options)
+
+
+def test_batches_that_change_during_the_fit() -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB")
+    lightning = trainer(callback)
+    lightning.callbacks.append(GradientAccumulationScheduler({0: 1, 1: 2}))
+    with pytest.raises(UsageError, match="a GradientAccumulationScheduler changes the batch of a step"):
+        lightning.fit(Module(), texts())
+
+
+class Counting(Module):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches == 2
+        return super().configure_optimizers()
+
+
+def test_a_loader_that_is_set_up_already() -> None:
+    refused(UsageError, r"estimated_stepping_batches in configure_optimizers does", module=Counting())
+
+
+def test_a_checkpoint_from_the_middle_of_an_epoch() -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB")
+    callback.plan = Plan.load(scripts.plan_file("llama", 2, 8))
+    done = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=3))))
+    with pytest.raises(UsageError, match="saved after 3 batches of an epoch"):
+        callback.on_train_start(SimpleNamespace(global_step=3, fit_loop=done), Module())  # type: ignore[arg-type]
+
+
+class Rows(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from (Texts(20)[at] for at in range(20))
+
+
+def test_rows_of_a_stream_that_make_no_whole_batch() -> None:
+    module, callback = Module(), MemplanCallback(gpu="cpu:1GiB", strategy="huggingface", micro_batch=2)
+    trainer(callback).fit(module, DataLoader(Rows(), batch_size=BATCH, collate_fn=padded, drop_last=True))
+    assert callback.plan is not None
+    assert module.rows == [2] * (20 // BATCH * BATCH // 2)
+
+
+class Regression(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss: Tensor = self.layers(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_inputs_of_the_precision_that_lightning_makes_of_them(precision: Any) -> None:
+    callback = MemplanCallback(gpu="cpu:1GiB")
+    rows = TensorDataset(torch.ones(8, 4))
+    trainer(callback, precision=precision).fit(Regression(), DataLoader(rows, batch_size=4))
+    assert callback.plan is not None
 
 
 def test_a_module_that_optimizes_by_hand() -> None:

@@ -224,6 +224,51 @@ def test_losses_that_depend_on_the_division_keep_it(make: Any) -> None:
     assert coupling(smoothed, rows_of(smoothed), Recipe()) is None
 
 
+class Partly(Contrast):
+    """A sum over the labels, divided by the items, and a small part that is a mean, as a router's loss."""
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, num_items_in_batch: Any = None, **_: object
+    ) -> dict[str, Tensor]:
+        scores = (self.words(input_ids) @ self.words.weight.T).flatten(0, 1)
+        own = nn.functional.cross_entropy(scores, labels.flatten(), reduction="sum") / num_items_in_batch
+        return {"loss": own + 0.01 * scores.logsumexp(-1).mean()}
+
+
+def test_a_small_part_of_a_loss_is_seen_under_autocast_too(make: Any) -> None:
+    made = make(model=Partly(), bf16=True)
+    assert "couples" in str(coupling(made, rows_of(made), Recipe(autocast=torch.bfloat16)))
+
+
+def test_a_router_s_loss_in_half_precision_keeps_the_division(make: Any) -> None:
+    made = make(model=tiny.llama(use_cache=False)[0].bfloat16())
+    assert coupling(made, rows_of(made), Recipe()) is None
+    made.model.config.output_router_logits = True
+    assert "router's loss" in str(coupling(made, rows_of(made), Recipe()))
+
+
+class Noting(transformers.Trainer):
+    """Keeps its losses to log their mean, and logs each as it comes."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[Tensor] = []
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        loss = super().compute_loss(*args, **options)
+        self.losses.append(loss.detach())
+        self.log({"own": 1.0})
+        return loss
+
+
+def test_what_a_trainer_keeps_and_logs_itself_is_of_its_training_only(make: Any) -> None:
+    made = make(kind=Noting)
+    memplan.autofit(made, **WHOLE)
+    assert made.losses == []
+    assert made.state.log_history == []
+    assert "log" not in vars(made)
+
+
 def test_a_division_that_would_change_the_result_is_refused(make: Any) -> None:
     with pytest.raises(
         BadBatch, match="micro_batch=2 would change the result of the 8 x 1 rows per step: its loss couples"

@@ -81,9 +81,11 @@ def trainer(folder: Path, model: nn.Module | None = None, **changes: Any) -> tra
     model = tiny.llama(layers=3)[0] if model is None else model
     data = changes.pop("train_dataset", None) or dataset()
     passed = {n: changes.pop(n) for n in ("optimizers", "compute_loss_func", "eval_dataset") if n in changes}
-    return transformers.Trainer(
+    kind = changes.pop("kind", transformers.Trainer)
+    made: transformers.Trainer = kind(
         model, arguments(folder, **changes), train_dataset=data, data_collator=collated, **passed
     )
+    return made
 
 
 def sft_trainer(folder: Path, lora: bool = False, **changes: Any) -> trl.SFTTrainer:

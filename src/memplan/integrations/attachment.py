@@ -19,8 +19,8 @@ from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
 from memplan.integrations.fsdp import is_sharded, sharded
-from memplan.integrations.grouping import Group, grouped
-from memplan.integrations.loaders import cut, longest_batch
+from memplan.integrations.grouping import Group, drive, grouped
+from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch
 from memplan.integrations.parts import Split, full_precision_outputs
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, refuse_copied
@@ -37,7 +37,7 @@ from memplan.strategy import Strategy
 from memplan.world import World, largest, least_share, of_first, on_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PLAN_FILE = "memplan.json"  # beside what `save_state` writes
+_PLAN_FILE, _STEPS_FILE = "memplan.json", "memplan_steps.txt"  # beside what `save_state` writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ class Attachment:
         self._accelerator = accelerator
         self._wishes = wishes
         self._group: Group | None = None
-        self._counted_rows: int | None = None  # samples in a batch of the run that saved the loaded checkpoint
+        # Of the run that saved the loaded checkpoint: samples in a batch, and steps that it had taken in its epoch.
+        self._counted_rows: int | None = None
+        self._taken_steps: int | None = None
         self._own = {name: getattr(accelerator, name) for name in _WRAPPED}
         for name, wrapper in _WRAPPED.items():
             setattr(accelerator, name, wraps(self._own[name])(partial(wrapper, self)))
@@ -114,7 +116,8 @@ class Attachment:
         own_batches = accelerator.gradient_accumulation_steps
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
             sample, said = largest(*on_all(partial(self._shown, loader)))
-            count = None if is_dealt_out(accelerator, loader) else self._counted(model, recipe, sample)
+            is_fixed = is_dealt_out(accelerator, loader) or is_cut_by_workers(loader)
+            count = None if is_fixed else self._counted(model, recipe, sample)
             strategy, left_out = on_all(partial(self._strategy, model))
             make = partial(
                 plan_for,
@@ -150,7 +153,7 @@ class Attachment:
         self.plan = plan
         if accelerator.is_main_process:
             off = "memplan.attach(accelerator, enabled=False)"
-            announce(banner(plan, (batch_size, own_batches), off, said=(*left_out, *said)))
+            announce(banner(plan, (batch_size, own_batches), off, said=(*left_out, *said, *_of_lengths(plan, split))))
         self._tell_trackers()
         return prepared
 
@@ -184,7 +187,7 @@ class Attachment:
         if self.fit is not None and accelerator.num_processes == 1 and not is_deepspeed(accelerator):
             group.second = SecondStep(self.fit, self._log)
         for optimizer in group.optimizers:
-            _drive(optimizer, group)
+            drive(optimizer, group)
         if plan.micro_batch != split.own_rows:
             prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
         grouped(prepared[at], group)
@@ -198,6 +201,9 @@ class Attachment:
                 "weight. Iterate the loader that prepare returned; to skip batches, use "
                 "accelerator.skip_first_batches(loader, n), not the function of that name."
             )
+        watches = not (is_sharded(self._accelerator) or is_deepspeed(self._accelerator))
+        if watches:
+            group.check_gradients()
         group.backwards += 1
         group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
@@ -206,6 +212,8 @@ class Attachment:
             loss = _nothing_to_learn(loss, group.models, through_all)
         factor = group.weight * group.split.micro_batches  # by whose number Accelerate divides
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
+        if watches:
+            group.note_gradients()
 
     def _clip_grad_norm_(self, *args: Any, **options: Any) -> Any:
         return self._clipped("clip_grad_norm_", *args, **options)
@@ -224,18 +232,28 @@ class Attachment:
         """`accumulate` asks whether this batch is the last of its step: the loader has said so."""
         if self._group is None or self._group.weight is None:
             self._own["_do_sync"]()
+        else:
+            self._group.asks = True
 
     def _skip_first_batches(self, loader: DataLoader[Any], num_batches: int = 0) -> Any:
         """As many as a run that saved a checkpoint had taken, of the size that they had there."""
         plan, group = self._planned, getattr(loader, "group", None)
         if not isinstance(group, Group) or group is not self._group:  # another loader, such as evaluation's
             return self._own["skip_first_batches"](loader, num_batches)
-        rows = num_batches * (self._counted_rows or plan.micro_batch)
+        size = self._counted_rows or plan.micro_batch
+        rows, taken = num_batches * size, self._taken_steps
         if rows % plan.effective_batch:
             raise UsageError(
                 f"{num_batches} batches are {rows} samples, which is no whole number of optimizer steps of "
                 f"{plan.effective_batch} samples: a step cannot be begun in the middle. Save after a step."
             )
+        if rows and taken is not None and rows != taken * plan.effective_batch:
+            raise UsageError(
+                f"{num_batches} batches are {rows // plan.effective_batch} steps, but the run that saved the "
+                f"checkpoint had taken {taken} in its epoch. Its loader counted batches of {size} samples: skip "
+                f"{taken * plan.effective_batch // size} of them."
+            )
+        group.skipped = rows // plan.effective_batch
         skipped = self._own["skip_first_batches"](loader, rows // plan.micro_batch)
         return grouped(skipped, group)
 
@@ -296,9 +314,12 @@ class Attachment:
     def _save(self, _models: Any, _weights: Any, output_dir: str) -> None:
         if self._accelerator.is_main_process and self.plan is not None:
             self.plan.save(Path(output_dir) / _PLAN_FILE)
+            if self._group is not None:
+                (Path(output_dir) / _STEPS_FILE).write_text(f"{self._group.in_epoch}\n", encoding="utf-8")
 
     def _load(self, _models: Any, input_dir: str) -> None:
-        path = Path(input_dir) / _PLAN_FILE
+        path, steps = Path(input_dir) / _PLAN_FILE, Path(input_dir) / _STEPS_FILE
+        self._taken_steps = int(steps.read_text(encoding="utf-8")) if steps.is_file() else None
         if path.is_file():
             self._counted_rows = Plan.load(path).micro_batch
         elif self._group is not None:  # it was trained without a plan
@@ -322,27 +343,20 @@ _UNTRIED: Final = (
 )
 
 
+def _of_lengths(plan: Plan, split: Split) -> tuple[str, ...]:
+    """What a script that counts the prepared loader's batches has to know."""
+    if plan.micro_batch == split.own_rows:
+        return ()
+    return (
+        f"len(loader) and the batches that are counted or skipped are micro-batches of {plan.micro_batch} now, "
+        f"{plan.accumulation} to a step; numbers of steps that are made of them are to be divided by that",
+    )
+
+
 def _model_and_batch(accelerator: Accelerator, objects: tuple[Any, ...]) -> tuple[nn.Module, int, int]:
     """The model, the place of its training loader, and the samples in one of that one's batches."""
     model, at = model_and_loader(objects)
     return model, at, own_batch_size(accelerator, objects[at])
-
-
-def _drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
-    """Have a prepared optimizer keep the gradients of a step under way, wherever the loop calls `zero_grad`."""
-    own_step = optimizer.step
-
-    def step(*args: Any, **options: Any) -> Any:
-        group.stepped |= group.is_last
-        stepped = own_step(*args, **options)
-        group.has_stepped(optimizer)
-        return stepped
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        if group.weight is None or group.stepped or not group.backwards:
-            optimizer.optimizer.zero_grad(set_to_none=set_to_none)
-
-    optimizer.step, optimizer.zero_grad = step, zero_grad
 
 
 def _nothing_to_learn(loss: Tensor, models: list[nn.Module], through_all: bool) -> Tensor:

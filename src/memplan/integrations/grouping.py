@@ -5,12 +5,15 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 `accelerator.accumulate`.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Final
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -35,8 +38,14 @@ class Group:
         stepped: whether the optimizer has stepped since the group was begun.
         loss: of the step so far, as the script would have seen it for its own batches; detached.
         steps: finished so far.
+        before: of those, the ones of earlier epochs.
+        skipped: steps that the next epoch leaves out at its beginning.
         second: what measures the second step, if anything does; given up where the loop ends before that.
         to_step: the ids of the optimizers that have not stepped in this step.
+        asks: whether the loop asks in `accumulate` when a step ends, so that it need not call `step` for every batch.
+        calls: of `step` in this step, by the ids of the optimizers.
+        rates: the learning rates at the first of them.
+        changes: of the gradients in place, as counted after the last backward.
     """
 
     split: Split
@@ -50,12 +59,27 @@ class Group:
     stepped: bool = False
     loss: "Tensor | float" = 0.0
     steps: int = 0
+    before: int = 0
+    skipped: int = 0
     second: SecondStep | None = None
     to_step: set[int] = field(default_factory=set)
+    asks: bool = False
+    handed: int = 0
+    calls: Counter[int] = field(default_factory=Counter)
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    changes: int | None = None
+
+    @property
+    def in_epoch(self) -> int:
+        """Steps taken in the epoch under way, with those that it has skipped."""
+        return self.steps - self.before + self.stepped
 
     def begin(self) -> None:
         """A new step. What is left of the last one's gradients would only take memory in the next forward."""
         self.backwards, self.stepped, self.loss = 0, False, 0.0
+        self.asks, self.handed, self.changes = False, 0, None
+        self.calls.clear()
+        self.rates.clear()
         self.to_step = {id(optimizer) for optimizer in self.optimizers}
         if self.steps:
             for optimizer in self.optimizers:
@@ -65,7 +89,7 @@ class Group:
 
     def at(self, weight: float, is_last: bool) -> None:
         """The next micro-batch is handed out."""
-        self.weight, self.is_last = weight, is_last
+        self.weight, self.is_last, self.handed = weight, is_last, self.handed + 1
         GradientState()._set_sync_gradients(is_last)
         for model in self.models:
             if hasattr(model, "require_backward_grad_sync"):  # DistributedDataParallel's own flag, as `no_sync` sets it
@@ -83,13 +107,45 @@ class Group:
                 "no accelerator.backward(loss) was called for a step of the training loader, so its losses were not "
                 "weighted. Use it in place of loss.backward()."
             )
-        if not self.stepped:
+        calls = max(self.calls.values(), default=0)
+        if not self.stepped or (self.calls and calls < self.handed and not self.asks):
             raise UsageError(
-                f"optimizer.step() was not called at the last of {self.split.micro_batches} micro-batches of a step: "
-                "the loop seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the "
-                "Accelerator, and call optimizer.step() for every batch or inside accelerator.accumulate(model)."
+                f"optimizer.step() was called for {calls} of the {self.handed} micro-batches of a step, so the loop "
+                "seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the Accelerator, and "
+                "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
-        self.steps += 1
+        self.steps, self.stepped = self.steps + 1, False
+
+    def check_gradients(self) -> None:
+        """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""
+        if self.changes is not None and self._changes() != self.changes:
+            raise UsageError(
+                "gradients were changed between two micro-batches of a step, as torch.nn.utils.clip_grad_norm_ does, "
+                "which would clip parts of a gradient one by one. Use accelerator.clip_grad_norm_ or clip_grad_value_, "
+                "which wait for the whole, or do it where accelerator.sync_gradients is true."
+            )
+
+    def note_gradients(self) -> None:
+        """After a backward that is not the last of its step."""
+        self.changes = None if self.is_last else self._changes()
+
+    def _changes(self) -> int:
+        """How often the gradients were written to in place."""
+        parameters = (parameter for model in self.models for parameter in model.parameters())
+        return sum(parameter.grad._version for parameter in parameters if parameter.grad is not None)
+
+    def is_stepping(self, optimizer: Any) -> None:
+        """The loop calls an optimizer's step. Raises UsageError if its learning rate has changed within the step."""
+        rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), float | int)]
+        before = self.rates.setdefault(id(optimizer), rates)
+        self.calls[id(optimizer)] += 1
+        self.stepped |= self.is_last
+        if self.is_last and rates != before:
+            raise UsageError(
+                f"the learning rate went from {before[0]:g} to {rates[0]:g} within a step of {self.handed} "
+                "micro-batches, so its schedule would run that much faster. Pass the scheduler to accelerator.prepare, "
+                "or step it where accelerator.sync_gradients is true."
+            )
 
     def has_stepped(self, optimizer: Any) -> None:
         """An optimizer has taken the gradients of the step under way, if they are all there."""
@@ -111,6 +167,7 @@ class _Grouped:
         if device is not None:
             self.device = None  # what is fetched ahead waits on the host, where it can be counted at once
         inner = super().__iter__()  # type: ignore[misc]  # of the class that this is mixed into
+        group.before, group.skipped, group.stepped = group.steps - group.skipped, 0, False
         try:
             while batches := self._fetched(inner):
                 ended = self.end_of_dataloader
@@ -168,3 +225,22 @@ def grouped(loader: Any, group: Group) -> Any:
 
 
 _KINDS: Final = {DataLoaderShard: GroupedShard, DataLoaderDispatcher: GroupedDispatcher}
+
+
+def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
+    """Have a prepared optimizer keep the gradients of a step under way, wherever the loop calls `zero_grad`."""
+    own_step = optimizer.step
+
+    def step(_: Any, *args: Any, **options: Any) -> Any:
+        if group.weight is not None:
+            group.is_stepping(optimizer)
+        stepped = own_step(*args, **options)
+        group.has_stepped(optimizer)
+        return stepped
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if group.weight is None or group.stepped or not group.backwards:
+            optimizer.optimizer.zero_grad(set_to_none=set_to_none)
+
+    optimizer.step = MethodType(step, optimizer)  # as a scheduler that is made later takes it to be
+    optimizer.zero_grad = zero_grad

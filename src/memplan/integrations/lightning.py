@@ -17,13 +17,14 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
-from memplan.integrations.loaders import batch_size_of, cut, longest_batch
+from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, longest_batch
 from memplan.integrations.parts import Split
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
@@ -67,6 +68,7 @@ class MemplanCallback(Callback):
         loader = source.dataloader()
         if not isinstance(loader, DataLoader):
             raise UsageError(f"memplan plans for one training DataLoader; this fit has a {type(loader).__name__}")
+        _refuse_parts(trainer, loader)
         own_rows, own_batches = batch_size_of(loader), trainer.accumulate_grad_batches
         recipe = Recipe(
             _step_loss,
@@ -77,7 +79,9 @@ class MemplanCallback(Callback):
         )
         with _not_logging(pl_module):
             sample, said = longest_batch(loader)
-            by = None if is_batch_coupled(pl_module) else self._counted(pl_module, recipe, sample)
+            sample = sample.map(trainer.precision_plugin.convert_input)
+            is_fixed = is_batch_coupled(pl_module) or is_cut_by_workers(loader)
+            by = None if is_fixed else self._counted(pl_module, recipe, sample)
             plan = plan_for(
                 pl_module,
                 recipe,
@@ -97,8 +101,19 @@ class MemplanCallback(Callback):
         self._second = SecondStep(fit, partial(_log, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
-        """The checkpoint, if the fit goes on from one, is there."""
+        """The checkpoint, if the fit goes on from one, is there.
+
+        Raises:
+            UsageError: it was saved in the middle of an epoch, by whose batches another plan cannot go on.
+        """
         self._first_step = trainer.global_step
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self.plan is not None and self.plan.accumulation > 1 and done:
+            raise UsageError(
+                f"the checkpoint was saved after {done} batches of an epoch, which may have been of another size than "
+                "the plan's micro-batches. Go on from one that was saved at the end of an epoch, or without a plan: "
+                "MemplanCallback(enabled=False)."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Measure the second step, from its first micro-batch on."""
@@ -165,6 +180,8 @@ class _Weighed(DataLoader[Any]):
             if len(step) == self.split.micro_batches:
                 yield from self._given(step)
                 step = []
+        if self.drop_last and isinstance(self.dataset, IterableDataset) and (inside := self.split.inside):
+            del step[len(step) - len(step) % inside :]  # what makes no whole batch of the loader's own
         yield from self._given(step)
 
     def _given(self, step: list[Any]) -> Iterator[Any]:
@@ -235,9 +252,38 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
             "the module optimizes by hand (automatic_optimization=False), so memplan cannot split its batches. Plan by "
             "hand: memplan.autofit(module, sample=..., loss=...)."
         )
-    for name in ("limit_train_batches", "val_check_interval"):
-        if isinstance(getattr(trainer, name), int):
+    if getattr(trainer, "fast_dev_run", False):
+        raise UsageError("fast_dev_run counts batches, which become micro-batches under a plan. Leave one of them out.")
+    if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+        raise UsageError(
+            "reload_dataloaders_every_n_epochs makes new loaders during the fit, and the plan is for the first one. "
+            "Leave it out, or plan for each stage by a fit of its own."
+        )
+    schedulers = (one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientAccumulationScheduler))
+    if any(one.going_to_accumulate_grad_batches() for one in schedulers):
+        raise UsageError(
+            "a GradientAccumulationScheduler changes the batch of a step during the fit, and the plan is for one "
+            "batch. Use accumulate_grad_batches."
+        )
+    if trainer.fit_loop._combined_loader is not None:
+        raise UsageError(
+            "the training loader was set up before the callback, as reading trainer.estimated_stepping_batches in "
+            "configure_optimizers does, so its batches are fixed. Work the number of steps out of the data: "
+            "ceil(len(loader) / accumulate_grad_batches) * max_epochs."
+        )
+
+
+def _refuse_parts(trainer: Trainer, loader: DataLoader[Any]) -> None:
+    """Numbers of batches, and shares of an epoch that are no whole number of them."""
+    for name in ("limit_train_batches", "val_check_interval", "overfit_batches"):
+        value = getattr(trainer, name)
+        if isinstance(value, int) and value:
             raise UsageError(
-                f"{name} = {getattr(trainer, name)} counts batches, which become micro-batches under a plan. Give it "
-                "as a share of the epoch, such as 0.25."
+                f"{name} = {value} counts batches, which become micro-batches under a plan. Give it as a share of the "
+                "epoch, such as 0.25."
+            )
+        if 0 < value < 1 and not (isinstance(loader.dataset, IterableDataset) or (len(loader) * value).is_integer()):
+            raise UsageError(
+                f"{name} = {value} of {len(loader)} batches is no whole number of them, and what Lightning makes of it "
+                "depends on how a plan divides them. Give a share that is."
             )

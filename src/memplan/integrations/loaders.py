@@ -122,6 +122,11 @@ def cut(loader: DataLoader[Any], own_batches: int, micro_batch: int) -> DataLoad
         ) from error
 
 
+def is_cut_by_workers(loader: DataLoader[Any]) -> bool:
+    """Whether several processes make batches of parts of a stream, each its own: then cut batches are of other rows."""
+    return isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1
+
+
 def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
     """A batch of the longest rows that were found, and a sentence that says how it was found.
 

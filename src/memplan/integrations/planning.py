@@ -19,8 +19,8 @@ from memplan.world import World, said_of
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
-    "gradients than the whole; or the first process reads for all (dispatch_batches). Leave micro_batch out, or say "
-    "with normalise=... what the loss is a mean over."
+    "gradients than the whole; or the first process reads for all (dispatch_batches), or several workers read parts of "
+    "a stream. Leave micro_batch out, or say with normalise=... what the loss is a mean over."
 )
 
 

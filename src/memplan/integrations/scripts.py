@@ -62,6 +62,12 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
         )
     if is_deepspeed(accelerator):
         check_engine(accelerator)
+    compiles = getattr(accelerator.state, "dynamo_plugin", None)
+    if compiles is not None and str(getattr(compiles.backend, "value", compiles.backend)).upper() != "NO":
+        raise UsageError(
+            "the Accelerator compiles the model (dynamo_backend), and what a plan does inside of its blocks would be "
+            "compiled away. Leave that out, or plan with enabled=False."
+        )
     state = accelerator.gradient_state
     if state.num_steps > 1 and not state.sync_with_dataloader:
         raise UsageError(

@@ -7,12 +7,13 @@ division by the items of the whole step.
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from memplan.abstract import preserved
+from memplan.abstract import contents, preserved, put_back
 from memplan.integrations.parts import full_precision_outputs
 from memplan.integrations.trainer_data import Rows, joined
 from memplan.means import IGNORED, without_dropout
@@ -46,13 +47,18 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     if not _is_scaled(trainer, loss.items):
         return "its loss is a mean over each micro-batch, and the mean of such means depends on how rows are divided"
     model, device = trainer.model, trainer.args.device
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    # Where all weights are whole, without autocast, whose rounding would hide a small part of the loss.
+    casting = partial(recipe.casting, device.type) if half else nullcontext
     try:
         with preserved(model), torch.no_grad(), account_aside(trainer):
             without_dropout(model)
-            whole, *parts = (_value(trainer, dict(batch), loss.items, recipe, device) for batch in rows.pair)
+            with casting():
+                whole, *parts = (_value(trainer, dict(batch), loss.items, device) for batch in rows.pair)
     except torch.OutOfMemoryError:  # the very reason for a plan
         return None
-    half = recipe.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if half and getattr(model.config, "output_router_logits", False):
+        return "its router's loss is a mean over each micro-batch (output_router_logits), beside the loss of the rows"
     tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole)
     if abs(sum(parts) - whole) <= tolerance:
         return None
@@ -74,10 +80,9 @@ def _labels_in(batch: dict[str, Any]) -> int:
     return int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 0
 
 
-def _value(trainer: Any, batch: dict[str, Any], items: Any, recipe: Recipe, device: torch.device) -> float:
+def _value(trainer: Any, batch: dict[str, Any], items: Any, device: torch.device) -> float:
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    with recipe.casting(device.type):
-        return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items))
+    return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items))
 
 
 def _items(trainer: Any, batch: dict[str, Any]) -> Any:
@@ -96,25 +101,29 @@ def _is_scaled(trainer: Any, items: Any) -> bool:
 
 @contextmanager
 def account_aside(trainer: Any) -> Iterator[None]:
-    """What is counted and averaged for logging meanwhile is forgotten, and not read: a trace has no values.
+    """What is counted, averaged and logged meanwhile is forgotten, and not read: a trace has no values.
 
     TRL's metrics go through `gather_for_metrics`; it hands out zeros. `gather` hands out what is this rank's own: none
     waits for another one.
     """
-    before, accelerator = dict(vars(trainer)), trainer.accelerator
+    before, accelerator = contents(vars(trainer)), trainer.accelerator
     instead = {"gather_for_metrics": lambda data, *_: torch.zeros(data.shape), "gather": lambda data: data}
     own = {name: vars(accelerator)[name] for name in instead if name in vars(accelerator)}
-    if "_metrics" in before:
-        trainer._metrics = copy.deepcopy(before["_metrics"])
+    if hasattr(trainer, "_metrics"):
+        trainer._metrics = copy.deepcopy(trainer._metrics)
+    trainer.log = _unlogged
     vars(accelerator).update(instead)
     try:
         yield
     finally:
-        vars(trainer).clear()
-        vars(trainer).update(before)
+        put_back(vars(trainer), before)
         for name in instead:
             del vars(accelerator)[name]
         vars(accelerator).update(own)
+
+
+def _unlogged(*_: object, **__: object) -> None:
+    """What becomes of a record that a loss logs while it is planned for."""
 
 
 @contextmanager
