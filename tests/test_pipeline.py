@@ -23,6 +23,7 @@ from memplan.plan_record import Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
+from memplan.strategy import Strategy
 
 KIB, GIB = 1024, 2**30
 
@@ -346,6 +347,31 @@ def test_batch_norm_is_never_split() -> None:
     assert any("batch norm" in sentence for sentence in plan.assumptions)
     with pytest.raises(BadBatch, match="would split"):
         planned("resnet", GIB, effective_batch=4, micro_batch=2)
+
+
+class Checkpointing(nn.Module):
+    """Runs its blocks by torch's checkpoint in its own forward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_checkpoints_itself(reentrant: bool) -> None:
+    model, batch = Checkpointing(reentrant), {"x": torch.randn(4, 16)}
+    assert memplan.predict(model, batch).peak_bytes
+    with pytest.raises(AlreadyApplied, match=r"the model calls torch\.utils\.checkpoint in its own forward"):
+        memplan.plan(model, "cpu:1GiB", sample=batch)
+    nothing_again = Strategy("mine", levers=("loss-head",))
+    assert memplan.plan(model, "cpu:1GiB", sample=batch, strategy=nothing_again).verdict is Verdict.FITS
 
 
 class Contrastive(nn.Module):

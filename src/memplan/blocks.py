@@ -17,6 +17,7 @@ from memplan import packed
 from memplan._compat import is_checkpointing_layer
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.sharding import Unit, padded_bytes
+from memplan.trace import CHECKPOINT, Trace
 from memplan.units import format_count
 
 
@@ -193,6 +194,17 @@ def check_plannable(model: nn.Module) -> None:
         raise AlreadyApplied(
             f"{wrapped[0] or 'the model'} is inside torch's CheckpointWrapper already. Leave it out and let the plan "
             "decide what is recomputed."
+        )
+
+
+def check_uncheckpointed(trace: Trace, blocks: Sequence[str]) -> None:
+    """Raises AlreadyApplied if a model without a plan recomputes parts of itself, and blocks are to be planned too."""
+    if blocks and CHECKPOINT in trace.op_names:
+        at = trace.op_names.index(CHECKPOINT)
+        places = sorted({trace.modules[module] for module in trace.op_module[trace.op_name == at].tolist()})
+        raise AlreadyApplied(
+            f"{places[0] or 'the model'} calls torch.utils.checkpoint in its own forward, so a plan would recompute "
+            "twice. Switch that off and let the plan decide what is recomputed."
         )
 
 

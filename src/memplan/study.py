@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers
 from memplan.allocator import Settings, Usage
-from memplan.blocks import alike, find_blocks, is_batch_coupled
+from memplan.blocks import alike, check_uncheckpointed, find_blocks, is_batch_coupled
 from memplan.device import Device
 from memplan.errors import CannotTrace, ModelFailed
 from memplan.fresh_memory import relieved, seconds_per_byte
@@ -148,6 +148,7 @@ class Study:
     def blocks(self) -> tuple[str, ...]:
         """What is decided on, in forward order: modules that run once in a forward."""
         runs = [block.path for block in self.plain.steps[0].blocks]
+        check_uncheckpointed(self.plain, runs if "recompute" in self.levers else ())
         return tuple(path for path in runs if runs.count(path) == 1)
 
     @cached_property
@@ -206,8 +207,7 @@ class Study:
         micro_batch, accumulation = outcome.micro_batch, outcome.accumulation
         if (micro_batch, min(accumulation, 2)) == (self.points[0], self.accumulation):
             return self.plain  # a trace has two micro-steps at most
-        installed = self._as_it_is(self.blocks)
-        return self._recorded(micro_batch, lambda: levers.decided(self.model, installed), accumulation)
+        return self._recorded(micro_batch, lambda: levers.decided(self.model, self._as_it_is(self.blocks)), accumulation)
 
     def stepping_of(self, variant: str) -> str:
         """How the optimizer steps in a variant."""

@@ -6,6 +6,7 @@ module whose forward created its autograd node: nodes carry a sequence number th
 the number at each module entry and exit is enough to look the module up.
 """
 
+import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.errors import CannotTrace
@@ -26,6 +28,7 @@ from memplan.kernels.fakes import on_fakes
 from memplan.kernels.flops import flops_of
 from memplan.kernels.forms import leaves
 from memplan.notes import Notes
+from memplan.trace import CHECKPOINT
 
 # What is made of known values is computed for real up to a size, since models read it: is this mask full, which
 # position is last, is this layer dropped? Known are integers and booleans of the sample and the buffers, and constants.
@@ -142,7 +145,8 @@ class Tape(TorchDispatchMode):
         state, module = self._random_state(), self.running()
         self.notes.op_ticks.append(self.notes.now)
         self._follow(state, module, None)
-        self.notes.operator("torch::get_rng_state", module, 0, state.nbytes, "uint8")
+        is_checkpoint = sys._getframe(1).f_code.co_filename == checkpoint.__file__
+        self.notes.operator(CHECKPOINT if is_checkpoint else "torch::get_rng_state", module, 0, state.nbytes, "uint8")
         return state
 
     @property

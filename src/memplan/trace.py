@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA = 1
+CHECKPOINT = "torch::checkpoint"  # the operator that stands for the random state that torch's checkpoint takes
 
 CATEGORIES = (
     "params",
