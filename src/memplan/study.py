@@ -207,7 +207,8 @@ class Study:
         micro_batch, accumulation = outcome.micro_batch, outcome.accumulation
         if (micro_batch, min(accumulation, 2)) == (self.points[0], self.accumulation):
             return self.plain  # a trace has two micro-steps at most
-        return self._recorded(micro_batch, lambda: levers.decided(self.model, self._as_it_is(self.blocks)), accumulation)
+        kept = partial(levers.decided, self.model, self._as_it_is(self.blocks))
+        return self._recorded(micro_batch, kept, accumulation)
 
     def stepping_of(self, variant: str) -> str:
         """How the optimizer steps in a variant."""
@@ -298,12 +299,10 @@ class Study:
         """Variant -> what records it: other ways to step an optimizer that is there, so that it can be made to."""
         if isinstance(self.recipe.optimizer, str):
             return {}
-        found = {}
-        for other in stepping.alternatives(self.recipe, self.accumulation, self.recorder.backend.foreach)[1:]:
-            name = _VARIANTS[other.name]
-            if lever_of(name) in self.levers:
-                found[name] = Recorder(self.model, other.recipe, self.recorder.backend)
-        return found
+        others = stepping.alternatives(self.recipe, self.accumulation, self.recorder.backend.foreach)[1:]
+        named = ((_VARIANTS[other.name], other.recipe) for other in others)
+        allowed = ((name, recipe) for name, recipe in named if lever_of(name) in self.levers)
+        return {name: Recorder(self.model, recipe, self.recorder.backend) for name, recipe in allowed}
 
     # -- the profile ---------------------------------------------------------------------------------------------
 
