@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 import memplan
 from memplan.device import CpuDevice, resolve_gpu
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, MemoryTaken, ModelFailed
-from memplan.pipeline import MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE
+from memplan.pipeline import MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE, UNTRIED
 from memplan.plan_record import Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample
@@ -368,10 +368,22 @@ class Checkpointing(nn.Module):
 def test_a_model_that_checkpoints_itself(reentrant: bool) -> None:
     model, batch = Checkpointing(reentrant), {"x": torch.randn(4, 16)}
     assert memplan.predict(model, batch).peak_bytes
-    with pytest.raises(AlreadyApplied, match=r"the model calls torch\.utils\.checkpoint in its own forward"):
+    with pytest.raises(AlreadyApplied, match=r"torch\.utils\.checkpoint run blocks\.\d in a forward"):
         memplan.plan(model, "cpu:1GiB", sample=batch)
     nothing_again = Strategy("mine", levers=("loss-head",))
     assert memplan.plan(model, "cpu:1GiB", sample=batch, strategy=nothing_again).verdict is Verdict.FITS
+
+
+def test_what_a_loss_checkpoints_is_no_block() -> None:
+    model, batch = tiny.plain()
+
+    def loss(module: nn.Module, rows: Any) -> Tensor:
+        made: Tensor = torch.utils.checkpoint.checkpoint(
+            lambda x: x.square(), module(**rows)["loss"], use_reentrant=False
+        )
+        return made
+
+    assert memplan.plan(model, "cpu:1GiB", sample=batch, loss=loss).verdict is Verdict.FITS
 
 
 class Contrastive(nn.Module):
@@ -421,6 +433,28 @@ class TestLossesOfParts:
     def test_a_mean_over_samples_needs_no_words(self) -> None:
         plan = self.found(tiny.vit(layers=2, rows=4), micro_batch=2)
         assert not {NO_MEAN, NO_MEAN_OF_THESE, MEAN_OVER_TOKENS} & set(plan.assumptions)
+
+    def test_a_loss_that_draws_random_numbers_may_be_divided(self) -> None:
+        class Noisy(Contrastive):
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                y = x
+                for block in self.blocks:
+                    y = block(y)
+                return {"loss": (y - torch.randn_like(y)).square().mean()}
+
+        plan = self.found((Noisy(), {"x": torch.randn(8, 16, 64)}), micro_batch=2)
+        assert UNTRIED in plan.assumptions
+
+    def test_a_model_that_needs_autocast_is_tried_with_it(self) -> None:
+        class Halves(Contrastive):
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                y = self.blocks[0](x)
+                assert y.dtype is torch.bfloat16, "only halves"
+                return super().forward(x)
+
+        model, batch = Halves(), {"x": torch.randn(8, 16, 64)}
+        asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "autocast": torch.bfloat16}
+        assert NO_MEAN_OF_THESE in memplan.plan(model, "cpu:1GiB", **asked).assumptions
 
     def test_what_cannot_be_tried_is_planned_as_it_was(self) -> None:
         model, batch = on_meta(self.pairs())

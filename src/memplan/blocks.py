@@ -6,7 +6,7 @@ of a ResNet. They are told by structure; transformers' own `GradientCheckpointin
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -197,14 +197,35 @@ def check_plannable(model: nn.Module) -> None:
         )
 
 
-def check_uncheckpointed(trace: Trace, blocks: Sequence[str]) -> None:
-    """Raises AlreadyApplied if a model without a plan recomputes parts of itself, and blocks are to be planned too."""
-    if blocks and CHECKPOINT in trace.op_names:
-        at = trace.op_names.index(CHECKPOINT)
-        places = sorted({trace.modules[module] for module in trace.op_module[trace.op_name == at].tolist()})
+def check_uncheckpointed(model: nn.Module, blocks: Sequence[str], trace: Trace, record: Callable[[], object]) -> None:
+    """That no block is recomputed without a plan: a plan would do so again.
+
+    Args:
+        blocks: to be planned.
+        trace: of the model without a plan.
+        record: records it anew; asked only if the trace has a checkpoint somewhere.
+
+    Raises:
+        AlreadyApplied: the model has torch's checkpoint run a block.
+    """
+    if not blocks or CHECKPOINT not in trace.op_names:
+        return
+    again: list[str] = []
+
+    def note(path: str, *_: object) -> None:
+        if torch._C._current_autograd_node() is not None:
+            again.append(path)
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(partial(note, path)) for path in blocks]
+    try:
+        record()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if again:
         raise AlreadyApplied(
-            f"{places[0] or 'the model'} calls torch.utils.checkpoint in its own forward, so a plan would recompute "
-            "twice. Switch that off and let the plan decide what is recomputed."
+            f"the model has torch.utils.checkpoint run {again[0]} in a forward of its own, so a plan would recompute "
+            "it twice. Switch that off and let the plan decide what is recomputed."
         )
 
 

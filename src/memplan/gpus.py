@@ -87,8 +87,10 @@ def with_like_kernels(name: str, gpus: Iterable[Gpu]) -> list[Gpu]:
     """Those that a plan for the card of that name may hold for, if they are large enough.
 
     They are of the same maker, and have fused attention and bfloat16 or have not, as the card: NVIDIA's have them from
-    compute capability 8.0 on. A card that the catalogue does not have, and a size, count as one of those.
+    compute capability 8.0 on. A size counts as one of those; of a live device ("cuda:0") it is not known: all are left.
     """
+    if LIVE_CUDA.fullmatch(name):
+        return list(gpus)
     own = next((kind_of_kernels(gpu) for gpu in all_gpus() if gpu.name == name), (False, True))
     return [gpu for gpu in gpus if kind_of_kernels(gpu) == own]
 

@@ -6,7 +6,6 @@ that is neither, such as one that compares the samples of a batch with each othe
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -77,30 +76,63 @@ def has_tokens(batch: Any) -> bool:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
+class Undecided(Exception):
+    """What a loss is a mean over cannot be found out by trying."""
+
+
 def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
     """By which count the losses of parts add up to the loss of the whole; None if by none of them.
 
     Four rows of the sample, of which the first has half of its labels left out, are computed as one batch and as parts
     of one and three, without dropout and with nothing kept for a backward. Where all weights are whole it is without
     autocast, whose rounding would hide a small part of the loss. The model stays as it was.
+
+    Raises:
+        Undecided: the loss is another one when it is computed again.
     """
     parameter = next(model.parameters())
     batch = _uneven(sample.resized(_ROWS).to(parameter.device))
     parts = [_rows(batch, slice(0, 1)), _rows(batch, slice(1, _ROWS))]
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    recipe = recipe if half else replace(recipe, autocast=None)
     with preserved(model), _nothing_saved():
         without_dropout(model)
-        whole, *pieces = (_value(model, recipe, part) for part in (batch, *parts))
-    errors = {}
-    for name in _COUNTS if has_tokens(batch.content) else (SAMPLES,):
-        counts = [float(_COUNTS[name](part.content)) for part in parts]
-        mean = sum(c * p for c, p in zip(counts, pieces, strict=True)) / sum(counts)
-        errors[name] = abs(mean - whole)
-    best = min(errors, key=errors.__getitem__)
-    exact = recipe.autocast is None
-    tolerance = _TOLERANCES.get(parameter.dtype, _COARSE) if exact else _COARSE
-    return best if errors[best] <= tolerance * abs(whole) else None
+
+        def values(*of: Sample) -> tuple[list[float], bool]:
+            return as_exactly_as_it_runs(model, recipe, lambda: [_value(model, recipe, part) for part in of])
+
+        (whole, *pieces), is_coarse = values(batch, *parts)
+        tolerance = (_COARSE if is_coarse else _TOLERANCES.get(parameter.dtype, _COARSE)) * abs(whole)
+        errors = {}
+        for name in _COUNTS if has_tokens(batch.content) else (SAMPLES,):
+            counts = [float(_COUNTS[name](part.content)) for part in parts]
+            mean = sum(c * p for c, p in zip(counts, pieces, strict=True)) / sum(counts)
+            errors[name] = abs(mean - whole)
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] <= tolerance:
+            return best
+        if abs(values(batch)[0][0] - whole) > tolerance:
+            raise Undecided("the loss is another one each time, as one that draws random numbers")
+        return None
+
+
+def as_exactly_as_it_runs(
+    model: nn.Module, recipe: Recipe, values: Callable[[], list[float]]
+) -> tuple[list[float], bool]:
+    """Some losses, and whether they are rounded coarsely: in half precision, or by autocast.
+
+    Where all weights are whole they are computed without autocast, whose rounding would hide a small part of a loss,
+    unless the model cannot do without it.
+    """
+    whole = all(p.dtype not in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if whole:
+        try:
+            return values(), False
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # anything: of kernels that take halves only
+            if recipe.autocast is None:
+                raise
+    with recipe.casting(next(model.parameters()).device.type):
+        return values(), recipe.autocast is not None or not whole
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -134,8 +166,7 @@ def _rows(batch: Sample, rows: slice) -> Sample:
 
 
 def _value(model: nn.Module, recipe: Recipe, part: Sample) -> float:
-    with recipe.casting(next(model.parameters()).device.type):
-        return float(loss_of(model, part, recipe.loss).detach())
+    return float(loss_of(model, part, recipe.loss).detach())
 
 
 def _nothing_saved() -> AbstractContextManager[None]:

@@ -221,6 +221,10 @@ def _fitting(plan: Plan) -> Plan:
     return plan
 
 
+UNTRIED = (
+    "the loss is taken to be a mean over samples, so that a batch may be divided: trying it on four rows told nothing, "
+    "as of a loss that draws random numbers"
+)
 NO_MEAN = (
     "the batch is not divided: the loss of four rows was no mean of the losses of its parts, so that it compares the "
     "rows of a batch with each other, or sums over them"
@@ -263,7 +267,7 @@ class _Planner:
         try:
             mean = mean_over(model, self.session.recipe, self.session.sample)
         except Exception:  # anything: it is the user's model, run in eval mode, where it may do something else
-            return found
+            return found.assuming(UNTRIED)
         if mean is None and self.micro_batch is None:
             return self.session.plan(self.strategy, self.effective_batch, self.effective_batch).assuming(NO_MEAN)
         return found.assuming(*{None: (NO_MEAN_OF_THESE,), SAMPLES: ()}.get(mean, (MEAN_OVER_TOKENS,)))

@@ -6,7 +6,7 @@ two micro-batches that the profile is made of.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -148,7 +148,8 @@ class Study:
     def blocks(self) -> tuple[str, ...]:
         """What is decided on, in forward order: modules that run once in a forward."""
         runs = [block.path for block in self.plain.steps[0].blocks]
-        check_uncheckpointed(self.plain, runs if "recompute" in self.levers else ())
+        record = partial(self._recorded, self.points[0], nullcontext)
+        check_uncheckpointed(self.model, runs if "recompute" in self.levers else (), self.plain, record)
         return tuple(path for path in runs if runs.count(path) == 1)
 
     @cached_property

@@ -290,9 +290,7 @@ def test_a_schedule_that_accelerate_does_not_know(driven: Any) -> None:
             optimizer.step()
             schedule.step()
 
-    with pytest.raises(
-        UsageError, match=r"learning rate went from 0\.001 to 0\.00025 within a step of 4 micro-batches"
-    ):
+    with pytest.raises(UsageError, match=r"goes on changing between the micro-batches of a step, now from 0\.000333"):
         train()
 
 
@@ -305,6 +303,40 @@ def test_a_schedule_that_is_made_and_prepared_afterwards(driven: Any) -> None:
         schedule.step()
         optimizer.zero_grad()
     assert schedule.get_last_lr() == [0.001 / 4]  # after three steps
+
+
+def test_a_rate_that_is_set_where_a_step_ends(driven: Any) -> None:
+    """By hand, before the optimizer steps, in a loop that asks for that itself."""
+    accelerator, model, optimizer, loader = driven
+    rates = []
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        if accelerator.sync_gradients:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert rates == [0.0005, 0.00025, 0.000125]
+
+
+def test_a_batch_that_is_left_out(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    for at, batch in enumerate(loader):
+        if at == 1:
+            continue
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_step_with_a_closure(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+    batches = iter(loader)
+    batch = next(batches)
+    accelerator.backward(model(**batch).loss)
+    with pytest.raises(UsageError, match=r"optimizer\.step\(closure\) computes the loss of the batch at hand anew"):
+        optimizer.step(lambda: model(**batch).loss)
 
 
 def test_a_loop_that_clips_parts(driven: Any) -> None:

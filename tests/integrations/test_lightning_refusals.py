@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,6 @@ from integrations import scripts
 from integrations.scripts import BATCH, Texts, make_model, padded
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.integrations.lightning import MemplanCallback
-from memplan.plan_record import Plan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
@@ -98,17 +98,16 @@ def refused(
         ({"overfit_batches": 1}, "limit_train_batches = 1 counts batches"),
         ({"fast_dev_run": 1}, "fast_dev_run counts batches"),
         ({"limit_train_batches": 0.3}, "limit_train_batches = 0.3 of 2 batches is no whole number of them"),
-        ({"val_check_interval": 0.25}, "val_check_interval = 0.25 of 2 batches is no whole number of them"),
         ({"overfit_batches": 0.3}, "0.3 of 2 batches is no whole number of them"),
         ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs makes new loaders"),
     ],
 )
 def test_numbers_of_batches(options: dict[str, Any], words: str) -> None:
-    refused(UsageError, words, **options)
+    refused(UsageError, words, settings={"micro_batch": 2}, **options)
 
 
 def test_batches_that_change_during_the_fit() -> None:
-    callback = MemplanCallback(gpu="cpu:1GiB")
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2)
     lightning = trainer(callback)
     lightning.callbacks.append(GradientAccumulationScheduler({0: 1, 1: 2}))
     with pytest.raises(UsageError, match="a GradientAccumulationScheduler changes the batch of a step"):
@@ -122,15 +121,46 @@ class Counting(Module):
 
 
 def test_a_loader_that_is_set_up_already() -> None:
-    refused(UsageError, r"estimated_stepping_batches in configure_optimizers does", module=Counting())
+    divided = {"micro_batch": 2}
+    refused(UsageError, r"estimated_stepping_batches in configure_optimizers does", module=Counting(), settings=divided)
 
 
-def test_a_checkpoint_from_the_middle_of_an_epoch() -> None:
-    callback = MemplanCallback(gpu="cpu:1GiB")
-    callback.plan = Plan.load(scripts.plan_file("llama", 2, 8))
-    done = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=3))))
-    with pytest.raises(UsageError, match="saved after 3 batches of an epoch"):
-        callback.on_train_start(SimpleNamespace(global_step=3, fit_loop=done), Module())  # type: ignore[arg-type]
+def test_what_only_divided_batches_do_not_go_with() -> None:
+    module, callback = Counting(), MemplanCallback(gpu="cpu:1GiB")
+    trainer(callback, reload_dataloaders_every_n_epochs=1, val_check_interval=0.3).fit(module, texts())
+    assert callback.plan is not None
+    assert module.rows == [BATCH] * 2
+
+
+class Saving(Module):
+    """Saves after so many batches, and fails then."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__()
+        self.folder, self.at = folder, at
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if len(self.rows) == self.at:
+            self.trainer.save_checkpoint(self.folder / "half.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of resuming
+@pytest.mark.parametrize(("at", "is_whole"), [(3, False), (8, True)])
+def test_a_checkpoint_from_the_middle_of_an_epoch(tmp_path: Path, at: int, is_whole: bool) -> None:
+    divided = {"gpu": "cpu:1GiB", "strategy": "huggingface", "micro_batch": 2}
+    lightning = trainer(MemplanCallback(**divided))
+    lightning.fit(Saving(tmp_path, at), texts())
+    if is_whole:
+        lightning.save_checkpoint(tmp_path / "half.ckpt")
+    again = trainer(MemplanCallback(**divided))
+    again.fit_loop.max_epochs = 2
+    module = Module()
+    if is_whole:
+        again.fit(module, texts(), ckpt_path=tmp_path / "half.ckpt")
+        assert module.rows == [2] * 8
+    else:
+        with pytest.raises(UsageError, match="saved after 3 batches of an epoch"):
+            again.fit(module, texts(), ckpt_path=tmp_path / "half.ckpt")
 
 
 class Rows(IterableDataset[Any]):

@@ -247,6 +247,21 @@ def test_a_router_s_loss_in_half_precision_keeps_the_division(make: Any) -> None
     assert "router's loss" in str(coupling(made, rows_of(made), Recipe()))
 
 
+class Halves(Contrast):
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **_: object) -> dict[str, Tensor]:
+        means = self.words(input_ids).mean(1)
+        scores = means @ means.T
+        assert scores.dtype is torch.bfloat16, "only halves"
+        return {"loss": nn.functional.cross_entropy(scores, torch.arange(len(means)))}
+
+
+def test_a_model_that_needs_autocast_is_tried_with_it(make: Any) -> None:
+    made = make(model=Halves(), bf16=True)
+    assert "couples" in str(coupling(made, rows_of(made), Recipe(autocast=torch.bfloat16)))
+    made = make(model=Halves().bfloat16())
+    assert "couples" in str(coupling(made, rows_of(made), Recipe()))
+
+
 class Noting(transformers.Trainer):
     """Keeps its losses to log their mean, and logs each as it comes."""
 

@@ -1,7 +1,7 @@
 """memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -19,7 +20,7 @@ from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
 from memplan.integrations.fsdp import is_sharded, sharded
-from memplan.integrations.grouping import Group, drive, grouped
+from memplan.integrations.grouping import Group, asking, drive, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch
 from memplan.integrations.parts import Split, full_precision_outputs
 from memplan.integrations.planning import place_of, plan_for
@@ -27,7 +28,7 @@ from memplan.integrations.replicas import for_replicas, refuse_copied
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
-from memplan.means import SAMPLES, SHIFTED, Count, can_try, counter, has_tokens, mean_over
+from memplan.means import SAMPLES, SHIFTED, Count, Undecided, can_try, counter, has_tokens, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
@@ -94,6 +95,7 @@ class Attachment:
             self._group.second = None
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
+        self._accelerator.gradient_state = GradientState()
         for hook in self._hooks:
             hook.remove()
 
@@ -188,6 +190,7 @@ class Attachment:
             group.second = SecondStep(self.fit, self._log)
         for optimizer in group.optimizers:
             drive(optimizer, group)
+        accelerator.gradient_state = asking(accelerator.gradient_state, group)
         if plan.micro_batch != split.own_rows:
             prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
         grouped(prepared[at], group)
@@ -297,7 +300,9 @@ class Attachment:
             return None
         if not self._can_try(model, sample):  # the plan says that it was not tried
             return SHIFTED if has_tokens(sample.content) else SAMPLES
-        return mean_over(model, recipe, sample)
+        with suppress(Undecided):
+            return mean_over(model, recipe, sample)
+        return None
 
     def _can_try(self, model: nn.Module, sample: Sample) -> bool:
         return can_try(model, sample, self._accelerator.device)

@@ -22,6 +22,8 @@ from memplan.errors import UsageError
 from memplan.integrations.parts import Split
 from memplan.integrations.watching import SecondStep
 
+_PAIR: Final = 2  # micro-batches, between which there is one place only where a rate can change
+
 
 @dataclass
 class Group:
@@ -42,9 +44,11 @@ class Group:
         skipped: steps that the next epoch leaves out at its beginning.
         second: what measures the second step, if anything does; given up where the loop ends before that.
         to_step: the ids of the optimizers that have not stepped in this step.
-        asks: whether the loop asks in `accumulate` when a step ends, so that it need not call `step` for every batch.
+        asks: whether the loop asks when a step ends, so that it need not call `step` for every batch.
+        handed: micro-batches of this step so far.
         calls: of `step` in this step, by the ids of the optimizers.
-        rates: the learning rates at the first of them.
+        rates: the learning rates at the last of them, and of those before; they may be of the step before.
+        moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients in place, as counted after the last backward.
     """
 
@@ -67,6 +71,8 @@ class Group:
     handed: int = 0
     calls: Counter[int] = field(default_factory=Counter)
     rates: dict[int, list[float]] = field(default_factory=dict)
+    moves: Counter[int] = field(default_factory=Counter)
+    moved_before: set[int] = field(default_factory=set)
     changes: int | None = None
 
     @property
@@ -79,7 +85,8 @@ class Group:
         self.backwards, self.stepped, self.loss = 0, False, 0.0
         self.asks, self.handed, self.changes = False, 0, None
         self.calls.clear()
-        self.rates.clear()
+        self.moves.clear()
+        self.moved_before.clear()
         self.to_step = {id(optimizer) for optimizer in self.optimizers}
         if self.steps:
             for optimizer in self.optimizers:
@@ -108,9 +115,9 @@ class Group:
                 "weighted. Use it in place of loss.backward()."
             )
         calls = max(self.calls.values(), default=0)
-        if not self.stepped or (self.calls and calls < self.handed and not self.asks):
+        if not self.stepped or (self.calls and calls < self.backwards and not self.asks):
             raise UsageError(
-                f"optimizer.step() was called for {calls} of the {self.handed} micro-batches of a step, so the loop "
+                f"optimizer.step() was called for {calls} of the {self.backwards} micro-batches of a step, so the loop "
                 "seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the Accelerator, and "
                 "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
@@ -120,9 +127,10 @@ class Group:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""
         if self.changes is not None and self._changes() != self.changes:
             raise UsageError(
-                "gradients were changed between two micro-batches of a step, as torch.nn.utils.clip_grad_norm_ does, "
-                "which would clip parts of a gradient one by one. Use accelerator.clip_grad_norm_ or clip_grad_value_, "
-                "which wait for the whole, or do it where accelerator.sync_gradients is true."
+                "gradients were changed between two micro-batches of a step, as torch.nn.utils.clip_grad_norm_ and "
+                "model.zero_grad() do, to parts of what they are meant for. Use accelerator.clip_grad_norm_ (with an "
+                "infinite norm to log it), clip_grad_value_ and optimizer.zero_grad(), which wait for the whole, or do "
+                "it where accelerator.sync_gradients is true."
             )
 
     def note_gradients(self) -> None:
@@ -135,16 +143,28 @@ class Group:
         return sum(parameter.grad._version for parameter in parameters if parameter.grad is not None)
 
     def is_stepping(self, optimizer: Any) -> None:
-        """The loop calls an optimizer's step. Raises UsageError if its learning rate has changed within the step."""
+        """The loop calls an optimizer's step.
+
+        Raises:
+            UsageError: its learning rate changes with the micro-batches. Once in a step is what a loop may do that asks
+                when it ends; in a step of two it is told by what happened before it.
+        """
+        key = id(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), float | int)]
-        before = self.rates.setdefault(id(optimizer), rates)
-        self.calls[id(optimizer)] += 1
+        before = self.rates.get(key, rates)
+        changed = [(old, new) for old, new in zip(before, rates, strict=False) if old != new]
+        if changed:
+            self.moves[key] += bool(self.calls[key])
+            self.moved_before |= set() if self.calls[key] else {key}
+        self.rates[key] = rates
+        self.calls[key] += 1
         self.stepped |= self.is_last
-        if self.is_last and rates != before:
+        moves = self.moves[key] + (self.handed == _PAIR and key in self.moved_before)
+        if self.is_last and changed and moves > 1:
             raise UsageError(
-                f"the learning rate went from {before[0]:g} to {rates[0]:g} within a step of {self.handed} "
-                "micro-batches, so its schedule would run that much faster. Pass the scheduler to accelerator.prepare, "
-                "or step it where accelerator.sync_gradients is true."
+                f"the learning rate goes on changing between the micro-batches of a step, now from {changed[0][0]:g} "
+                f"to {changed[0][1]:g}, so a schedule would run that much faster. Pass the scheduler to "
+                "accelerator.prepare, or set the rate where accelerator.sync_gradients is true."
             )
 
     def has_stepped(self, optimizer: Any) -> None:
@@ -233,6 +253,11 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
 
     def step(_: Any, *args: Any, **options: Any) -> Any:
         if group.weight is not None:
+            if (args or options.get("closure") is not None) and group.split.micro_batches > 1:
+                raise UsageError(
+                    "optimizer.step(closure) computes the loss of the batch at hand anew, which is one micro-batch of "
+                    "a step now. Fix the script's own batch with micro_batch=, or use an optimizer without a closure."
+                )
             group.is_stepping(optimizer)
         stepped = own_step(*args, **options)
         group.has_stepped(optimizer)
@@ -244,3 +269,21 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
 
     optimizer.step = MethodType(step, optimizer)  # as a scheduler that is made later takes it to be
     optimizer.zero_grad = zero_grad
+
+
+def asking(state: GradientState, group: Group) -> GradientState:
+    """The accelerator's view of what all share, that notes when the loop asks whether a step ends."""
+
+    class Asked(type(state)):  # type: ignore[misc]  # Accelerate ships no types
+        @property
+        def sync_gradients(self) -> bool:
+            group.asks = True
+            return bool(self.__dict__["sync_gradients"])
+
+        @sync_gradients.setter
+        def sync_gradients(self, value: bool) -> None:
+            self.__dict__["sync_gradients"] = value
+
+    asked: GradientState = object.__new__(Asked)
+    asked.__dict__ = state.__dict__
+    return asked

@@ -11,7 +11,7 @@ Lightning divides the loss of each micro-batch by their number, so each is multi
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import Any, Final
 
@@ -28,13 +28,14 @@ from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, 
 from memplan.integrations.parts import Split
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
-from memplan.means import SAMPLES, Count, counter, mean_over
+from memplan.means import SAMPLES, Count, Undecided, counter, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
 
+_WHOLE_WITHIN: Final = 1e-6  # batches
 _PRECISIONS: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -68,7 +69,6 @@ class MemplanCallback(Callback):
         loader = source.dataloader()
         if not isinstance(loader, DataLoader):
             raise UsageError(f"memplan plans for one training DataLoader; this fit has a {type(loader).__name__}")
-        _refuse_parts(trainer, loader)
         own_rows, own_batches = batch_size_of(loader), trainer.accumulate_grad_batches
         recipe = Recipe(
             _step_loss,
@@ -92,6 +92,8 @@ class MemplanCallback(Callback):
                 own_batches=own_batches,
                 can_split=by is not None,
             )
+        if plan.micro_batch != own_rows:
+            _refuse_divided(trainer, loader)
         self.plan = plan.assuming(said)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         fit = apply(pl_module, plan)
@@ -107,7 +109,8 @@ class MemplanCallback(Callback):
             UsageError: it was saved in the middle of an epoch, by whose batches another plan cannot go on.
         """
         self._first_step = trainer.global_step
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = 0 if progress.is_last_batch else progress.current.ready
         if self.plan is not None and self.plan.accumulation > 1 and done:
             raise UsageError(
                 f"the checkpoint was saved after {done} batches of an epoch, which may have been of another size than "
@@ -140,8 +143,12 @@ class MemplanCallback(Callback):
 
     def _counted(self, module: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
         name = self.settings.normalise
-        found = mean_over(module, recipe, sample) if name == "auto" else name
-        return None if found is None else counter(found)
+        if name != "auto":
+            return counter(name)
+        with suppress(Undecided):
+            found = mean_over(module, recipe, sample)
+            return None if found is None else counter(found)
+        return None
 
     def _install(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], split: Split, fit: Fit
@@ -252,6 +259,10 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
             "the module optimizes by hand (automatic_optimization=False), so memplan cannot split its batches. Plan by "
             "hand: memplan.autofit(module, sample=..., loss=...)."
         )
+
+
+def _refuse_divided(trainer: Trainer, loader: DataLoader[Any]) -> None:
+    """What does not go with batches that are divided: other loaders, other steps, numbers of batches."""
     if getattr(trainer, "fast_dev_run", False):
         raise UsageError("fast_dev_run counts batches, which become micro-batches under a plan. Leave one of them out.")
     if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
@@ -271,18 +282,17 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
             "configure_optimizers does, so its batches are fixed. Work the number of steps out of the data: "
             "ceil(len(loader) / accumulate_grad_batches) * max_epochs."
         )
-
-
-def _refuse_parts(trainer: Trainer, loader: DataLoader[Any]) -> None:
-    """Numbers of batches, and shares of an epoch that are no whole number of them."""
     for name in ("limit_train_batches", "val_check_interval", "overfit_batches"):
-        value = getattr(trainer, name)
+        value = getattr(trainer, name, None)
         if isinstance(value, int) and value:
             raise UsageError(
                 f"{name} = {value} counts batches, which become micro-batches under a plan. Give it as a share of the "
                 "epoch, such as 0.25."
             )
-        if 0 < value < 1 and not (isinstance(loader.dataset, IterableDataset) or (len(loader) * value).is_integer()):
+        if name == "val_check_interval" or not isinstance(value, float) or isinstance(loader.dataset, IterableDataset):
+            continue
+        batches = len(loader) * value
+        if abs(batches - round(batches)) > _WHOLE_WITHIN:
             raise UsageError(
                 f"{name} = {value} of {len(loader)} batches is no whole number of them, and what Lightning makes of it "
                 "depends on how a plan divides them. Give a share that is."

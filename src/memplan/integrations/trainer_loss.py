@@ -7,7 +7,6 @@ division by the items of the whole step.
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from memplan.abstract import contents, preserved, put_back
 from memplan.integrations.parts import full_precision_outputs
 from memplan.integrations.trainer_data import Rows, joined
-from memplan.means import IGNORED, without_dropout
+from memplan.means import IGNORED, as_exactly_as_it_runs, without_dropout
 from memplan.recipe import Recipe
 
 _TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7
@@ -47,19 +46,19 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
     if not _is_scaled(trainer, loss.items):
         return "its loss is a mean over each micro-batch, and the mean of such means depends on how rows are divided"
     model, device = trainer.model, trainer.args.device
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    # Where all weights are whole, without autocast, whose rounding would hide a small part of the loss.
-    casting = partial(recipe.casting, device.type) if half else nullcontext
     try:
         with preserved(model), torch.no_grad(), account_aside(trainer):
             without_dropout(model)
-            with casting():
-                whole, *parts = (_value(trainer, dict(batch), loss.items, device) for batch in rows.pair)
+            (whole, *parts), is_coarse = as_exactly_as_it_runs(
+                model,
+                recipe,
+                lambda: [_value(trainer, dict(batch), loss.items, device) for batch in rows.pair],
+            )
     except torch.OutOfMemoryError:  # the very reason for a plan
         return None
-    if half and getattr(model.config, "output_router_logits", False):
+    if is_coarse and getattr(getattr(model, "config", None), "output_router_logits", False):
         return "its router's loss is a mean over each micro-batch (output_router_logits), beside the loss of the rows"
-    tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * abs(whole)
+    tolerance = (_TOLERANCE_HALF if is_coarse else _TOLERANCE) * abs(whole)
     if abs(sum(parts) - whole) <= tolerance:
         return None
     counts = [_labels_in(batch) for batch in rows.pair[1:]]
