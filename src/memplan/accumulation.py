@@ -3,7 +3,7 @@
 What lasts from one micro-step to the next is the gradients. Where the first leaves nothing else behind, the second does
 the same over again, but for the moment in which autograd is done with a gradient: where the first one keeps it (or a
 copy of it), the second adds it to what is there, in place, and drops it. Whether that is all, a trace of both tells;
-see `Recorder`. Every further micro-step is like the second.
+see `MicroSteps`. Every further micro-step is like the second.
 """
 
 from bisect import bisect_left

@@ -133,7 +133,7 @@ def train(
         shuffled = {} if isinstance(data, torch.utils.data.IterableDataset) else {"shuffle": True}
         options = {"batch_size": BATCH, "collate_fn": padded, **shuffled, **(loader or {})}
         texts = DataLoader(data, generator=torch.Generator().manual_seed(2), **options)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=5e-4)
         steps = EPOCHS * -(-rows // (BATCH * own_accumulation))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         net, optimizer, texts, schedule = own.prepare(net, optimizer, texts, schedule)
