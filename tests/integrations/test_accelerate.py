@@ -163,7 +163,7 @@ def test_a_mean_over_samples() -> None:
     alike = train(
         of("vit", normalise=lambda _: 1.0), dataset=Images(35), **options
     )  # the last step has parts of 2 and 1
-    assert alike.differs_by(plain) > 100 * CLOSE
+    assert alike.differs_by(plain) > 30 * CLOSE
 
 
 def test_adapters_with_dropout_where_the_batch_is_not_split() -> None:
