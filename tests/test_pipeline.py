@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 import memplan
 from memplan.device import CpuDevice, resolve_gpu
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, MemoryTaken, ModelFailed
-from memplan.pipeline import MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE, UNTRIED
+from memplan.pipeline import A_SUM, MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE, UNTRIED
 from memplan.plan_record import Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample
@@ -433,6 +433,16 @@ class TestLossesOfParts:
     def test_a_mean_over_samples_needs_no_words(self) -> None:
         plan = self.found(tiny.vit(layers=2, rows=4), micro_batch=2)
         assert not {NO_MEAN, NO_MEAN_OF_THESE, MEAN_OVER_TOKENS} & set(plan.assumptions)
+
+    def test_a_sum_over_rows_is_divided_and_said(self) -> None:
+        model, batch = tiny.plain(rows=8)
+
+        def total(module: nn.Module, rows: Any) -> Tensor:
+            made: Tensor = module(**rows)["loss"] * len(rows["x"])
+            return made
+
+        asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "loss": total}
+        assert A_SUM in memplan.plan(model, "cpu:1GiB", **asked).assumptions
 
     def test_a_loss_that_draws_random_numbers_may_be_divided(self) -> None:
         class Noisy(Contrastive):

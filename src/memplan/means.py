@@ -25,6 +25,7 @@ Count = Callable[[Any], "Tensor | int"]
 SAMPLES: Final = "samples"
 TOKENS: Final = "tokens"  # labels that count
 SHIFTED: Final = "shifted-tokens"  # those, but for the first of each row, which nothing predicts
+SUM: Final = "sum"  # no mean: the losses of parts add up
 
 IGNORED = -100
 """`torch.nn.functional.cross_entropy` leaves labels of this value out by default."""
@@ -81,7 +82,7 @@ class Undecided(Exception):
 
 
 def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
-    """By which count the losses of parts add up to the loss of the whole; None if by none of them.
+    """By which count the losses of parts make the loss of the whole, or `SUM`; None if by none of them.
 
     Four rows of the sample, of which the first has half of its labels left out, are computed as one batch and as parts
     of one and three, without dropout and with nothing kept for a backward. Where all weights are whole it is without
@@ -109,6 +110,8 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         best = min(errors, key=errors.__getitem__)
         if errors[best] <= tolerance:
             return best
+        if abs(sum(pieces) - whole) <= tolerance:
+            return SUM
         if abs(values(batch)[0][0] - whole) > tolerance:
             raise Undecided("the loss is another one each time, as one that draws random numbers")
         return None

@@ -18,7 +18,7 @@ from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTak
 from memplan.fitting import Fit, Live, apply
 from memplan.gpus import Gpu
 from memplan.losses import Loss
-from memplan.means import SAMPLES, can_try, mean_over
+from memplan.means import SAMPLES, SUM, can_try, mean_over
 from memplan.plan_record import Plan, Verdict
 from memplan.prediction import Prediction
 from memplan.recipe import Recipe
@@ -226,13 +226,14 @@ UNTRIED = (
     "as of a loss that draws random numbers"
 )
 NO_MEAN = (
-    "the batch is not divided: the loss of four rows was no mean of the losses of its parts, so that it compares the "
-    "rows of a batch with each other, or sums over them"
+    "the batch is not divided: the loss of four rows was neither a mean nor the sum of the losses of its parts, so it "
+    "compares the rows of a batch with each other"
 )
 NO_MEAN_OF_THESE = (
-    "the loss of four rows was no mean of the losses of its parts: divided as asked, a step trains something else than "
-    "the whole batch would"
+    "the loss of four rows was neither a mean nor the sum of the losses of its parts: divided as asked, a step trains "
+    "something else than the whole batch would"
 )
+A_SUM = "the loss is a sum over rows: the losses of micro-batches are added up, not averaged"
 MEAN_OVER_TOKENS = (
     "the loss is a mean over label tokens, so a loop that divides each micro-batch's loss by the accumulation gives "
     "rows of few labels more weight than the whole batch would; memplan.attach and the Trainer weigh them by tokens"
@@ -262,7 +263,8 @@ class _Planner:
         """
         model, device = self.session.model, self.session.device
         place = None if device is None else device.torch_device
-        if found.accumulation == 1 or not can_try(model, self.session.sample, place):
+        is_known = getattr(self.session.recipe.loss, "is_tried", False)  # to whoever has made it
+        if found.accumulation == 1 or is_known or not can_try(model, self.session.sample, place):
             return found
         try:
             mean = mean_over(model, self.session.recipe, self.session.sample)
@@ -270,7 +272,8 @@ class _Planner:
             return found.assuming(UNTRIED)
         if mean is None and self.micro_batch is None:
             return self.session.plan(self.strategy, self.effective_batch, self.effective_batch).assuming(NO_MEAN)
-        return found.assuming(*{None: (NO_MEAN_OF_THESE,), SAMPLES: ()}.get(mean, (MEAN_OVER_TOKENS,)))
+        said = {None: (NO_MEAN_OF_THESE,), SAMPLES: (), SUM: (A_SUM,)}
+        return found.assuming(*said.get(mean, (MEAN_OVER_TOKENS,)))
 
     def of_all(self) -> "_Planner":
         """For the least memory and the largest sample that a rank has. To be called on every rank."""

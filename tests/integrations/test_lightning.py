@@ -161,7 +161,7 @@ def test_everything_as_it_was_afterwards() -> None:
 
 
 def test_refusals() -> None:
-    callback = MemplanCallback(gpu="cpu:1GiB")
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2)
     with pytest.raises(UsageError, match="limit_train_batches = 3 counts batches"):
         fit(callback, limit_train_batches=3)
     with pytest.raises(UsageError, match="no setting of memplan"):

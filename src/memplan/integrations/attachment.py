@@ -28,7 +28,7 @@ from memplan.integrations.replicas import for_replicas, refuse_copied
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
-from memplan.means import SAMPLES, SHIFTED, Count, Undecided, can_try, counter, has_tokens, mean_over
+from memplan.means import SAMPLES, SHIFTED, SUM, Count, Undecided, can_try, counter, has_tokens, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
@@ -301,7 +301,8 @@ class Attachment:
         if not self._can_try(model, sample):  # the plan says that it was not tried
             return SHIFTED if has_tokens(sample.content) else SAMPLES
         with suppress(Undecided):
-            return mean_over(model, recipe, sample)
+            found = mean_over(model, recipe, sample)
+            return None if found == SUM else found
         return None
 
     def _can_try(self, model: nn.Module, sample: Sample) -> bool:

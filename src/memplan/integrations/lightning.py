@@ -28,7 +28,7 @@ from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, 
 from memplan.integrations.parts import Split
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
-from memplan.means import SAMPLES, Count, Undecided, counter, mean_over
+from memplan.means import SAMPLES, SUM, Count, Undecided, counter, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
@@ -147,7 +147,7 @@ class MemplanCallback(Callback):
             return counter(name)
         with suppress(Undecided):
             found = mean_over(module, recipe, sample)
-            return None if found is None else counter(found)
+            return None if found in (None, SUM) else counter(found)
         return None
 
     def _install(

@@ -25,6 +25,8 @@ _TOLERANCE_HALF: Final = 2e-2
 class TrainerLoss:
     """`loss(model, batch)` for `memplan.plan`, by a trainer. It leaves the trainer as it was."""
 
+    is_tried: Final = True  # how its rows may be divided is asked of `coupling`
+
     def __init__(self, trainer: Any, rows: Rows) -> None:
         self.trainer, self.rows = trainer, rows
         self.items = _items(trainer, rows.pair[0])
