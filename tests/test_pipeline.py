@@ -435,10 +435,10 @@ class TestLossesOfParts:
         assert not {NO_MEAN, NO_MEAN_OF_THESE, MEAN_OVER_TOKENS} & set(plan.assumptions)
 
     def test_a_sum_over_rows_is_divided_and_said(self) -> None:
-        model, batch = tiny.plain(rows=8)
+        model, batch = tiny.vit(layers=2, rows=4)
 
         def total(module: nn.Module, rows: Any) -> Tensor:
-            made: Tensor = module(**rows)["loss"] * len(rows["x"])
+            made: Tensor = module(**rows).loss * len(rows["labels"])
             return made
 
         asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "loss": total}
