@@ -67,11 +67,13 @@ def peak_of_one(view: bool, accumulation: int) -> int:
             step()
         start = torch.empty(1)
         step()
-    now, peak, counts = there, 0, False
-    for address, change in record:
+    events = list(record)
+    # It is there to the end; whatever had its address before came earlier.
+    begin = max(at for at, (address, change) in enumerate(events) if address == start.data_ptr() and change > 0)
+    now, peak = there, 0
+    for at, (_, change) in enumerate(events):
         now += change
-        counts = counts or address == start.data_ptr()
-        peak = max(peak, now) if counts else 0
+        peak = max(peak, now) if at >= begin else 0
     return peak
 
 
