@@ -37,7 +37,7 @@ def run(folder: Path, case: str) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_plan_changes_nothing_with_dropout_on(tmp_path: Path) -> None:
-    """But rounding, which on some processors depends on where a gathered weight lies; other masks differ by 1e-3."""
+    """But rounding, which on some processors depends on where a weight lies; by other masks weights differ by 6e-3."""
     kept, again = (torch.load(run(tmp_path / case, case)[0]) for case in shards.WITH_DROPOUT)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(kept, again, strict=True))
 

@@ -45,6 +45,10 @@ class Gpu:
     source: str | None = None  # where the figures come from; None where there are none
     date: datetime.date | None = None  # when they were last looked up
 
+    @property
+    def is_amd(self) -> bool:
+        return any(name.startswith("AMD") for name in self.driver_names)
+
 
 def find_gpu(text: str) -> Gpu:
     """The card, CPU or memory size that a text names, found without looking at this machine.
@@ -91,14 +95,13 @@ def with_like_kernels(name: str, gpus: Iterable[Gpu]) -> list[Gpu]:
     """
     if LIVE_CUDA.fullmatch(name):
         return list(gpus)
-    own = next((kind_of_kernels(gpu) for gpu in all_gpus() if gpu.name == name), (False, True))
-    return [gpu for gpu in gpus if kind_of_kernels(gpu) == own]
+    own = next((_kind_of_kernels(gpu) for gpu in all_gpus() if gpu.name == name), (False, True))
+    return [gpu for gpu in gpus if _kind_of_kernels(gpu) == own]
 
 
-def kind_of_kernels(gpu: Gpu) -> tuple[bool, bool]:
+def _kind_of_kernels(gpu: Gpu) -> tuple[bool, bool]:
     """Whether a card is AMD's, and whether it is as new as Ampere."""
-    is_amd = any(driver_name.startswith("AMD") for driver_name in gpu.driver_names)
-    return is_amd, gpu.compute_capability is None or gpu.compute_capability >= (8, 0)
+    return gpu.is_amd, gpu.compute_capability is None or gpu.compute_capability >= (8, 0)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ class Timeline(Record):
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Timeline":
-        if not self.phase or any(len(sizes) != len(self.phase) for sizes in self.bytes.values()):
+        if not self.phase or {len(sizes) for sizes in self.bytes.values()} != {len(self.phase)}:
             raise ValueError("a timeline has a phase and all bytes for each of its moments")
         return self
 

@@ -139,7 +139,7 @@ def _affine(points: Mapping[int, float], micro_batch: int) -> float:
     return first + slope * (micro_batch - low)
 
 
-def basis_of(gpu: Gpu, times: StepTimes) -> str:
+def origin_of(gpu: Gpu, times: StepTimes) -> str:
     """What times rest on: "measured", "estimate" from a card's figures, or "nominal" where it has none."""
     is_assumed = gpu.kind != "cpu" and is_nominal(gpu)
     return "nominal" if is_assumed and times.how == "estimate" else times.how

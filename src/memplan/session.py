@@ -33,7 +33,7 @@ from memplan.progress import shown
 from memplan.recipe import AFTER_STEP, Recipe
 from memplan.recorder import Recorder
 from memplan.risk import usable_bytes
-from memplan.roofline import StepTimes, basis_of, is_nominal
+from memplan.roofline import StepTimes, is_nominal, origin_of
 from memplan.samples import Sample
 from memplan.strategy import Strategy
 from memplan.study import Planned, Study
@@ -317,7 +317,7 @@ class Session:
             slowdown=outcome.slowdown,
             gap=outcome.gap,
             shadow_price=outcome.shadow_price_s_per_gib,
-            times=basis_of(self.gpu, times),
+            times=origin_of(self.gpu, times),
             smallest_bytes=smallest,
             frontier=frontier,
             timeline=timeline_of(trace),
@@ -376,7 +376,7 @@ class Session:
             lines.append("the model is in eval mode; the step is taken in training mode, as Trainer does")
         if self.gpu.kind != "cpu":
             lines.append("a CUDA step is predicted without the card; not yet verified on one")
-            if any(name.startswith("AMD") for name in self.gpu.driver_names):
+            if self.gpu.is_amd:
                 lines.append(
                     "an AMD card is planned for with CUDA's kernels and allocator: its own may need other memory"
                 )

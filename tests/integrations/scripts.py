@@ -121,6 +121,7 @@ def train(
     accelerator: dict[str, Any] | None = None,
     dataset: Any = None,
     steps_to_skip: int = 0,
+    rate: float = 1e-3,
 ) -> Ran:
     """Two epochs of AdamW under a cosine schedule. `attach` is the one line that differs."""
     with fresh_accelerate():
@@ -133,7 +134,7 @@ def train(
         shuffled = {} if isinstance(data, torch.utils.data.IterableDataset) else {"shuffle": True}
         options = {"batch_size": BATCH, "collate_fn": padded, **shuffled, **(loader or {})}
         texts = DataLoader(data, generator=torch.Generator().manual_seed(2), **options)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=5e-4)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
         steps = EPOCHS * -(-rows // (BATCH * own_accumulation))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         net, optimizer, texts, schedule = own.prepare(net, optimizer, texts, schedule)

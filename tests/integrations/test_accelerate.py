@@ -57,6 +57,7 @@ def test_own_accumulation(rows: int, drop_last: bool) -> None:
         "own_accumulation": 2,
         "accumulate": True,
         "loader": {"drop_last": drop_last},
+        "rate": 5e-4,  # at 1e-3 it magnifies the rounding of some processors to 1.003e-5
     }
     ours = train(planned(2, 16), **options)
     assert ours.accelerator.memplan.plan.accumulation == 8
@@ -163,7 +164,7 @@ def test_a_mean_over_samples() -> None:
     alike = train(
         of("vit", normalise=lambda _: 1.0), dataset=Images(35), **options
     )  # the last step has parts of 2 and 1
-    assert alike.differs_by(plain) > 30 * CLOSE
+    assert alike.differs_by(plain) > 100 * CLOSE
 
 
 def test_adapters_with_dropout_where_the_batch_is_not_split() -> None:

@@ -1,13 +1,15 @@
 import itertools
+import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from page_plans import full_plan, point
 from records_made import GIB, MIB, make_plan
 
 from memplan.errors import PlanSchema, UsageError
-from memplan.plan_record import Measured
+from memplan.plan_record import Measured, Plan
 from memplan.prediction import Timeline
 from memplan.report.charts import COLOURS, INK, class_of, frontier_svg, timeline_svg
 from memplan.trace import CATEGORIES
@@ -155,11 +157,15 @@ class TestTimeline:
         with pytest.raises(UsageError, match="no timeline"):
             timeline_svg(make_plan())
 
-    def test_a_timeline_without_bytes_is_a_damaged_plan(self) -> None:
-        odd = Timeline(phase=("forward", "backward"), bytes={})
+    @pytest.mark.parametrize("sizes", [{}, {"params": (1,)}, {"params": (1, 2), "grads": (1, 2, 3)}])
+    def test_a_timeline_with_holes_is_a_damaged_plan(self, sizes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+        """Known when it is read, so that nobody else has to look."""
         for name in ("timeline", "unplanned_timeline"):
-            with pytest.raises(PlanSchema, match="damaged"):
-                timeline_svg(full_plan(**{name: odd}))
+            record = json.loads(full_plan().model_dump_json())
+            record[name] = {"phase": ["forward", "backward"], "bytes": sizes}
+            (tmp_path / "plan.json").write_text(json.dumps(record))
+            with pytest.raises(PlanSchema, match=f"damaged plan: {name}: .*a phase and all bytes"):
+                Plan.load(tmp_path / "plan.json")
 
     def test_bytes_of_no_category_are_a_damaged_plan(self) -> None:
         odd = Timeline(phase=("forward",), bytes={"gold": (1,)})

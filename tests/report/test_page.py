@@ -1,6 +1,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,6 +259,24 @@ class TestPlans:
     def test_parts_that_do_not_belong_together_are_an_error(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(PlanSchema, match=message):
             shown_plans(full_plan(**changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"frontier": [point("rr", GIB, 1.0).model_dump()]}, "a plan of the frontier has 2 options for 5 blocks"),
+            ({"peak_bytes": 0}, "peak_bytes: Input should be greater than 0"),
+            ({"step_s": 0.0}, "step_s: Input should be greater than 0"),
+            ({"gap": float("nan")}, "gap: Input should be a finite number"),
+            ({"peak_bytes": 0, "gap": float("inf")}, "peak_bytes: .*, and 1 more. Plan again."),
+        ],
+    )
+    def test_numbers_that_cannot_be_are_an_error_of_the_file(
+        self, changes: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        record = json.loads(full_plan().model_dump_json()) | changes
+        (tmp_path / "plan.json").write_text(json.dumps(record))
+        with pytest.raises(PlanSchema, match=f"is a damaged plan: .*{message}"):
+            Plan.load(tmp_path / "plan.json")
 
 
 class TestParts:

@@ -56,14 +56,11 @@ def timeline_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1
 
     Raises:
         UsageError: the plan has no timeline.
-        PlanSchema: its timeline has holes, or categories that memplan does not know.
+        PlanSchema: its timeline has categories that memplan does not know.
     """
     if plan.timeline is None:
         raise UsageError("the plan carries no timeline, so memory over the step cannot be drawn: make the plan again")
     plain = plan.unplanned_timeline if plan.unplanned_bytes > plan.peak_bytes else None
-    for timeline in (plan.timeline, *([plain] if plain else [])):
-        if not timeline.phase or {len(sizes) for sizes in timeline.bytes.values()} != {len(timeline.phase)}:
-            raise PlanSchema("the plan is damaged: its timeline does not have a phase and all bytes for each moment")
     lines = _levels(plan, measured)
     tops = [max(plan.timeline.total), *([max(plain.total)] if plain else [])]
     tops += [size for size, _, name, _ in lines if name != "budget"]
