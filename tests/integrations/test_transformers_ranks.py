@@ -57,10 +57,13 @@ def test_rows_that_come_again_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["unused", "used"])
-def test_the_loss_in_chunks_where_the_logits_would_be_copied(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [("unused", "cpu:24MiB"), ("used", "cpu:14MiB")],  # 14 MiB: without chunks even the smallest plan needs more
+)
+def test_the_loss_in_chunks_where_the_logits_would_be_copied(tmp_path: Path, kind: str, budget: str) -> None:
     """It is left out, and the plan says so; where nothing is copied, nobody reads the logits."""
-    for found in run(tmp_path / "planned", kind, "cpu:24MiB", 32):
+    for found in run(tmp_path / "planned", kind, budget, 32):
         in_chunks = [option for option in found["plan"]["decisions"].values() if option.startswith("chunked")]
         said = " ".join(found["plan"]["assumptions"])
         assert found["uses"]["reads"] == 0
