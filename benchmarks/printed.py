@@ -41,7 +41,8 @@ class Part:
     commands: tuple[str, ...]
 
 
-LORA = f"{BIG} --method lora --dtype bfloat16 --seq-len 2048 --effective-batch 16"
+MODEL = f"{BIG} --method lora --dtype bfloat16"
+LORA = f"{MODEL} --seq-len 2048 --effective-batch 16"
 PARTS = (
     Part(
         "Which card?",
@@ -49,7 +50,7 @@ PARTS = (
         (f"fit --config {BIG} --dtype bfloat16 --seq-len 2048 --tokens-per-step 32768",),
     ),
     Part("A plan for one of them", "", (f"plan {LORA} --gpu rtx-4090 --save lora-24.json",)),
-    Part("The plan explained", "", ("explain lora-24.json",)),
+    Part("The plan explained", "With the model, other budgets are solved again.", (f"explain lora-24.json {MODEL}",)),
     Part(
         "Beside another",
         "The same for a card of 40 GB.",

@@ -11,23 +11,24 @@ from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.fitting import dtype_of, sample_in
 from memplan.plan_record import Plan, Verdict
 from memplan.recipe import Recipe
+from memplan.report.explain import Again
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
 
 _ROUNDS: Final = 6  # of moving the card's size; each leaves a few percent of the difference
 _NEAR_BYTES: Final = 2**20
+_GIB: Final = 2**30
 
 
-def solved_again(
-    model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Path | Strategy | None = None
-) -> tuple[Plan | None, ...]:
+def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Path | Strategy | None = None) -> Again:
     """Plans for the same card, batch and optimizer with `by_bytes` less, with the same and with so much more memory.
 
-    None where nothing fits. Times are by one measure, so that their differences can be taken; where the plan's own were
-    measured and the model has no weights, they are estimates. Other processes' memory is taken off the card's total. A
-    plan's file does not say what was kept free of the rest, or why (a risk, a share, what earlier runs needed): the
-    card is taken to be so large that the same budget is left.
+    And one for a GiB more in the budget, which the plan has a price for. None where nothing fits. Times are by one
+    measure, so that their differences can be taken; where the plan's own were measured and the model has no weights,
+    they are estimates. Other processes' memory is taken off the card's total. A plan's file does not say what was kept
+    free of the rest, or why (a risk, a share, what earlier runs needed): the card is taken to be so large that the same
+    budget is left.
 
     Args:
         model: the model that the plan was made for.
@@ -75,5 +76,8 @@ def solved_again(
             f"solving again is done within {format_bytes(same.budget_bytes)}, and the plan was made within "
             f"{format_bytes(plan.budget_bytes)}. Leave the model out, and the file alone is explained."
         )
-    plans = within(total_bytes - by_bytes), same, within(total_bytes + by_bytes)
-    return tuple(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans)
+    less, more, one_gib_more = within(total_bytes - by_bytes), within(total_bytes + by_bytes), None
+    if more is not None and chosen.objective != "peak":  # which would leave the GiB unused
+        one_gib_more = within(total_bytes + _GIB * by_bytes // (more.budget_bytes - same.budget_bytes))
+    plans = (less, same, more, one_gib_more)
+    return Again(*(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans))

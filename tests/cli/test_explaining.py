@@ -10,6 +10,7 @@ from torch import nn
 
 from memplan.plan_record import Plan
 from memplan.report.diagnosis import Diagnosis, Finding, State
+from memplan.report.explain import Again
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def test_explain_solves_again_where_the_model_is_named(
     tiny.llama(layers=2)[0].config.save_pretrained(tmp_path)
     asked = []
 
-    def again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | None) -> tuple[Plan | None, ...]:
+    def again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | None) -> Again:
         asked.append((type(model).__name__, plan, by_bytes, strategy))
-        return None, plan, plan.model_copy(update={"step_s": plan.step_s / 2})
+        return Again(None, plan, plan.model_copy(update={"step_s": plan.step_s / 2}), None)
 
     monkeypatch.setattr("memplan.resolving.solved_again", again)
     told = run("explain", saved, "--config", tmp_path, "--json")

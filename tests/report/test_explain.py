@@ -7,7 +7,7 @@ from records_made import GIB, MIB, make_plan
 from memplan.gpus import Gpu
 from memplan.plan_record import FrontierPoint, Plan
 from memplan.prediction import Timeline
-from memplan.report.explain import Shift, explain, shift_bytes
+from memplan.report.explain import Again, Shift, explain, shift_bytes
 
 
 def point(
@@ -121,8 +121,10 @@ def test_beyond_the_fastest_plan_memory_buys_nothing() -> None:
 
 
 def test_what_was_solved_again_wins_over_the_frontier() -> None:
-    again = (None, a_plan(step_s=1.0), a_plan(step_s=0.875))
+    again = Again(None, a_plan(step_s=1.0), a_plan(step_s=0.875), a_plan(step_s=0.9))
     found = explain(a_plan(), again=again)
+    assert found.price is not None
+    assert found.price.model_dump() == pytest.approx({"told_s": 0.06, "solved_s": 0.12})
     assert found.less == Shift(by_bytes=-2 * GIB, step_s=None, more_s=None, exact=True)
     assert found.more.model_dump() == pytest.approx(
         {"by_bytes": 2 * GIB, "step_s": 1.05, "more_s": -0.15, "exact": True}
@@ -142,5 +144,5 @@ def test_a_plan_for_a_cpu_names_no_card() -> None:
 
 
 def test_for_a_plan_that_does_not_fit_only_the_others_times_are_known() -> None:
-    found = explain(a_plan(), again=(None, None, a_plan(step_s=1.5)))
+    found = explain(a_plan(), again=Again(None, None, a_plan(step_s=1.5), None))
     assert found.more == Shift(by_bytes=2 * GIB, step_s=1.5, more_s=1.5 - 1.2, exact=True)

@@ -6,7 +6,7 @@ from test_explain import FRONTIER, a_plan, card, point
 from memplan.gpus import all_gpus
 from memplan.report.answers import answers
 from memplan.report.compare import compare
-from memplan.report.explain import explain
+from memplan.report.explain import Again, explain
 from memplan.report.sheets import Frontier, comparison_sheet, explanation_sheet
 
 
@@ -64,10 +64,16 @@ class TestExplanation:
             in text
         )
         plan = a_plan()
-        again = explain(plan, again=(None, plan, a_plan(step_s=1.0)))
+        again = explain(plan, again=Again(None, plan, a_plan(step_s=1.0), a_plan(step_s=1.1)))
         text = "\n".join(lines_of(explanation_sheet(plan, again)))
         assert "2.00 GiB less: nothing fits." in text
         assert "2.00 GiB more: 1.00 s a step, 200 ms (16.7 %) less." in text
+        told = "One GiB more, solved again, saves 100 ms (8.3 %) of a step; the plan says 60.0 ms (5.0 %)"
+        assert f"{told}, by its tensors alone." in text
+        on_cpu = a_plan(fits_bytes=None)
+        same = explain(on_cpu, again=Again(on_cpu, on_cpu, on_cpu, on_cpu))
+        told = "One GiB more, solved again, saves nothing of a step; the plan says 60.0 ms (5.0 %)."
+        assert told in "\n".join(lines_of(explanation_sheet(on_cpu, same)))
 
     def test_the_least_that_fits_is_named_below_it(self) -> None:
         assert "  2.00 GiB less: nothing fits below 21.00 GiB." in explained(

@@ -42,7 +42,7 @@ def explain(
     console = stderr_console()
     with errors_as_exit_codes():
         read = Plan.load(plan)
-        again: tuple[Plan | None, ...] = ()
+        again = None
         if model is not None or config is not None:
             built = build(console, one_model(model, config), method, lora_rank, dtype)
             with progress(console, "solving again"):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from pydantic import Field
@@ -35,11 +36,28 @@ class Shift(Record):
     exact: bool = Field(description="False: read off the frontier, and a step may take less time than that")
 
 
+class Price(Record):
+    """What one GiB more in the budget would save of a step, at the same micro-batch."""
+
+    told_s: float = Field(description="as the plan says")
+    solved_s: float = Field(description="as it was solved again for that budget")
+
+
 class Cards(Record):
     """The smallest cards of the catalogue, of those with kernels like the plan's, with as large a share kept free."""
 
     plan: tuple[str, ...] = Field(description="for the plan as it is")
     everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A plan, solved again by one measure of time for four budgets. None: nothing fits, or it was not asked."""
+
+    less: Plan | None  # `shift_bytes` less
+    same: Plan | None
+    more: Plan | None
+    one_gib_more: Plan | None
 
 
 class Explanation(Record):
@@ -54,6 +72,7 @@ class Explanation(Record):
     faster: Neighbour | None = Field(description="the next plan that takes less time; None: there is none")
     less: Shift
     more: Shift
+    price: Price | None = Field(description="None: not solved again, or the strategy would leave more memory unused")
     cards: Cards | None = Field(description="None for a plan for a CPU, whose kernels need other memory than a card's")
 
 
@@ -62,20 +81,19 @@ def shift_bytes(plan: Plan) -> int:
     return min(_STEP_BYTES, plan.budget_bytes // _STEP_SHARE)
 
 
-def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Sequence[Plan | None] = ()) -> Explanation:
+def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Again | None = None) -> Explanation:
     """What there is to say of a plan.
 
     Args:
         plan: the plan.
         gpus: the cards to look for a smaller or a larger one in.
-        again: plans for `shift_bytes` less, for the same and for as much more, None where nothing fits; empty: what
-            they would be is read off the frontier.
+        again: the plan for other budgets; None: what they would be is read off the frontier.
     """
-    if again:
-        less, same, more = again
-        shifts = _solved(plan, less, same, -1), _solved(plan, more, same, 1)
+    if again is None:
+        shifts, price = (_below(plan), _above(plan)), None
     else:
-        shifts = _below(plan), _above(plan)
+        shifts = _solved(plan, again.less, again.same, -1), _solved(plan, again.more, again.same, 1)
+        price = _price(plan, again)
     smaller, faster = _neighbours(plan)
     return Explanation(
         categories=_sorted(Counter(by_category(plan.breakdown))),
@@ -86,6 +104,7 @@ def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Sequence[Plan | None] =
         faster=faster,
         less=shifts[0],
         more=shifts[1],
+        price=price,
         cards=None if plan.fits_bytes is None else _cards(plan, gpus),
     )
 
@@ -164,11 +183,20 @@ def differences(layers: Sequence[Layer], own: Sequence[str], other: Sequence[str
 
 
 def _solved(plan: Plan, other: Plan | None, same: Plan | None, sign: int) -> Shift:
-    """By the share of time between the two that were solved again: the plan's own times may be of another measure."""
-    step_s = None if other is None else other.step_s
-    if step_s is not None and same is not None:
-        step_s *= plan.step_s / same.step_s
+    step_s = None if other is None else _in_its_measure(plan, other, same)
     return _shift(plan, sign * shift_bytes(plan), step_s, exact=True)
+
+
+def _price(plan: Plan, again: Again) -> Price | None:
+    if again.one_gib_more is None:
+        return None
+    saved_s = plan.step_s - _in_its_measure(plan, again.one_gib_more, again.same)
+    return Price(told_s=plan.shadow_price, solved_s=max(0.0, saved_s))  # a plan within the solver's gap is no loss
+
+
+def _in_its_measure(plan: Plan, other: Plan, same: Plan | None) -> float:
+    """By the share of time between the two that were solved again: the plan's own times may be of another measure."""
+    return other.step_s if same is None else other.step_s * plan.step_s / same.step_s
 
 
 def _below(plan: Plan) -> Shift:

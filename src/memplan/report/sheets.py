@@ -12,7 +12,7 @@ from rich.text import Text
 from memplan.plan_record import Plan
 from memplan.report.answers import answers
 from memplan.report.compare import Comparison
-from memplan.report.explain import Explanation, Neighbour, Shift
+from memplan.report.explain import Explanation, Neighbour, Price, Shift
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
 
 _TOP: Final = 6  # ranges of modules are named
@@ -45,7 +45,7 @@ def explanation_sheet(plan: Plan, found: Explanation) -> RenderableType:
         _title("Why not another plan?"),
         *_indented(_other_plans(plan, found)),
         _title("With another budget, in the same batch"),
-        *_indented([_shift_text(plan, found.less), _shift_text(plan, found.more)]),
+        *_indented([_shift_text(plan, found.less), _shift_text(plan, found.more), *_price_texts(plan, found.price)]),
         _title("Which card is enough?"),
         *_indented(_card_texts(found)),
         *([_title("Ways out"), *_indented(plan.ways_out)] if plan.ways_out else []),
@@ -187,6 +187,17 @@ def _shift_text(plan: Plan, shift: Shift) -> str:
     if shift.exact:
         return f"{moved}: {took} a step, {change}."
     return f"{moved}: at most {took} a step, {change} (read off the frontier, not solved again)."
+
+
+def _price_texts(plan: Plan, price: Price | None) -> list[str]:
+    if price is None:
+        return []
+    solved, told = (
+        f"{format_seconds(saved_s)} ({format_percent(saved_s / plan.step_s)})" if saved_s else "nothing"
+        for saved_s in (price.solved_s, price.told_s)
+    )
+    beside = "" if plan.fits_bytes is None else ", by its tensors alone"  # the allocator rounds anew in each plan
+    return [f"One GiB more, solved again, saves {solved} of a step; the plan says {told}{beside}."]
 
 
 def _card_texts(found: Explanation) -> list[str]:
