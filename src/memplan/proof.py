@@ -17,6 +17,8 @@ from memplan.skipping import skipped
 _TOLERANCE = 1e-3
 _TOLERANCE_HALF = 3e-2
 
+Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # loss and gradients, and the buffers that are left
+
 _IGNORED = -100  # torch's and transformers' label for a place without one
 
 
@@ -31,7 +33,18 @@ def difference(
         sample: on the model's device; one sample is enough.
         installed: the context in which the lever works.
     """
-    plain, buffers = _step(model, recipe, sample, nullcontext)
+    return _difference(_step(model, recipe, sample, nullcontext), model, recipe, sample, installed)
+
+
+def _difference(
+    known: Step,
+    model: nn.Module,
+    recipe: Recipe,
+    sample: Sample,
+    installed: Callable[[], AbstractContextManager[object]],
+) -> str | None:
+    """What differs from a step without the lever, whose gradients and buffers are known."""
+    plain, buffers = known
     if plain["the loss"].isnan():
         return f"{_why_nan(sample)}, which shows no difference. Plan with a sample from which something is learned."
     other, others_buffers = _step(model, recipe, sample, installed)
@@ -65,22 +78,38 @@ def difference_without(
     *,
     asks: bool = True,
 ) -> str | None:
-    """As `difference`, while most blocks do nothing. None also where there is no memory or no step for that.
+    """As `difference`, while most blocks do nothing. None also where there is no memory for that.
+
+    A model that wants what these blocks compute, such as keys and values that later blocks share, runs whole.
 
     Args:
         idle: their paths, those together that cannot be told apart. Those that are left work for all like them.
         asks: whether a loss that is not a number, which shows nothing, is told; else it is no difference.
     """
+
+    def against(known: Step) -> str | None:
+        if known[0]["the loss"].isnan() and not asks:
+            return None
+        return _difference(known, model, recipe, sample, installed)
+
     try:
         with skipped(model, idle):
-            try:
-                plain = gradients(model, recipe, sample)  # from here on no skipped block runs at all
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # the model's own, which wants what its blocks have computed
-                return None
-            return difference(model, recipe, sample, installed) if asks or not plain["the loss"].isnan() else None
+            known = _step_without_blocks(model, recipe, sample)
+            if known is not None:
+                return against(known)
+        return against(_step(model, recipe, sample, nullcontext))
     except torch.OutOfMemoryError:
+        return None
+
+
+def _step_without_blocks(model: nn.Module, recipe: Recipe, sample: Sample) -> Step | None:
+    """A step of a model some of whose blocks are skipped; None where it cannot run so."""
+    try:
+        _step(model, recipe, sample, nullcontext)  # in which the first blocks run once, for the form
+        return _step(model, recipe, sample, nullcontext)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the model's own
         return None
 
 
@@ -96,7 +125,7 @@ def gradients(
 
 def _step(
     model: nn.Module, recipe: Recipe, sample: Sample, installed: Callable[[], AbstractContextManager[object]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> Step:
     """As `gradients`, and the buffers that they leave."""
     with preserved(model), installed():
         to_training(model)

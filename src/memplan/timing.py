@@ -1,8 +1,10 @@
 """Seconds of each distinct block under each option, measured on the device by real forwards and backwards."""
 
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -193,6 +195,10 @@ class _Call:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
         def kept(value: object) -> object:
+            if isinstance(value, UserDict):  # in which transformers' blocks hand keys and values on to later ones
+                shared = copy(value)
+                shared.data = tree_map_only(Tensor, cut, value.data)
+                return shared
             return None if is_cache(value) else value  # it would grow with every run
 
         given = tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
@@ -329,9 +335,12 @@ class _Clock:
 
 @contextmanager
 def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) -> Iterator[None]:
+    shared: list[UserDict[Any, Any]] = []
+
     def note(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.setdefault(path, _Call.of(args, kwargs))
+            shared.extend(value for value in (*args, *kwargs.values()) if isinstance(value, UserDict))
             if len(calls) == len(paths):
                 raise _AllCaptured
 
@@ -343,6 +352,10 @@ def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) 
     finally:
         for hook in hooks:
             hook.remove()
+        for (
+            values
+        ) in shared:  # under checkpointing they hold the graph that holds them, until a backward that never comes
+            values.clear()
 
 
 def _first_tensor(output: object) -> Tensor | None:
