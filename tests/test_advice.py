@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from memplan.advice import ways_out
+from memplan.advice import large_enough, ways_out
+from memplan.gpus import Gpu
 from memplan.plan_record import Budget
 
 MIB, GIB = 2**20, 2**30
@@ -81,3 +82,23 @@ def test_where_no_card_is_large_enough_none_is_named() -> None:
 def test_the_processor_is_not_told_to_become_a_card() -> None:
     assert any("card" in sentence for sentence in ways(7 * GIB))
     assert not any("card" in sentence for sentence in ways(7 * GIB, gpu="cpu:8MiB"))
+
+
+def test_where_only_a_bound_is_known_no_card_is_named() -> None:
+    found = ways(7 * GIB, is_bound=True)
+    assert "`memplan fit` names the cards that are large enough." in found
+    assert not any("The smallest card" in sentence for sentence in found)
+
+
+def test_a_processor_has_no_host_to_page_states_to() -> None:
+    assert any("paged" in sentence for sentence in ways(7 * GIB))
+    assert not any("paged" in sentence for sentence in ways(7 * GIB, gpu="cpu:8MiB"))
+
+
+def test_the_same_share_of_each_card_is_kept_free() -> None:
+    """Of 24 GiB one is the context's, and an eighth of the rest is kept free."""
+    budget = Budget(gpu="a", total_bytes=25 * GIB, others_bytes=0, context_bytes=GIB, margin_bytes=3 * GIB)
+    cards = [Gpu(name, "cuda", size * GIB) for name, size in (("d", 33), ("c", 17), ("b", 25), ("e", 9))]
+    assert large_enough(14 * GIB, budget, cards) == ("c", "b", "d")
+    assert large_enough(14 * GIB + 1, budget, cards) == ("b", "d")
+    assert large_enough(29 * GIB, budget, cards) == ()

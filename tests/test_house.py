@@ -89,6 +89,7 @@ FLOORS = {
     "resolving": 12,
     "session": 12,
     "proof": 11,
+    "room": 11,
     "rewind": 11,
     "bench": 12,
     "guard": 13,

@@ -1,10 +1,12 @@
 """What is kept free on a card, against the distribution that it is drawn from; and the verdicts that follow."""
 
+import dataclasses
 import random
 import statistics
 
 import pytest
 import tiny
+import torch
 
 import memplan
 from memplan import risk
@@ -90,6 +92,42 @@ def test_who_takes_more_risk_gets_more_of_the_card(needed: Plan) -> None:
     card = card_with(needed.needs_bytes * (1 + risk.excess_share(0.8)))
     assert planned(card).verdict is Verdict.UNCERTAIN
     assert planned(card, risk=0.25).verdict is Verdict.FITS
+
+
+WAYS = memplan.Strategy("ways", levers=("recompute", "select", "loss-head"))
+
+
+def wide(card: Gpu, objective: str = "samples-per-second") -> Plan:
+    model, batch = tiny.llama(rows=1, layers=4, length=64, vocab_size=2048)
+    strategy = dataclasses.replace(WAYS, objective=objective)
+    return memplan.plan(model.to("meta", torch.bfloat16), card, sample=batch, effective_batch=4, strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def leanest() -> Plan:
+    return wide(card_with(2**34), "peak")
+
+
+@pytest.mark.parametrize("share", [1.0, 1.01, 1.05, 1.3])
+def test_where_the_leanest_plan_fits_a_plan_fits(leanest: Plan, share: float) -> None:
+    """However unlike the allocator's part in the plans between it and the fastest."""
+    made = wide(card_with((leanest.needs_bytes + 1) * share * (1 + risk.excess_share(0.99)) + 1))
+    assert made.verdict is Verdict.FITS
+    assert made.needs_bytes <= made.budget_bytes
+    assert made.smallest_bytes == leanest.needs_bytes
+
+
+def test_a_plan_that_may_fail_is_the_one_that_is_the_likeliest_to_fit(leanest: Plan) -> None:
+    made = wide(card_with(leanest.needs_bytes))
+    assert made.verdict is Verdict.UNCERTAIN
+    assert made.needs_bytes == made.smallest_bytes == leanest.needs_bytes
+    assert "of the" in made.reason
+    assert "margin are needed" in made.reason
+
+
+def test_a_plan_that_fails_says_from_where_on_one_fits(leanest: Plan) -> None:
+    made = wide(card_with(leanest.needs_bytes / 2))
+    assert (made.verdict, made.smallest_bytes) == (Verdict.DOES_NOT_FIT, leanest.needs_bytes)
 
 
 @pytest.mark.parametrize("wrong", [0, -0.1, 0.6, float("nan"), True])

@@ -1,8 +1,8 @@
 """What to do when nothing fits: the cheapest ways out, in words. Pure arithmetic over a breakdown."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from memplan.gpus import all_gpus, with_like_kernels
+from memplan.gpus import Gpu, all_gpus, with_like_kernels
 from memplan.plan_record import Budget
 from memplan.units import format_bytes
 
@@ -17,7 +17,14 @@ _TRAINED_SHARE = 0.1
 
 
 def ways_out(
-    breakdown: Mapping[str, int], phase: str, smallest_bytes: int, budget: Budget, micro_batch: int, can_split: bool
+    breakdown: Mapping[str, int],
+    phase: str,
+    smallest_bytes: int,
+    budget: Budget,
+    micro_batch: int,
+    can_split: bool,
+    *,
+    is_bound: bool = False,
 ) -> tuple[str, ...]:
     """At most three sentences: first what saves enough, the least change to the training first; then what saves most.
 
@@ -27,18 +34,34 @@ def ways_out(
         smallest_bytes: the least usable budget that would do.
         micro_batch: of that plan.
         can_split: whether the batch may be split at all.
+        is_bound: whether a plan needs more than `smallest_bytes`, so that no card can be named.
     """
+    on_cpu = budget.gpu.startswith("cpu")
     missing = smallest_bytes - budget.usable_bytes
-    found = [way for way in _savings(breakdown, phase, micro_batch, can_split) if way[0] > 0]
+    found = [way for way in _savings(breakdown, phase, micro_batch, can_split, on_cpu) if way[0] > 0]
     enough = [text for saved, text in found if saved >= missing]
-    card = None if budget.gpu.startswith("cpu") else _smallest_card(smallest_bytes, budget)
-    if card is not None:
-        enough.append(f"The smallest card that is large enough is {card}.")
+    if is_bound and not on_cpu:
+        enough.append("`memplan fit` names the cards that are large enough.")
+    elif not on_cpu and (cards := large_enough(smallest_bytes, budget, all_gpus())):
+        enough.append(f"The smallest card that is large enough is {cards[0]}.")
     rest = sorted(((saved, text) for saved, text in found if saved < missing), reverse=True)
     return (*enough, *(text for _, text in rest))[:3]
 
 
-def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_split: bool) -> Iterator[tuple[int, str]]:
+def large_enough(needs_bytes: int, budget: Budget, gpus: Iterable[Gpu]) -> tuple[str, ...]:
+    """The cards on which a plan of such needs fits, from the smallest: those with kernels like the budget's card.
+
+    The same context is taken off each, and then the same share kept free.
+    """
+    room = budget.usable_bytes + budget.margin_bytes
+    totals = {gpu.name: gpu.total_bytes for gpu in with_like_kernels(budget.gpu, gpus) if gpu.total_bytes is not None}
+    usable = {name: (n - budget.context_bytes) * budget.usable_bytes // room for name, n in totals.items()}
+    return tuple(name for name, size in sorted(usable.items(), key=lambda item: item[1]) if size >= needs_bytes)
+
+
+def _savings(
+    breakdown: Mapping[str, int], phase: str, micro_batch: int, can_split: bool, on_cpu: bool
+) -> Iterator[tuple[int, str]]:
     """(bytes saved, sentence), the least change to the training first. Estimates: each is to be planned in its turn."""
     states, grads = breakdown["optimizer"], breakdown["grads"]
     data = breakdown["inputs"] + breakdown["logits/loss"]
@@ -62,22 +85,14 @@ def _savings(breakdown: Mapping[str, int], phase: str, micro_batch: int, can_spl
         how = "a live one, a strategy with 'step-in-backward', no accumulation, no clipping of the global norm"
         yield saved, f"Stepping the optimizer inside the backward ({how}) saves about {format_bytes(saved)}."
         saved += states
-        yield (
-            saved,
-            "Stepping inside the backward with an optimizer whose state is paged to the host "
-            f"(bnb.optim.PagedAdamW8bit) saves about {format_bytes(saved)}.",
-        )
-    if states + grads > _TRAINED_SHARE * breakdown["params"]:
-        saved = int((states + grads) * (1 - _LORA_SHARE))
+        if not on_cpu:  # whose states are on the host already
+            yield (
+                saved,
+                "Stepping inside the backward with an optimizer whose state is paged to the host "
+                f"(bnb.optim.PagedAdamW8bit) saves about {format_bytes(saved)}.",
+            )
+        trained = states + grads + (breakdown["temporaries"] if phase == "optimizer" else 0)
+        saved = int(trained * (1 - _LORA_SHARE))
         yield saved, f"LoRA instead of training all weights saves about {format_bytes(saved)} of gradients and states."
     saved = breakdown["params"] // 2
     yield saved, f"Weights of half the bits (bfloat16; where they are frozen, also 8 or 4) save {format_bytes(saved)}."
-
-
-def _smallest_card(needed_bytes: int, budget: Budget) -> str | None:
-    """The smallest in the catalogue of which so much is usable, if it gives up the same share and the same context."""
-    share = 1 - budget.margin_bytes / budget.total_bytes
-    known = with_like_kernels(budget.gpu, all_gpus())
-    sizes = {gpu.name: gpu.total_bytes for gpu in known if gpu.total_bytes is not None}
-    enough = {name: size for name, size in sizes.items() if size * share - budget.context_bytes >= needed_bytes}
-    return min(enough, key=enough.__getitem__) if enough else None

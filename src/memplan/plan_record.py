@@ -1,6 +1,7 @@
 """`Plan`: what to do with a model, why, and what it is predicted to cost. Frozen, JSON, schema-versioned."""
 
 import json
+from collections.abc import Iterator
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
 from memplan.records import Record, write_whole
-from memplan.units import format_budget, format_bytes, format_seconds
+from memplan.units import format_budget, format_bytes, format_rate, format_seconds
 
 SCHEMA_VERSION = 3
 
@@ -27,7 +28,7 @@ class Budget(Record):
     """How the budget is made up, in bytes: total - others - context - margin = usable."""
 
     gpu: str
-    total_bytes: int
+    total_bytes: int = Field(gt=0)
     others_bytes: int = Field(description="held by other processes")
     context_bytes: int = Field(description="taken by the CUDA context before any tensor")
     margin_bytes: int = Field(description="kept free: for the error of predictions (`risk`), the strategy's share")
@@ -35,6 +36,13 @@ class Budget(Record):
     @property
     def usable_bytes(self) -> int:
         return self.total_bytes - self.others_bytes - self.context_bytes - self.margin_bytes
+
+    def beyond(self, over_bytes: int) -> str:
+        """What it means that a plan needs so much more than is usable, in words."""
+        if over_bytes <= self.margin_bytes:
+            return f"{format_bytes(over_bytes)} of the {format_bytes(self.margin_bytes)} margin are needed"
+        missing = format_bytes(over_bytes - self.margin_bytes)
+        return f"{missing} more than there is are needed, by a prediction that may be too high by as much"
 
 
 class Layer(Record):
@@ -110,8 +118,8 @@ class Plan(Record):
     reason: str = Field(description="one sentence behind the verdict")
     budget: Budget
     strategy: str
-    micro_batch: int
-    accumulation: int
+    micro_batch: int = Field(gt=0)
+    accumulation: int = Field(gt=0)
     effective_batch: int
     decisions: dict[str, str] = Field(description="module path -> option, in forward order")
     selections: dict[str, tuple[str, ...]] = Field({}, description="option -> names of the values that it drops")
@@ -162,6 +170,15 @@ class Plan(Record):
     def __eq__(self, other: object) -> bool:
         """Whether the two say the same, one of them perhaps read from a file."""
         return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
+    @property
+    def basis(self) -> str:
+        """What the planned times rest on, in words. Not to be taken for the measurement of a step."""
+        words = {
+            "measured": "from measured blocks",
+            "nominal": "for a card of 100 TFLOP/s and 1 TB/s: only ratios count",
+        }
+        return words.get(self.times, self.times)
 
     @property
     def budget_bytes(self) -> int:
@@ -242,16 +259,28 @@ class Plan(Record):
             raise PlanSchema(f"{path} is no memplan plan: no schema_version is in it. Plan.save makes one.") from error
         if version != SCHEMA_VERSION:
             raise PlanSchema(
-                f"{path} has schema version {version}; this memplan reads version {SCHEMA_VERSION}. "
+                f"{path} has schema version {version!r}; this memplan reads version {SCHEMA_VERSION}. "
                 "Plan again with this version, or install the version that wrote it."
             )
         try:
-            return cls.model_validate(record)
+            plan = cls.model_validate(record)
         except ValidationError as error:
             first, count = error.errors(include_url=False)[0], error.error_count()
             where = ".".join(map(str, first["loc"])) or "the whole"
             more = f", and {count - 1} more" if count > 1 else ""
             raise PlanSchema(f"{path} is a damaged plan: {where}: {first['msg']}{more}. Plan again.") from error
+        for fault in plan._faults():
+            raise PlanSchema(f"{path} is a damaged plan: {fault}. Plan again.")
+        return plan
+
+    def _faults(self) -> Iterator[str]:
+        """What a plan that was made cannot say of itself."""
+        if sum(point.chosen for point in self.frontier) > 1:
+            yield "more than one plan of the frontier is the chosen one"
+        if self.micro_batch * self.accumulation != self.effective_batch:
+            yield f"{self.micro_batch} x {self.accumulation} samples are not {self.effective_batch} per step"
+        if (parts := sum(self.breakdown.values())) != self.peak_bytes:
+            yield f"the parts of the peak are {parts:,} bytes together, and it is {self.peak_bytes:,}"
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -276,8 +305,9 @@ class Plan(Record):
             f"  batch     {self.micro_batch} x {self.accumulation} accumulated = {self.effective_batch} per step",
             f"  blocks    {count_text(self)}",
             f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {room}; "
-            f"{format_bytes(self.unplanned_bytes)} without a plan",
-            f"  time      {format_seconds(self.step_s)} per step ({self.times}), {self.samples_per_s:.3g} samples/s, "
+            f"{'' if self.fits_bytes is None else 'about '}{format_bytes(self.unplanned_needs_bytes)} without a plan",
+            f"  time      {format_seconds(self.step_s)} per step ({self.basis}), "
+            f"{format_rate(self.samples_per_s, 'samples')}, "
             f"{pace_text(self.slowdown)} than keeping everything, within {self.gap:.2%} of the proven bound",
         ]
         if self.fits_bytes is not None:

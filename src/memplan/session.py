@@ -1,9 +1,10 @@
 """One question about one model: the traces it takes, the plan they lead to, and the check of that plan by a trace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,9 +13,9 @@ from memplan.advice import ways_out
 from memplan.allocator import Settings
 from memplan.batches import POINTS, profiled, splits
 from memplan.blocks import check_plannable, is_batch_coupled, signature, statement
-from memplan.checking import checked
+from memplan.checking import Found, checked, faster
 from memplan.corrections import Corrections, seconds_by_lever
-from memplan.device import CudaDevice, Device, memory_parts
+from memplan.device import CudaDevice, Device
 from memplan.errors import DoesNotFit
 from memplan.fitting import Live, key_of
 from memplan.gpus import Gpu
@@ -32,12 +33,12 @@ from memplan.profile import Profile
 from memplan.progress import shown
 from memplan.recipe import AFTER_STEP, Recipe
 from memplan.recorder import Recorder
-from memplan.risk import usable_bytes
 from memplan.roofline import StepTimes, is_nominal, origin_of
+from memplan.room import Room
 from memplan.samples import Sample
 from memplan.strategy import Strategy
-from memplan.study import Planned, Study
-from memplan.summary import frontier_of, layers_of, module_at, peak_of, reason_for, saved_of, timeline_of, unseen_bytes
+from memplan.study import Study
+from memplan.summary import frontier_of, layers_of, module_at, peak_of, reason_for, saved_of, timeline_of
 from memplan.trace import Trace
 from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
@@ -45,12 +46,8 @@ from memplan.units import format_budget, format_bytes
 # Share of the datasheet's rate that pinned copies reach: 53.1 of 64 GB/s in torchtitan's pool. Not measured by memplan.
 LINK_EFFICIENCY = 0.8
 
-# Handles and kernels that CUDA loads when they are first used: 14 to 18 MiB beyond the context of an idle process, on
-# the cards of docs/real_cards.md.
-LOADED_LATER_BYTES = 18 * 2**20
 
-# Share of main memory that is left to the Python heap, oneDNN and the system where no budget is given.
-CPU_MARGIN = 0.1
+_PLENTY = 2**60
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,11 @@ class Session:
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = self._clearest_first(profiled(pairs) if effective_batch or micro_batch else POINTS)
         study = self._study(points, 2 if pairs[0][1] > 1 else 1, strategy)
-        budget = self._budget(strategy, study.plain)
+        budget = self._room.budget(strategy, study.plain)
         self._refuse_below_static(study.plain, budget)
         profile = self._corrected(study.profile)
 
-        @lru_cache
-        def ask(usable: int) -> Outcome | NoPlan:
+        def asked(usable: int, strategy: Strategy) -> Outcome | NoPlan:
             return search(
                 profile,
                 usable,
@@ -131,19 +127,35 @@ class Session:
                 host_bytes=study.host_bytes,
             )
 
+        @lru_cache
+        def ask(usable: int) -> Outcome | NoPlan:
+            return asked(usable, strategy)
+
         def learn(micro_batch: int) -> None:
             nonlocal profile
             profile = profile.with_levels(micro_batch, study.levels(micro_batch))
             ask.cache_clear()
 
-        for usable, verdict in (
-            (budget.usable_bytes, Verdict.FITS),
-            (self._room(strategy, study.plain)[1], Verdict.UNCERTAIN),
-        ):
-            found = checked(study, ask, learn, usable)
-            if found is not None:
-                return self._record(study, profile, *found, budget, strategy, verdict)
-        return self._misfit(study, profile, ask, budget, strategy)
+        def leanest() -> Found:
+            outcome = asked(_PLENTY, replace(strategy, objective="peak", levers_first=()))
+            if isinstance(outcome, NoPlan):
+                raise DoesNotFit(outcome.reason, outcome.smallest_bytes or 0)
+            return outcome, study.traced(outcome)
+
+        found = checked(study, ask, learn, budget.usable_bytes)
+        if found is not None:
+            least = found if self.gpu.kind == "cpu" else leanest()
+            return self._record(study, profile, found, least, budget, strategy, Verdict.FITS)
+        least = leanest()
+        needs = least[1].needs_bytes
+        if needs <= budget.usable_bytes:
+            found = faster(study, ask, least, budget.usable_bytes)
+            return self._record(study, profile, found, least, budget, strategy, Verdict.FITS)
+        if needs <= self._room.most(strategy, study.plain)[1]:  # the likeliest to fit of all
+            return self._record(study, profile, least, least, budget, strategy, Verdict.UNCERTAIN)
+        refusal = ask(budget.usable_bytes)
+        reason = refusal.reason if isinstance(refusal, NoPlan) else "the plan's own trace exceeds the budget"
+        return self._record(study, profile, least, least, budget, strategy, Verdict.DOES_NOT_FIT, reason)
 
     def _clearest_first(self, points: Sequence[int]) -> Sequence[int]:
         """First the point where sizes can be told apart, at which most is traced and from which it is scaled: not one
@@ -191,35 +203,9 @@ class Session:
 
     # -- the record ----------------------------------------------------------------------------------------------
 
-    def _budget(self, strategy: Strategy, trace: Trace) -> Budget:
-        total, others, context = memory_parts(self.gpu, self.device)
-        live = self.device is not None and self.gpu.kind == "cuda"
-        return Budget(
-            gpu=str(self.device.torch_device) if self.device is not None and live else self.gpu.name,
-            total_bytes=total,
-            others_bytes=others,
-            context_bytes=context,
-            margin_bytes=total - others - context - self._room(strategy, trace)[0],
-        )
-
-    def _room(self, strategy: Strategy, trace: Trace) -> tuple[int, int]:
-        """What a plan may be predicted to need, to fit and not to be ruled out: the room less what is kept free of it.
-
-        That is on a card for the error of predictions, on a CPU for small tensors that no trace shows, and where no
-        budget is given for everything but tensors; and on both at least what earlier runs needed beyond theirs.
-        """
-        total, others, context = memory_parts(self.gpu, self.device)
-        room = total - others - context
-        if isinstance(self.device, CudaDevice):
-            room = min(room - LOADED_LATER_BYTES, self.device.cap_bytes)
-        if self.gpu.kind != "cpu":
-            fits, possible = usable_bytes(room, strategy.risk)
-        elif self.gpu.total_bytes is not None:
-            fits, possible = room - unseen_bytes(trace) - packed.kept_bytes(self.model), room
-        else:
-            fits, possible = room - int(total * CPU_MARGIN), room
-        fits = min(fits, room - self._learned.excess_bytes)
-        return int(fits * strategy.budget_share), int(possible * strategy.budget_share)
+    @property
+    def _room(self) -> Room:
+        return Room(self.model, self.gpu, self.device, self._learned.excess_bytes)
 
     @cached_property
     def _allocator(self) -> Settings:
@@ -231,48 +217,36 @@ class Session:
         needed = sum(static[name] for name in ("params", "buffers", "optimizer"))
         if needed <= budget.usable_bytes:
             return
-        smallest, tick = trace.peak_in(trace.optimizer), trace.peak_tick
+        smallest, span = trace.peak_in(trace.optimizer), trace.optimizer
+        tick = (
+            span.start + int(np.argmax(trace.live[span.start : span.stop]))
+            if span.stop > span.start
+            else trace.peak_tick
+        )
         raise DoesNotFit(
             f"the budget of {format_budget(budget.usable_bytes)} on {budget.gpu} is below what is always there: "
             f"{format_bytes(needed)} ({format_bytes(static['params'])} weights, {format_bytes(static['optimizer'])} "
             f"optimizer state). No plan can help; the optimizer's step alone needs {format_bytes(smallest)}. "
-            + " ".join(ways_out(trace.breakdown(tick), trace.phase_of(tick), smallest, budget, 1, self._can_split)),
+            + " ".join(
+                ways_out(
+                    trace.breakdown(tick), trace.phase_of(tick), smallest, budget, 1, self._can_split, is_bound=True
+                )
+            ),
             smallest,
         )
-
-    def _misfit(
-        self,
-        study: Study,
-        profile: Profile,
-        ask: Callable[[int], Outcome | NoPlan],
-        budget: Budget,
-        strategy: Strategy,
-    ) -> Plan:
-        """The plan that comes closest, with what it would take."""
-        refusal = ask(budget.usable_bytes)
-        if isinstance(refusal, Outcome):  # the profile was too hopeful, and no correction helped
-            outcome, reason = refusal, "the plan's own trace exceeds the budget"
-        else:
-            if refusal.smallest_bytes is None:
-                raise DoesNotFit(refusal.reason, 0)
-            closest, reason = ask(refusal.smallest_bytes), refusal.reason
-            if not isinstance(closest, Outcome):
-                raise DoesNotFit(f"{closest.reason} {reason}", refusal.smallest_bytes)
-            outcome = closest
-        planned = study.traced(outcome)
-        return self._record(study, profile, outcome, planned, budget, strategy, Verdict.DOES_NOT_FIT, reason)
 
     def _record(
         self,
         study: Study,
         profile: Profile,
-        outcome: Outcome,
-        planned: Planned,
+        found: Found,
+        leanest: Found,
         budget: Budget,
         strategy: Strategy,
         verdict: Verdict,
         reason: str = "",
     ) -> Plan:
+        outcome, planned = found
         whole = profile.problem(outcome.micro_batch, outcome.accumulation, budget.usable_bytes)
         decisions, trace = planned.decisions, planned.trace
         kept = set(decisions.values()) <= {KEEP} and planned.stepping == self.recipe.stepping
@@ -280,8 +254,11 @@ class Session:
         usage, phase = planned.usage, trace.phase_of(trace.peak_tick)
         peak_bytes, breakdown = peak_of(trace, usage)
         fits = verdict is not Verdict.DOES_NOT_FIT
-        smallest = outcome.smallest_bytes + planned.needs_bytes - trace.peak_bytes  # on a card as fragmented as here
-        smallest = smallest if fits else max(smallest, planned.needs_bytes)
+        smallest = outcome.smallest_bytes  # on a CPU a profile knows it; on a card a trace has to tell
+        if leanest is not found:
+            smallest = min(leanest[1].needs_bytes, planned.needs_bytes)
+        elif not fits or self.gpu.kind != "cpu":
+            smallest = planned.needs_bytes
         times = profile.times
         assert isinstance(times, StepTimes)
         frontier = frontier_of(outcome, study.stepping_of, planned.needs_bytes - outcome.timeline.peak_bytes)

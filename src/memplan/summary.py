@@ -11,7 +11,7 @@ from memplan.planner import Outcome
 from memplan.prediction import Timeline
 from memplan.problem import KEEP, Problem, lever_of
 from memplan.trace import CATEGORIES, Trace
-from memplan.units import format_budget, format_bytes
+from memplan.units import format_budget
 
 _TIMELINE_POINTS = 400
 
@@ -87,7 +87,7 @@ def reason_for(decisions: Mapping[str, str], needs_bytes: int, budget: Budget) -
     spare = budget.usable_bytes - needs_bytes
     if spare >= 0:
         return f"{what}, {format_budget(spare)} to spare"
-    return f"{what}, {format_bytes(-spare)} of the {format_bytes(budget.margin_bytes)} margin are needed"
+    return f"{what}, {budget.beyond(-spare)}"
 
 
 def peak_of(trace: Trace, usage: Usage | None) -> tuple[int, dict[str, int]]:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from memplan.errors import PlanMismatch, UsageError
 from memplan.plan_record import Measured, Plan
 from memplan.storages import reached
-from memplan.units import format_bytes
+from memplan.units import format_bytes, format_seconds
 
 NEAR: Final = 0.01  # share of a step's time: what could be faster by no more than this is not tried
 
@@ -223,7 +223,7 @@ class Trials:
             scale = Scale(trials)
             for one in list(waiting):
                 if best is not None and scale.possible_s(one) * (1 + NEAR) >= _step_s(best) and self._claimed(one):
-                    self._end(one, TrialState.PRUNED, f"predicted slower than trial {best.number} was measured")
+                    self._end(one, TrialState.PRUNED, _slower(scale.expected_s(one), best))
                     waiting.remove(one)
             if sum(one.began for one in trials) < most:
                 claimed = next((one for one in sorted(waiting, key=scale.expected_s) if self._claimed(one)), None)
@@ -340,6 +340,13 @@ def _waiting(
     params: dict[str, Any], distributions: dict[str, BaseDistribution], attributes: dict[str, Any]
 ) -> FrozenTrial:
     return create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=attributes)
+
+
+def _slower(expected_s: float, best: Trial) -> str:
+    taken = format_seconds(_step_s(best))
+    return (
+        f"{format_seconds(expected_s)} are to be expected by those that were run, and trial {best.number} took {taken}"
+    )
 
 
 def _step_s(trial: Trial) -> float:

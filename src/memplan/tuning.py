@@ -36,7 +36,7 @@ from memplan.session import Session
 from memplan.storages import storage_of
 from memplan.strategy import SAFE_LEVERS, Lever, Strategy, load_strategy
 from memplan.trials import Candidate, Scale, Trial, Trials
-from memplan.units import format_bytes, format_seconds
+from memplan.units import format_bytes, format_rate, format_seconds
 
 STRATEGIES: Final = ("balanced", "recompute-only")
 BUDGET_SHARES: Final = (1.0, 0.85, 0.7)
@@ -94,7 +94,9 @@ class Tuned:
                 f" {trial.strategy}, loss head {trial.loss_head}: {told}"
                 f" (predicted {format_seconds(trial.plan.step_s)})"
             )
-        return "\n".join([*lines, "", self.plan.describe()])
+        rate = format_rate(self.plan.effective_batch / self.measured.step_s, "samples")
+        lines += [f"taken: {format_seconds(self.measured.step_s)} per step, {rate}, as measured", ""]
+        return "\n".join([*lines, self.plan.describe()])
 
 
 def tune(

@@ -49,10 +49,10 @@ def test_explain_solves_again_where_the_model_is_named(
 
 def test_compare(saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
-    a_plan(micro_batch=4).save(other)
+    a_plan(micro_batch=4, accumulation=2).save(other)
     told = run("compare", saved, other, "--json")
     assert told.exit_code == 0
-    assert json.loads(told.stdout)["facts"] == {"micro_batch": ["2", "4"]}
+    assert json.loads(told.stdout)["facts"] == {"micro_batch": ["2", "4"], "accumulation": ["4", "2"]}
     assert "micro batch" in told.stderr
     assert "other" in told.stderr
     assert "do not differ" in run("compare", saved, saved).stderr
@@ -62,7 +62,7 @@ def test_plans_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     paths = [tmp_path / name / "plan.json" for name in "ab"]
     for path, micro_batch in zip(paths, (2, 4), strict=True):
         path.parent.mkdir()
-        a_plan(micro_batch=micro_batch).save(path)
+        a_plan(micro_batch=micro_batch, accumulation=8 // micro_batch).save(path)
     heading, *_ = run("compare", *paths, COLUMNS="400").stderr.splitlines()
     assert heading.split() == [str(path) for path in paths]
 

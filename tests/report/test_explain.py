@@ -5,7 +5,7 @@ import pytest
 from records_made import GIB, MIB, make_plan
 
 from memplan.gpus import Gpu
-from memplan.plan_record import FrontierPoint, Plan
+from memplan.plan_record import FrontierPoint, Plan, Verdict
 from memplan.prediction import Timeline
 from memplan.report.explain import Again, Shift, explain, shift_bytes
 
@@ -146,3 +146,17 @@ def test_a_plan_for_a_cpu_names_no_card() -> None:
 def test_for_a_plan_that_does_not_fit_only_the_others_times_are_known() -> None:
     found = explain(a_plan(), again=Again(None, None, a_plan(step_s=1.5), None))
     assert found.more == Shift(by_bytes=2 * GIB, step_s=1.5, more_s=1.5 - 1.2, exact=True)
+
+
+def test_a_plan_over_its_budget_is_what_more_memory_pays_for() -> None:
+    over = a_plan(verdict=Verdict.UNCERTAIN, fits_bytes=23 * GIB, smallest_bytes=23 * GIB, frontier=())
+    found = explain(over)
+    assert found.less == Shift(by_bytes=-2 * GIB, step_s=None, more_s=None, exact=True)
+    assert found.more == Shift(by_bytes=2 * GIB, step_s=1.2, more_s=0.0, exact=False)
+
+
+def test_the_leanest_plan_has_cards_of_its_own() -> None:
+    cards = [card("large", 80), card("small", 16), card("same", 24)]
+    found = explain(a_plan(smallest_bytes=14 * GIB), cards).cards
+    assert found is not None
+    assert found.least == ("small", "same", "large")

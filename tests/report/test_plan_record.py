@@ -1,6 +1,8 @@
 """Plan files: whole or not at all, and nothing in place of what is no file."""
 
+import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,16 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+CHOSEN = {
+    "peak_bytes": 1,
+    "step_s": 1.0,
+    "options": ["keep"] * 5,
+    "head": "keep",
+    "stepping": "plain",
+    "chosen": True,
+}
+
+
 def test_a_full_disk_leaves_the_older_plan(tmp_path: Path) -> None:
     path, plan = tmp_path / "plan.json", make_plan()
     plan.save(path)
@@ -36,7 +48,7 @@ def test_a_full_disk_leaves_the_older_plan(tmp_path: Path) -> None:
 
 
 def test_an_older_plan_is_replaced_and_keeps_who_may_read_it(tmp_path: Path) -> None:
-    path, plan = tmp_path / "plan.json", make_plan(micro_batch=4)
+    path, plan = tmp_path / "plan.json", make_plan(micro_batch=4, effective_batch=16)
     make_plan().save(path)
     path.chmod(0o600)
     plan.save(path)
@@ -69,3 +81,21 @@ def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
     finally:
         os.close(reading)
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"effective_batch": 3}, "2 x 4 samples are not 3 per step"),
+        ({"breakdown": {}}, "the parts of the peak are 0 bytes together, and it is 22,548,578,304"),
+        ({"micro_batch": 0}, "micro_batch: Input should be greater than 0"),
+        ({"frontier": [CHOSEN, CHOSEN]}, "more than one plan of the frontier is the chosen one"),
+        ({"budget": {**make_plan().budget.model_dump(), "total_bytes": -5}}, "budget.total_bytes: Input should be"),
+        ({"schema_version": "3"}, "schema version '3'; this memplan reads version 3"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_damaged(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(make_plan().model_dump(mode="json") | changes))
+    with pytest.raises(PlanSchema, match=re.escape(words)):
+        Plan.load(path)

@@ -82,6 +82,7 @@ class TestExplanation:
 
     def test_cards(self) -> None:
         text = "\n".join(explained())
+        assert "With the least memory: middle." in text
         assert "For this plan: middle." in text
         assert "This plan is for a CPU." in "\n".join(explained(fits_bytes=None))
         huge = a_plan(fits_bytes=10**6 * GIB)

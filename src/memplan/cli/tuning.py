@@ -32,7 +32,7 @@ def tune(
     effective_batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")],
     model: ModelArgument = None,
     config: ConfigOption = None,
-    method: Annotated[Method, typer.Option(help="full or lora.")] = Method.FULL,
+    method: Annotated[Method, typer.Option(help="full or lora; a base of qlora has to be loaded.")] = Method.FULL,
     lora_rank: LoraRankOption = 16,
     dtype: DtypeOption = None,
     seq_len: SeqLenOption = None,

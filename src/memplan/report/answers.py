@@ -23,12 +23,6 @@ def answers(plan: Plan) -> tuple[Answer, ...]:
     return _what_fits(plan), _what_it_costs(plan), _what_takes_most(plan), _what_more_would_change(plan)
 
 
-def basis_of(plan: Plan) -> str:
-    """What the planned times rest on. Not to be taken for the measurement of a step."""
-    words = {"measured": "from measured blocks", "nominal": "for a card of 100 TFLOP/s and 1 TB/s: only ratios count"}
-    return words.get(plan.times, plan.times)
-
-
 def _what_fits(plan: Plan) -> Answer:
     spare = plan.budget_bytes - plan.needs_bytes
     batch = f"{plan.micro_batch}"
@@ -41,7 +35,7 @@ def _what_fits(plan: Plan) -> Answer:
         least = f"The least that a plan of the strategy {plan.strategy!r} needs is {format_bytes(plan.smallest_bytes)}."
         return Answer("What fits?", short, (least, f"The budget is {format_budget(plan.budget_bytes)}."))
     needs = f"It needs {format_bytes(plan.needs_bytes)}; the budget is {format_budget(plan.budget_bytes)}."
-    room = f"{format_budget(spare)} are spare." if spare >= 0 else f"{format_bytes(-spare)} of the margin are needed."
+    room = f"{format_budget(spare)} are spare." if spare >= 0 else f"{plan.budget.beyond(-spare)}."
     return Answer("What fits?", f"{batch} samples", (samples, needs, room))
 
 
@@ -52,11 +46,12 @@ def _what_it_costs(plan: Plan) -> Answer:
     rate = format_rate(plan.samples_per_s, "samples")
     about = "" if plan.fits_bytes is None else "about "
     sentences = [
-        f"{takes} {format_seconds(plan.step_s)} ({basis_of(plan)}): {rate}.",
+        f"{takes} {format_seconds(plan.step_s)} ({plan.basis}): {rate}.",
         f"Keeping everything would need {about}{format_bytes(plan.unplanned_needs_bytes)}.",
     ]
     if fits:
-        within = "budget" if plan.faster_within_budget is None else "so little memory"
+        speed_counts = plan.verdict is Verdict.FITS and plan.faster_within_budget is None
+        within = "budget" if speed_counts else "so little memory"
         sentences.append(
             f"By these times no plan of the strategy's levers for this batch and {within} is {_at_all(plan.gap)} "
             "faster; that is proven."

@@ -34,7 +34,7 @@ def banner(
         ),
         ("batch", f"{batch} ({was}); same steps, same learning rates"),
         ("blocks", f"{blocks}{beside}"),
-        ("time", f"{pace_text(plan.slowdown)} than keeping everything ({plan.times})"),
+        ("time", f"{pace_text(plan.slowdown)} than keeping everything ({plan.basis})"),
         *(("assumed", text) for text in said),
         ("off", f"{off}; MEMPLAN_BANNER=off leaves out these lines"),
         *([("alone", alone)] if alone else []),

@@ -29,7 +29,7 @@ _FACTS = (
     "times",
     "how",
 )
-_SIZES = ("budget_bytes", "needs_bytes", "peak_bytes", "unplanned_bytes", "smallest_bytes", "host_bytes")
+_SIZES = ("budget_bytes", "needs_bytes", "peak_bytes", "unplanned_needs_bytes", "smallest_bytes", "host_bytes")
 _TIMES = ("step_s", "samples_per_s", "slowdown", "gap", "shadow_price")
 
 

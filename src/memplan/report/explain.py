@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from pydantic import Field
 
-from memplan.gpus import Gpu, with_like_kernels
+from memplan.advice import large_enough
+from memplan.gpus import Gpu
 from memplan.plan_record import FrontierPoint, Layer, Plan
 from memplan.prediction import activations_in, by_category
 from memplan.records import Record
@@ -46,6 +47,7 @@ class Price(Record):
 class Cards(Record):
     """The smallest cards of the catalogue, of those with kernels like the plan's, with as large a share kept free."""
 
+    least: tuple[str, ...] = Field(description="for the plan of the same strategy that needs the least")
     plan: tuple[str, ...] = Field(description="for the plan as it is")
     everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
 
@@ -218,8 +220,10 @@ def _above(plan: Plan) -> Shift:
     if plan.faster_within_budget is not None:  # the strategy does not want the memory that there is
         return _shift(plan, by_bytes, plan.step_s, exact=True)
     known = [point.step_s for point in plan.frontier if point.peak_bytes <= budget_bytes]
-    if plan.needs_bytes <= plan.budget_bytes:
-        known.append(plan.step_s - plan.shadow_price if by_bytes >= GIB else plan.step_s)
+    if plan.needs_bytes <= budget_bytes:
+        known.append(plan.step_s)
+    if plan.needs_bytes <= plan.budget_bytes and by_bytes >= GIB:
+        known.append(plan.step_s - plan.shadow_price)
     fastest = bool(plan.frontier) and plan.frontier[-1].peak_bytes <= budget_bytes
     return _shift(plan, by_bytes, min(known, default=None), exact=fastest)
 
@@ -233,14 +237,13 @@ def _shift(plan: Plan, by_bytes: int, step_s: float | None, *, exact: bool) -> S
 
 
 def _cards(plan: Plan, gpus: Iterable[Gpu]) -> Cards:
-    room = plan.budget_bytes + plan.budget.margin_bytes
-    usable = {
-        gpu.name: (gpu.total_bytes - plan.budget.context_bytes) * plan.budget_bytes // room
-        for gpu in sorted(with_like_kernels(plan.budget.gpu, gpus), key=lambda gpu: gpu.total_bytes or 0)
-        if gpu.total_bytes is not None
-    }
+    known = tuple(gpus)
 
     def enough(needs_bytes: int) -> tuple[str, ...]:
-        return tuple(name for name, size in usable.items() if size >= needs_bytes)[:_CARDS]
+        return large_enough(needs_bytes, plan.budget, known)[:_CARDS]
 
-    return Cards(plan=enough(plan.needs_bytes), everything=enough(plan.unplanned_needs_bytes))
+    return Cards(
+        least=enough(plan.smallest_bytes),
+        plan=enough(plan.needs_bytes),
+        everything=enough(plan.unplanned_needs_bytes),
+    )

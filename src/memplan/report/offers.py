@@ -18,8 +18,8 @@ _CHECKED: Final = (
     "levers, so it finds the same or better."
 )
 _UNCERTAIN: Final = (
-    "uncertain: the leanest plan needs a part of the margin that is kept for the error of predictions, and may run out "
-    "of memory."
+    "uncertain: by prediction the leanest plan needs a part of the margin, which is kept for the error of predictions, "
+    "or more than the card has, by no more than predictions have been too high. It may run out of memory."
 )
 _ESTIMATED: Final = (
     "samples/s are estimates from datasheets, not measurements. The band is from tensor cores at 50 % of their rate, "

@@ -21,7 +21,7 @@ from memplan.gpus import all_gpus
 from memplan.plan_record import FrontierPoint, Layer, Measured, Plan, Verdict
 from memplan.prediction import Timeline
 from memplan.problem import lever_of
-from memplan.report.answers import answers, basis_of
+from memplan.report.answers import answers
 from memplan.report.charts import COLOURS, INK, class_of, frontier_svg, timeline_svg
 from memplan.report.compare import head_of
 from memplan.report.explain import explain
@@ -257,7 +257,7 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
         ("peak of tensors", format_bytes(plan.peak_bytes)),
         ("the same without a plan", format_bytes(plan.unplanned_bytes)),
         ("least budget that fits", format_bytes(plan.smallest_bytes)),
-        ("time per step", f"{format_seconds(plan.step_s)} ({basis_of(plan)})"),
+        ("time per step", f"{format_seconds(plan.step_s)} ({plan.basis})"),
         ("samples per second", format_rate(plan.samples_per_s, "samples").removesuffix(" samples/s")),
     ]
 

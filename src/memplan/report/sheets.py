@@ -19,7 +19,7 @@ _TOP: Final = 6  # ranges of modules are named
 _WORDS: Final = {
     "needs_bytes": "what it needs",
     "peak_bytes": "peak of tensors",
-    "unplanned_bytes": "peak without a plan",
+    "unplanned_needs_bytes": "without a plan",
     "smallest_bytes": "least that fits",
     "host_bytes": "on the host",
     "how": "traced",
@@ -116,7 +116,8 @@ def _memory(plan: Plan, found: Explanation) -> RenderableType:
     table.add_row(Text("= peak", style="bold"), Text(format_bytes(plan.peak_bytes), style="bold"), "")
     for name, size in found.beside.items():
         if size:
-            table.add_row(f"+ {name}", format_bytes(size) if size < 0 else format_budget(size), "")
+            text = format_budget if name == "spare" and size > 0 else format_bytes
+            table.add_row(f"+ {name}", text(size), "")
     table.add_row(Text("= all there is", style="bold"), format_budget(plan.budget.total_bytes), "")
     return table
 
@@ -203,7 +204,8 @@ def _price_texts(plan: Plan, price: Price | None) -> list[str]:
 def _card_texts(found: Explanation) -> list[str]:
     if found.cards is None:
         return ["This plan is for a CPU. A card's kernels and allocator need other memory: plan for a card to know."]
-    texts = {"For this plan": found.cards.plan, "With nothing dropped, for the same batch": found.cards.everything}
+    texts = {"With the least memory": found.cards.least, "For this plan": found.cards.plan}
+    texts |= {"With nothing dropped, for the same batch": found.cards.everything}
     named = [f"{what}: {', '.join(names) or 'none of the catalogue'}." for what, names in texts.items()]
     return [*named, "That goes by size, of cards with kernels like this one's: memplan plan --gpu CARD says for sure."]
 

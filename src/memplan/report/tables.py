@@ -14,7 +14,6 @@ from memplan.corrections import Corrections, factors_text
 from memplan.gpus import Gpu
 from memplan.plan_record import Layer, Plan, Verdict, count_text
 from memplan.prediction import Prediction, by_category
-from memplan.report.answers import basis_of
 from memplan.report.paths import Share, module_shares, path_range, pattern_of
 from memplan.report.rows import Rows
 from memplan.units import format_budget, format_bytes, format_percent, format_rate, format_seconds
@@ -123,7 +122,7 @@ def _step(plan: Plan) -> RenderableType:
             f" (micro-batch x accumulation) = {plan.effective_batch}",
         ),
         "blocks": count_text(plan),
-        "time": f"{format_seconds(plan.step_s)} ({basis_of(plan)}), {format_rate(plan.samples_per_s, 'samples')}",
+        "time": f"{format_seconds(plan.step_s)} ({plan.basis}), {format_rate(plan.samples_per_s, 'samples')}",
         "slowdown": f"{format_percent(plan.slowdown)} against keeping everything",
         "gap": f"{format_percent(plan.gap)} at most to the fastest plan of its levers{within}",
     }
