@@ -41,6 +41,7 @@ def assemble(
     grads: Sequence[int],
     blocks: Sequence[str],
     *,
+    weights: Sequence[int] = (),
     how: str,
     micro_batch: int,
     accumulation: int,
@@ -51,10 +52,12 @@ def assemble(
         static: the storages that are there all the time.
         grads: the tape's rows that are parameter gradients.
         blocks: paths of the blocks to be told apart.
+        weights: the tape's rows that are weights, where these come and go.
     """
     rows, ops, stop = notes.rows(), notes.operators(), notes.now
     steps = tuple(_micro_step(notes, border, blocks) for border in borders)
     categories = _categories(rows, steps, grads, np.asarray(notes.recomputed, dtype=bool))
+    categories[list(weights)] = _CODE["params"]
     fixed = np.array([size for _, size in static], dtype=np.int64)
     kinds = [_CODE[name] for name, _ in static]
     return Trace(

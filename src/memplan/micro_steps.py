@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import (
 from memplan import buckets
 from memplan.accumulation import repeated
 from memplan.assembly import Border, MicroBorders, Static, assemble
-from memplan.errors import BadLoss, CannotTrace, ModelFailed
+from memplan.errors import BadLoss, CannotTrace, ModelFailed, UsageError
+from memplan.gathering import Order, rehearsed
 from memplan.kernels import Backend
 from memplan.kernels.probes import probed_bytes
 from memplan.losses import forward
@@ -25,7 +26,6 @@ from memplan.repeat import same_step
 from memplan.samples import Sample
 from memplan.tape import Tape
 from memplan.trace import Trace
-from memplan.zero import letting_go
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
@@ -69,7 +69,7 @@ class MicroSteps:
                     notes.bytes[row] = size
             how = "recorded" if self.fake is None else "fake"
             sizes = {"micro_batch": batch.batch_size, "accumulation": self.accumulation}
-            return assemble(notes, borders, static, self.grads, blocks, how=how, **sizes)
+            return assemble(notes, borders, static, self.grads, blocks, weights=dropped.weights, how=how, **sizes)
 
         dropped, again = self._run(batch, primed, repeatable)
         graded = {id(p) for p in self.model.parameters() if p.grad is not None} | dropped.parameters
@@ -97,10 +97,10 @@ class MicroSteps:
     ) -> tuple[Dropped, tuple[Notes, MicroBorders] | None]:
         """What was dropped, and the second micro-step where it was taken from the first."""
         tape, again = self.tape, None
-        for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
-            tape.pass_over(tensor)
+        self._pass_over(batch)
         views = buckets.views_for(self.model.parameters(), tape) if self.recipe.bucket_view else {}
-        without = nullcontext(Dropped()) if self.recipe.zero is None else letting_go(self.model, tape)
+        zero = self.recipe.zero
+        without = nullcontext(Dropped()) if zero is None else zero.during(self.model, tape, lambda: self._order(batch))
         stepping = primed.in_backward(tape) if primed else without
         with tape, self.backend.kernels(), stepping as dropped:
             for later in reversed(range(min(self.accumulation, 2))):
@@ -114,6 +114,20 @@ class MicroSteps:
                         break
         tape.forget()
         return dropped, again
+
+    def _pass_over(self, batch: Sample) -> None:
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *batch.tensors()):
+            self.tape.pass_over(tensor)
+
+    def _order(self, batch: Sample) -> Order:
+        """In which modules want their weights, from a micro-step that is not recorded."""
+        other = MicroSteps(self.model, self.recipe, self.backend, self.fake, self.accumulation)
+        other._pass_over(batch)
+        with other.tape, self.backend.kernels(), rehearsed(self.model) as order:
+            other._micro_step(batch)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return order
 
     def _micro_step(self, batch: Sample) -> MicroBorders:
         start = Border.of(self.tape.notes)
@@ -138,7 +152,7 @@ class MicroSteps:
                 del output
         except _NEEDS_VALUES as error:
             raise CannotTrace(_values_message(self.model, error)) from error
-        except BadLoss:
+        except (BadLoss, UsageError):
             raise
         except Exception as error:  # anything: it is the user's own model that runs
             name, where = type(self.model).__name__, self.tape.last_entered

@@ -72,6 +72,7 @@ class Dropped:
 
     parameters: set[int] = field(default_factory=set)  # ids
     rows: list[int] = field(default_factory=list)  # the gradients' rows on the tape
+    weights: list[int] = field(default_factory=list)  # rows of what was gathered of weights that are spread over ranks
 
 
 class PrimedOptimizer:
@@ -110,12 +111,12 @@ class PrimedOptimizer:
         *,
         done: bool = False,
         clips: bool = False,
-        make: Callable[[], None] | None = None,
+        make: Callable[[], Iterator[None]] | None = None,
     ) -> OptimizerPart:
         """The step behind the micro-steps, and the state of those that are stepped there or, if `done`, were before.
 
         With `clips` the norm of the gradients is clipped first, by what torch takes on the device for it. With `make`
-        they are made first, as a part of the step.
+        they are made as a part of the step, and it steps each time that those of some are there.
         """
         before, made = self._state_of({id(parameter) for parameter in stepped})
         with self._tape():
@@ -125,11 +126,10 @@ class PrimedOptimizer:
         for tensor in (*self.model.parameters(), *(p.grad for p in stepped if p.grad is not None), *every):
             tape.pass_over(tensor)
         with tape:
-            if make:
-                make()
             if clips:
                 clip_grad_norm_(stepped, 1.0, foreach=self.backend.foreach)
-            self.optimizer.step()
+            for _ in make() if make else (None,):
+                self.optimizer.step()
         tape.forget()
         self._drop_gradients()
         paged = [tensor for tensor in (*before, *made) if optimizers.is_paged(tensor)]

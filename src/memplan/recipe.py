@@ -9,6 +9,7 @@ import torch
 from memplan.losses import Loss
 from memplan.optimizer_step import PLAIN
 from memplan.zero import Zero
+from memplan.zero3 import Zero3
 
 # When the loop drops the gradients of a step: behind it (or before the next forward, which is the same), or only when
 # the next forward has returned, where `zero_grad` stands between forward and backward.
@@ -36,7 +37,7 @@ class Recipe:
     replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
     bucket_view: bool = False  # its gradient_as_bucket_view
     shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
-    zero: Zero | None = None  # what DeepSpeed makes of it, in place of replicas and shards
+    zero: Zero | Zero3 | None = None  # what DeepSpeed makes of it, in place of replicas and shards
 
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""

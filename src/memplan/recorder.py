@@ -121,7 +121,7 @@ class Recorder:
                 trace, stepped = self._traced(sample.map(abstract.imitate), primed)
                 part = self._part(abstract, stepped, primed)
         except CannotTrace:
-            if in_backward or any(parameter.is_meta for parameter in self.model.parameters()):
+            if in_backward or self._weights_move or any(parameter.is_meta for parameter in self.model.parameters()):
                 raise
             with preserved(self.model), installed():
                 to_training(self.model)
@@ -136,6 +136,10 @@ class Recorder:
             cut = units(self.model, find_blocks(self.model), self.recipe.shards)
             trace = sharded(trace, cut, self.recipe.shards, self.backend.rounded)
         return with_leftovers(trace, grads=self.recipe.drops == AFTER_FORWARD, others=self.recipe.keeps_output)
+
+    @property
+    def _weights_move(self) -> bool:
+        return self.recipe.zero is not None and self.recipe.zero.weights_move
 
     @property
     def _has_buckets(self) -> bool:
@@ -183,7 +187,7 @@ class Recorder:
     ) -> tuple[Trace, set[int]] | None:
         """By so many blocks of each long run. None if there is none, or it cannot be shown to be the same."""
         runs = long_runs(self.model, blocks, kept)
-        if not runs:
+        if not runs or self._weights_move:
             return None
         omitted = {path for run in runs for path in run.omitted}
         rest = [path for path in blocks if path not in omitted]

@@ -18,7 +18,7 @@ not counted. Nor are the model's weights while they are flattened before the fir
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -75,7 +75,16 @@ class Zero:
         most = int(np.argmax(owned @ numels))
         return tuple(numels[owned[most]].tolist())
 
+    @property
+    def weights_move(self) -> bool:
+        """Whether weights come and go, by an order that all blocks have a part in."""
+        return False
+
     # -- forward and backward ------------------------------------------------------------------------------------
+
+    def during(self, model: nn.Module, tape: Tape, _rehearse: object) -> AbstractContextManager[Dropped]:
+        """Around the micro-steps that `tape` records."""
+        return letting_go(model, tape)
 
     def on_a_rank(self, trace: Trace, rounded: Callable[[int], int]) -> Trace:
         """The micro-steps on a rank.
@@ -140,16 +149,17 @@ class Zero:
     def part(self, fake: FakeTensorMode, backend: Backend, optimizer: str | Optimizer) -> OptimizerPart:
         """The optimizer's step and state on a rank, with the master weights."""
         flats = [nn.Parameter(torch.empty(part, device="meta")) for part in self.parts]
-        asked = optimizer if isinstance(optimizer, str) else _flattened(optimizer, flats)
+        asked = optimizer if isinstance(optimizer, str) else flattened(optimizer, [[flat] for flat in flats])
         with AbstractModel(nn.ParameterList(flats), fake) as abstract:
             shares = list(abstract.model.parameters())
 
-            def gradients() -> None:
+            def gradients() -> Iterator[None]:
                 kept = shares[0].new_empty(sum(self.kept), dtype=self.dtype)
                 largest = min(max(self.kept), max(self.parts))
                 torch.linalg.vector_norm(kept[:largest].to(torch.float64))
                 for share in shares:
                     share.grad = kept.new_empty(share.shape).to(share.dtype)
+                yield
 
             part = PrimedOptimizer(abstract, fake, backend, asked, PLAIN).part(shares, make=gradients)
         masters = [numel * torch.float32.itemsize for numel in self.parts]
@@ -182,10 +192,10 @@ def letting_go(model: nn.Module, tape: Tape) -> Iterator[Dropped]:
             hook.remove()
 
 
-def _flattened(optimizer: Optimizer, flats: list[nn.Parameter]) -> Optimizer:
-    """One like it, that has not stepped yet, with a flat tensor in each of its groups."""
+def flattened(optimizer: Optimizer, flats: Sequence[list[nn.Parameter]]) -> Optimizer:
+    """One like it, that has not stepped yet, with flat tensors in each of its groups."""
     live = optimizers.unwrapped(optimizer)
     flat: Optimizer = type(live).__new__(type(live))
-    groups = [{**group, "params": [share]} for group, share in zip(live.param_groups, flats, strict=True)]
+    groups = [{**group, "params": shares} for group, shares in zip(live.param_groups, flats, strict=True)]
     flat.__dict__.update(vars(live), param_groups=groups, state=defaultdict(dict))
     return flat
