@@ -23,7 +23,7 @@ class _Around(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's has any
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         with torch.no_grad():
             ctx.done()
         return gradient, None
@@ -43,7 +43,7 @@ class _Linear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as above
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
         for_inputs = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
         flat = gradient.reshape(-1, gradient.shape[-1])
@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
 def holding_no_views() -> Iterator[None]:
     """Linear layers run as DeepSpeed has them (`_enable_mem_efficient_linear` of partition_parameters.py)."""
     plain = nn.functional.linear
-    nn.functional.linear = _linear
+    nn.functional.linear = _linear  # type: ignore[assignment]  # its first argument has another name
     try:
         yield
     finally:

@@ -61,8 +61,8 @@ class Gathers:
         """Elements of a rank's part of a weight."""
         return -(-numel // self.ranks)
 
-    def stay_whole(self, numels: Sequence[int]) -> list[bool]:
-        """Of each weight, in the model's order (`mark_persistent_parameters`)."""
+    def staying(self, numels: Sequence[int]) -> list[bool]:
+        """Of each weight, in the model's order, whether it stays whole (`mark_persistent_parameters`)."""
         total, found = 0, []
         for numel in numels:
             found.append(numel <= self.whole and numel + total <= self.all_whole)
@@ -111,7 +111,7 @@ class _Weights:
     def __init__(self, model: nn.Module, gathers: Gathers, order: Order, tape: Tape, rows: list[int]) -> None:
         self._gathers, self._tape, self._rows = gathers, tape, rows
         parameters = list(model.parameters())
-        stay = gathers.stay_whole([p.numel() for p in parameters])
+        stay = gathers.staying([p.numel() for p in parameters])
         self.all = {
             id(p): _Weight(p, place, p.data, stays, State.THERE if stays else State.AWAY)
             for place, (p, stays) in enumerate(zip(parameters, stay, strict=True))
@@ -316,7 +316,7 @@ class _Bucket:
         gradient = parameter.grad
         assert gradient is not None
         if self._like is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[no-untyped-call]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
             self._like = gradient.new_empty(0)
             self._tape.pass_over(self._like)
         row = self._tape.row_of(gradient)

@@ -8,7 +8,7 @@ scattered. When weights are gathered and gradients scattered, `memplan.gathering
   optimizer keeps for it; the bucket and the parts of the gradients (`_setup_for_real_optimizer`).
 - to the step, and anew behind it: small weights as a whole (`persistent_parameters`).
 - step: a norm in float64 for each part of a gradient (`get_grad_norm_direct`), then for one sub-group after the other
-  its gradients as one tensor, which is copied to float32 (`_prepare_fp32_grad_for_sub_group`), and the optimizer's step.
+  its gradients as one tensor, copied to float32 (`_prepare_fp32_grad_for_sub_group`), and the optimizer's step.
 
 Collective libraries take memory of a card beside all that; it is not counted. Nor are the model's weights, which are
 whole on each rank before they are spread.
@@ -88,7 +88,7 @@ class Zero3:
             trace: of the model with weights that come and go, without its optimizer.
             rounded: what the device's allocator makes of a size.
         """
-        itemsize, part = self.dtype.itemsize, self.gathers.part
+        itemsize, part, ranks = self.dtype.itemsize, self.gathers.part, self.gathers.ranks
         trained = sum(part(numel) for group in self.trained for numel in group)
         stop = trace.ticks + 1  # what is let go of behind the last micro-step has a tick of its own
         rows = [
@@ -96,14 +96,14 @@ class Zero3:
             *((_PARAMS, part(numel), stop) for numel in self.others),
             (_GRADS, self.gathers.bucket, stop),
             (_GRADS, trained, stop),
-            *((_PARAMS, part(numel) * self.gathers.ranks, trace.ticks) for numel in self.stay),
+            *((_PARAMS, part(numel) * ranks, trace.ticks) for numel in self.stay if ranks > 1),
         ]
         category, numel, died = np.array([row for row in rows if row[1]], dtype=np.int64).T
         sizes = np.array([rounded(each * itemsize) for each in numel.tolist()], dtype=np.int64)
         stay = (trace.storage_category != _PARAMS) | (trace.born > 0)
         nothing = np.zeros(len(sizes), dtype=np.int64)
         said = (
-            f"DeepSpeed's ZeRO-3 over {self.gathers.ranks} ranks, with buckets of {self.gathers.bucket:,} elements, "
+            f"DeepSpeed's ZeRO-3 over {ranks} ranks, with buckets of {self.gathers.bucket:,} elements, "
             f"{self.gathers.prefetch:,} fetched ahead"
         )
         return replace(
