@@ -132,7 +132,7 @@ def test_a_plan_that_steps_otherwise_is_refused(accelerator: Accelerator, tmp_pa
     [
         ({"stage": 0}, {}, "Use DistributedDataParallel"),
         ({"stage": 1}, {}, "Use zero_stage=2"),
-        ({"stage": 3}, {}, "FSDP2, which shares as much"),
+        ({"stage": 4}, {}, "ZeRO-4 is not known"),
         ({"offload_optimizer": {"device": "cpu"}}, {}, "offload_optimizer is not counted"),
         ({"offload_param": {"device": "nvme"}}, {}, "offload_param is not counted"),
         ({"contiguous_gradients": False}, {}, "contiguous_gradients=False"),

@@ -18,7 +18,7 @@ from memplan.blocks import is_batch_coupled
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
-from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, write
+from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, asking, drive, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch
@@ -267,7 +267,7 @@ class Attachment:
         accelerator = self._accelerator
         if is_deepspeed(accelerator):
             settle(accelerator, model, batch_size)
-        if accelerator.device_placement and not is_sharded(accelerator):
+        if accelerator.device_placement and not (is_sharded(accelerator) or shares_weights(accelerator)):
             model.to(accelerator.device)  # where blocks can be timed; `prepare` would move it next
         recipe = Recipe(
             self._wishes.loss,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -10,17 +11,25 @@ from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
+from memplan.problem import KEEP, RECOMPUTE
 from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
-from memplan.strategy import Strategy, load_strategy
+from memplan.strategy import Lever, Strategy, load_strategy
 from memplan.world import World, said_of
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
     "gradients than the whole; or the first process reads for all (dispatch_batches), or several workers read parts of "
     "a stream. Leave micro_batch out, or say with normalise=... what the loss is a mean over."
+)
+
+_WITH_ALL_WEIGHTS: Final[tuple[Lever, ...]] = ("recompute", "select", "offload", "loss-head")
+_WHOLE_BLOCKS: Final[tuple[Lever, ...]] = ("recompute",)  # module by module, each of which DeepSpeed gives its weights
+_MOVING: Final = (
+    "ZeRO-3 takes a module's weights away when the module has run: blocks are recomputed as a whole or not at all, "
+    "nothing that they save is copied to the host, and the loss is not computed in chunks"
 )
 
 
@@ -56,18 +65,15 @@ def plan_for(
         plan = Plan.load(settings.plan)
         _check_batch(plan, effective, own_rows, can_split)
         _check_world(plan, recipe)
-        if recipe.zero is not None and plan.stepping != PLAIN:
-            raise PlanMismatch(
-                f'the plan has the optimizer step "{plan.stepping}", and DeepSpeed steps in a way of its own. Plan for '
-                "this run, without a file."
-            )
+        _check_engine(plan, recipe)
         return plan
     micro_batch = settings.micro_batch if can_split else own_rows
     if settings.micro_batch not in (None, micro_batch):
         raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
     wanted = load_strategy(settings.strategy if strategy is None else strategy)
+    for_engine, said = _for_engine(wanted, recipe)
     asked = replace(
-        wanted if recipe.zero is None else _without_steps(wanted),
+        for_engine,
         budget_share=wanted.budget_share * share,
         risk=wanted.risk if settings.risk is None else settings.risk,
     )
@@ -75,8 +81,8 @@ def plan_for(
     plan = session.plan(asked, effective, micro_batch)
     if plan.verdict is Verdict.DOES_NOT_FIT:
         whole = () if can_split else (f"the batch of {own_rows} is not split: {_WHOLE}",)
-        raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out)), plan.smallest_bytes)
-    return plan.assuming(*said_of(share), *left_out)
+        raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out, *said)), plan.smallest_bytes)
+    return plan.assuming(*said_of(share), *left_out, *said)
 
 
 def place_of(settings: Settings, device: torch.device) -> str:
@@ -84,12 +90,31 @@ def place_of(settings: Settings, device: torch.device) -> str:
     return str(device) if settings.gpu == "auto" else settings.gpu
 
 
-def _without_steps(strategy: Strategy) -> Strategy:
-    """For DeepSpeed, which steps in a way of its own."""
-    steps = ("optimizer", "step-in-backward")
+def _for_engine(strategy: Strategy, recipe: Recipe) -> tuple[Strategy, tuple[str, ...]]:
+    """What of it DeepSpeed leaves possible, and a word on what is left out but for the optimizer's steps, which are
+    the engine's own."""
+    if recipe.zero is None:
+        return strategy, ()
+    possible = _WHOLE_BLOCKS if recipe.zero.weights_move else _WITH_ALL_WEIGHTS
     both = strategy.levers, strategy.levers_first
-    levers, first = (tuple(lever for lever in asked if lever not in steps) for asked in both)
-    return replace(strategy, levers=levers, levers_first=first)
+    levers, first = (tuple(lever for lever in asked if lever in possible) for asked in both)
+    left_out = set(strategy.levers) & set(_WITH_ALL_WEIGHTS) - set(possible)
+    return replace(strategy, levers=levers, levers_first=first), (_MOVING,) if left_out else ()
+
+
+def _check_engine(plan: Plan, recipe: Recipe) -> None:
+    """For a plan that was made elsewhere."""
+    if recipe.zero is None:
+        return
+    if plan.stepping != PLAIN:
+        raise PlanMismatch(
+            f'the plan has the optimizer step "{plan.stepping}", and DeepSpeed steps in a way of its own. Plan for '
+            "this run, without a file."
+        )
+    others = set(plan.decisions.values()) - {KEEP, RECOMPUTE}
+    if recipe.zero.weights_move and others:
+        words = ", ".join(sorted(others))
+        raise PlanMismatch(f"the plan has {words}, and {_MOVING}. Plan for this run, without a file.")
 
 
 def _check_world(plan: Plan, recipe: Recipe) -> None:
