@@ -92,13 +92,14 @@ class Zero3:
         trained = sum(part(numel) for group in self.trained for numel in group)
         stop = trace.ticks + 1  # what is let go of behind the last micro-step has a tick of its own
         rows = [
-            (_PARAMS, trained, stop),
-            *((_PARAMS, part(numel), stop) for numel in self.others),
-            (_GRADS, self.gathers.bucket, stop),
-            (_GRADS, trained, stop),
-            *((_PARAMS, part(numel) * ranks, trace.ticks) for numel in self.stay if ranks > 1),
+            (_PARAMS, trained, 0, stop),
+            *((_PARAMS, part(numel), 0, stop) for numel in self.others),
+            (_GRADS, self.gathers.bucket, 0, stop),
+            (_GRADS, trained, 0, stop),
+            # As if each step began with them: they are no leftovers that its first forward lets go of.
+            *((_PARAMS, part(numel) * ranks, 1, trace.ticks) for numel in self.stay if ranks > 1),
         ]
-        category, numel, died = np.array([row for row in rows if row[1]], dtype=np.int64).T
+        category, numel, born, died = np.array([row for row in rows if row[1]], dtype=np.int64).T
         sizes = np.array([rounded(each * itemsize) for each in numel.tolist()], dtype=np.int64)
         stay = (trace.storage_category != _PARAMS) | (trace.born > 0)
         nothing = np.zeros(len(sizes), dtype=np.int64)
@@ -111,7 +112,7 @@ class Zero3:
             storage_bytes=np.concatenate([sizes, trace.storage_bytes[stay]]),
             storage_category=np.concatenate([category.astype(np.int8), trace.storage_category[stay]]),
             storage_module=np.concatenate([nothing.astype(np.int32), trace.storage_module[stay]]),
-            born=np.concatenate([nothing, trace.born[stay]]),
+            born=np.concatenate([born, trace.born[stay]]),
             died=np.concatenate([died, np.where(trace.died >= trace.ticks, stop, trace.died)[stay]]),
             ticks=stop,
             assumptions=(*trace.assumptions, said),
