@@ -29,7 +29,7 @@ from memplan.gpus import Gpu
 from memplan.laps import by_turns
 from memplan.losses import Loss
 from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE
-from memplan.plan_record import Measured, Plan, Verdict
+from memplan.plan_record import Measured, Plan, SampleField, Verdict
 from memplan.problem import levers_of
 from memplan.progress import part, shown
 from memplan.session import Session
@@ -173,7 +173,7 @@ def tune(
         "clip_grad_norm": clip_grad_norm,
         "strategies": list(map(str, chosen)),
         "budget_shares": shares,
-        "sample": [field.model_dump(mode="json") for field in session.sample.fields()],
+        "sample": ", ".join(map(_said, session.sample.fields())),
     }
     with _quiet(), shown("tuning"):
         trials = Trials(
@@ -195,9 +195,19 @@ def tune(
         return _tuned(trials, Live(recipe, session.sample), live_device)
 
 
+def _said(tensor: SampleField) -> str:
+    below = "" if tensor.below is None else f" below {tensor.below}"
+    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}{below}"
+
+
 def _checked(model: nn.Module, card: Gpu, device: Device | None) -> Device:
+    if device is None:
+        raise NoDevice(
+            f"tuning runs the model, and {card.name} is not here: name a device of this machine (cuda, cpu:2GiB), or "
+            "plan without measuring (memplan.plan)"
+        )
     here = {str(parameter.device) for parameter in model.parameters()}
-    if device is None or here != {str(device.torch_device)}:
+    if here != {str(device.torch_device)}:
         raise NoDevice(
             f"tuning runs the model on {card.name}, but its weights are on {', '.join(sorted(here))}: move it to a "
             "device of this machine and name that one, or plan without measuring (memplan.plan)"
