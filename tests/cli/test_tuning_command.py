@@ -18,7 +18,7 @@ MEASURED = tuners.measured(tuners.plan_of(1.0), 1.1)
 class StandIn:
     """For `memplan.tuning`: notes what it was asked, and answers with one plan."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error, self.asked, self.model = error, dict[str, Any](), nn.Module()
 
     def tune(self, model: nn.Module, gpu: str, **asked: Any) -> object:
@@ -67,11 +67,18 @@ def test_what_was_measured_is_written_as_report_reads_it(config: Path, monkeypat
     [
         ((), DoesNotFit("no plan fits", 1), 3, "no plan fits"),
         (("--method", "qlora"), None, 2, "call memplan.tune on it"),
+        ((), KeyboardInterrupt(), 130, "interrupted; what was measured is lost"),
+        (
+            ("--storage", "a.log"),
+            KeyboardInterrupt(),
+            130,
+            "interrupted; started again with --storage a.log it goes on",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_an_exit_code(
     options: tuple[str, ...],
-    error: Exception | None,
+    error: BaseException | None,
     code: int,
     said: str,
     config: Path,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE: Final = 2
 EXIT_DOES_NOT_FIT: Final = 3
+EXIT_INTERRUPTED: Final = 130  # 128 and the signal's number
 PLAIN_WIDTH: Final = 120  # columns, where nobody's terminal says how many there are
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Also write the record as JSON to stdout.")]

@@ -1,5 +1,7 @@
 """`memplan tune`: the fastest plan by measurement, on this machine, of a model with random weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +22,15 @@ from memplan.cli.options import (
     build,
     one_model,
 )
-from memplan.cli.terminal import JsonOption, check_writable, errors_as_exit_codes, hand_out, progress, stderr_console
+from memplan.cli.terminal import (
+    EXIT_INTERRUPTED,
+    JsonOption,
+    check_writable,
+    errors_as_exit_codes,
+    hand_out,
+    progress,
+    stderr_console,
+)
 from memplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +74,7 @@ def tune(
         _, device = resolve_gpu(gpu)
         place = "meta" if device is None else str(device.torch_device)  # a card that is elsewhere is refused below
         built = build(console, one_model(model, config), method, lora_rank, dtype, place)
-        with progress(console, f"measuring on {gpu}"):
+        with _interruptible(storage), progress(console, f"measuring on {gpu}"):
             from memplan.tuning import tune as run_trials
 
             found = run_trials(
@@ -84,6 +94,19 @@ def tune(
     if measured is not None:
         with errors_as_exit_codes():
             _write(measured, found.measured)
+
+
+@contextmanager
+def _interruptible(storage: str | None) -> Iterator[None]:
+    """Ctrl-C ends with the exit code that shells have for it, and a word on what is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "what was measured is lost, as without --storage it is kept nowhere"
+        if storage is not None:
+            kept = f"started again with --storage {storage} it goes on from what was measured"
+        typer.echo(f"memplan: interrupted; {kept}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _write(path: Path, measured: "Measured") -> None:
