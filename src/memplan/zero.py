@@ -159,6 +159,7 @@ class Zero:
                 torch.linalg.vector_norm(kept[:largest].to(torch.float64))
                 for share in shares:
                     share.grad = kept.new_empty(share.shape).to(share.dtype)
+                del kept  # before the step, as `step` lets go of them
                 yield
 
             part = PrimedOptimizer(abstract, fake, backend, asked, PLAIN).part(shares, make=gradients)

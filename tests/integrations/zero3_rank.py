@@ -3,12 +3,9 @@
 python -m torch.distributed.run --standalone --nproc_per_node=2 zero3_rank.py FOLDER
 """
 
-import gc
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +18,14 @@ from accelerate import Accelerator
 
 import memplan
 from integrations.engines import with_engine
-from integrations.peaks import peaks_of
+from integrations.peaks import left_behind, peaks_of, steadied
 from integrations.scripts import fresh_accelerate, train
-from memplan.meter import reachable_storages
 
 ROWS = 21  # for two ranks and batches of 8: ragged
 MEASURED = 3
 SPLIT = {"gpu": "cpu:1000KiB", "micro_batch": 2}
 ZERO = {"stage": 3, "reduce_bucket_size": 300_000, "stage3_param_persistence_threshold": 1000}
 FAR = {**ZERO, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 30_000}
-
-
-def let_go(wait: Callable[..., Any]) -> Callable[..., Any]:
-    """When a wait returns, gloo's thread has let go of what was sent: the profiler does not see what that frees."""
-
-    def waited(*arguments: Any) -> Any:
-        result = wait(*arguments)
-        time.sleep(0.002)
-        return result
-
-    return waited
 
 
 def trained(wishes: dict[str, Any] | None) -> dict[str, Any]:
@@ -59,8 +44,7 @@ def trained(wishes: dict[str, Any] | None) -> dict[str, Any]:
 
 def peaks(gpu: str, zero: dict[str, Any], **config: Any) -> dict[str, int]:
     """Of a step as people write it, predicted and measured beyond what engines before have left: they stay for good."""
-    gc.collect()
-    left = sum(reachable_storages().values())
+    left = left_behind()
     with fresh_accelerate():
         attach = partial(memplan.attach, gpu=gpu, micro_batch=2)
         accelerator = with_engine(Accelerator(cpu=True), attach, zero, **config)
@@ -75,8 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo itself; this one is compiled first
     ran: dict[str, Any] = {"plain": trained(None), "planned": trained(SPLIT)}
-    work = torch._C._distributed_c10d.Work
-    work.wait = let_go(work.wait)  # type: ignore[method-assign]
+    steadied()
     ran["peaks"] = {
         "whole": peaks("cpu:64MiB", ZERO),
         "near": peaks("cpu:24MiB", ZERO),
