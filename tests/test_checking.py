@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from memplan.checking import checked
+from memplan.checking import Tried, best, checked
+from memplan.plan_record import Verdict
 from memplan.planner import NoPlan, Outcome
 from memplan.study import Planned, Study
 
@@ -22,6 +23,7 @@ class Card:
     guessed: int
     least: int = STEP
     larger_batch_from: int = 10**9  # peaks from here on are of twice the micro-batch, for which it takes twice as much
+    excess_of: dict[int, int] = field(default_factory=dict)  # a peak -> what is taken beyond that one
     traced_peaks: list[int] = field(default_factory=list)
 
     def ask(self, usable: int) -> Outcome | NoPlan:
@@ -38,7 +40,7 @@ class Card:
     def traced(self, outcome: Outcome) -> Planned:
         peak = outcome.timeline.peak_bytes
         self.traced_peaks.append(peak)
-        needs = peak + self.excess * outcome.micro_batch
+        needs = peak + self.excess_of.get(peak, self.excess) * outcome.micro_batch
         return cast(Planned, SimpleNamespace(trace=SimpleNamespace(peak_bytes=peak), needs_bytes=needs))
 
 
@@ -46,7 +48,7 @@ def found_on(card: Card) -> int | None:
     def learn(_: int) -> None:
         raise AssertionError("the traces are as predicted")
 
-    found = checked(cast(Study, cast(Any, card)), card.ask, learn, BUDGET)
+    found = checked(Tried(cast(Study, cast(Any, card))), card.ask, learn, BUDGET)
     return None if found is None else found[0].timeline.peak_bytes
 
 
@@ -79,3 +81,33 @@ def test_what_a_larger_batch_takes_is_not_asked_twice() -> None:
 def test_no_plan_is_no_plan(excess: int) -> None:
     card = Card(excess=excess, guessed=0, least=BUDGET - excess + STEP)
     assert found_on(card) is None
+
+
+def best_on(card: Card, possible: int = BUDGET) -> tuple[int, int, Verdict]:
+    """Its peak, what it needs, and the verdict."""
+    leanest = card.ask(card.least)
+    assert not isinstance(leanest, NoPlan)
+    tried = Tried(cast(Study, cast(Any, card)))
+    (outcome, planned), verdict = best(tried, card.ask, lambda _: None, lambda: leanest, BUDGET, possible)
+    assert len(card.traced_peaks) == len(set(card.traced_peaks))
+    return outcome.timeline.peak_bytes, planned.needs_bytes, verdict
+
+
+def test_where_guesses_rule_all_out_the_leanest_plan_fits_and_faster_ones_are_looked_for() -> None:
+    """All from 600 to 850 take so much that they do not fit; what they take is taken for that of the others."""
+    card = Card(excess=100, guessed=0, least=400, excess_of=dict.fromkeys(range(600, 1001, STEP), 700))
+    assert best_on(card) == (550, 650, Verdict.FITS)
+
+
+def test_the_likeliest_to_fit_is_what_needs_the_least_not_what_has_the_smallest_peak() -> None:
+
+    def card() -> Card:
+        return Card(excess=500, guessed=0, least=800, excess_of={1000: 100, 1050: 50})
+
+    assert best_on(card(), possible=1100) == (1000, 1100, Verdict.UNCERTAIN)
+    assert best_on(card(), possible=1090)[1:] == (1100, Verdict.DOES_NOT_FIT)
+
+
+def test_of_two_that_need_as_much_the_faster_is_taken() -> None:
+    card = Card(excess=300, guessed=0, least=800, excess_of={1000: 100})
+    assert best_on(card, possible=1100) == (1000, 1100, Verdict.UNCERTAIN)

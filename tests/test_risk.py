@@ -130,6 +130,19 @@ def test_a_plan_that_fails_says_from_where_on_one_fits(leanest: Plan) -> None:
     assert (made.verdict, made.smallest_bytes) == (Verdict.DOES_NOT_FIT, leanest.needs_bytes)
 
 
+def test_fewer_bytes_of_tensors_may_need_more_of_a_card() -> None:
+    """By its segments: keeping everything needs 46 MiB here, and the plan of the smallest peak 48."""
+
+    def on(mib: int) -> Plan:
+        model = tiny.llama(rows=1, layers=2, length=64, vocab_size=8192)[0].to("meta", torch.bfloat16)
+        return memplan.plan(model, card_with(mib * MIB), seq_len=64, micro_batch=1, strategy=WAYS)
+
+    tight, roomy = on(46), on(64)
+    assert (tight.verdict, roomy.verdict) == (Verdict.UNCERTAIN, Verdict.FITS)
+    assert tight.needs_bytes == tight.smallest_bytes == roomy.smallest_bytes == 46 * MIB
+    assert set(tight.decisions.values()) == {"keep"}
+
+
 @pytest.mark.parametrize("wrong", [0, -0.1, 0.6, float("nan"), True])
 def test_a_risk_that_is_no_probability(wrong: float) -> None:
     with pytest.raises(BadStrategy, match="risk ="):

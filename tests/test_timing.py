@@ -1,5 +1,6 @@
 """Measured times: the model is as before, and what a plan needs is there. No figure is asserted: clocks lie."""
 
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from imprint import Imprint
 from torch import Tensor, nn
 
+import memplan
 from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.device import CpuDevice
@@ -147,3 +149,33 @@ def test_the_processor_has_rates() -> None:
     rates = cpu_rates()
     assert rates.flops["other"] > 0
     assert rates.bytes > 0
+
+
+class Masked(nn.Module):
+    """Blocks that get a mask in a dict of the model's own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor, given: UserDict[str, Tensor]) -> Tensor:
+            return inputs + self.inner(inputs) * given["mask"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.given = UserDict(mask=torch.ones(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for block in self.blocks:
+            inputs = block(inputs, self.given)
+        return inputs.mean()
+
+
+def test_a_dict_of_the_model_s_own_stays_as_it_is() -> None:
+    model = Masked()
+    asked = {"sample": torch.randn(4, 8), "effective_batch": 4, "loss": lambda model, batch: model(batch)}
+    plan = memplan.plan(model, "cpu:64MiB", strategy="recompute-only", **asked)
+    assert plan.times == "measured"
+    assert list(model.given) == ["mask"]

@@ -179,7 +179,7 @@ class Reader(nn.Module):
 
 def test_a_weight_that_another_module_reads_is_refused() -> None:
     model = Reader()
-    with pytest.raises(UsageError, match="the weight weight of shape"):
+    with pytest.raises(UsageError, match=r"the weight inner\.weight is read outside"):
         Recorder(model, Recipe(zero=shared(model), loss=lambda m, x: m(x))).record(Sample.of(torch.randn(2, 32)))
 
 

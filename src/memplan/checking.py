@@ -2,21 +2,72 @@
 
 from collections.abc import Callable, Mapping
 
+from memplan.plan_record import Verdict
 from memplan.planner import NoPlan, Outcome
 from memplan.progress import stage
 from memplan.study import Planned, Study
 
 Found = tuple[Outcome, Planned]
 
+
+class Tried:
+    """The plans of a study that were traced, each once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._known: dict[object, Found] = {}
+
+    def traced(self, outcome: Outcome) -> Planned:
+        key = (*_kind(outcome), outcome.solution.choice)
+        if key not in self._known:
+            self._known[key] = outcome, self.study.traced(outcome)
+        return self._known[key][1]
+
+    @property
+    def leanest(self) -> Found:
+        """That needs the least, and of several the fastest. On a card its tensors need not be the fewest."""
+        return min(self._known.values(), key=lambda found: (found[1].needs_bytes, -found[0].samples_per_s))
+
+    def too_large(self, budget_bytes: int) -> int:
+        """The smallest peak in the profile of one that needs more than a budget; the budget if there is none."""
+        beyond = (o.timeline.peak_bytes for o, planned in self._known.values() if planned.needs_bytes > budget_bytes)
+        return min(beyond, default=budget_bytes)
+
+
 _CORRECTIONS = 4
-_HALVINGS = 3
+_HALVINGS = 4
 _GUESSES = 4
 _FAR = 1e-2  # of the budget: by more than this the profile is off only where it is no straight line
 _NEGLIGIBLE = 1e-4  # of the budget: what a profile may be off by before another plan is tried
 
 
+def best(
+    tried: Tried,
+    ask: Callable[[int], Outcome | NoPlan],
+    learn: Callable[[int], None],
+    leanest: Callable[[], Outcome],
+    fits_bytes: int,
+    possible_bytes: int,
+) -> tuple[Found, Verdict]:
+    """The best plan that is sure to fit; where there is none, the one that is the likeliest to.
+
+    Args:
+        leanest: makes the plan of the fewest bytes of tensors.
+        fits_bytes: what a plan may need to fit.
+        possible_bytes: what a plan may need not to be ruled out.
+    """
+    if (found := checked(tried, ask, learn, fits_bytes)) is not None:
+        return found, Verdict.FITS
+    checked(tried, ask, learn, possible_bytes)
+    tried.traced(leanest())
+    needs = tried.leanest[1].needs_bytes
+    if needs <= fits_bytes:
+        return faster(tried, ask, fits_bytes), Verdict.FITS
+    return tried.leanest, Verdict.UNCERTAIN if needs <= possible_bytes else Verdict.DOES_NOT_FIT
+
+
 def checked(
-    study: Study, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], budget_bytes: int
+    tried: Tried, ask: Callable[[int], Outcome | NoPlan], learn: Callable[[int], None], budget_bytes: int
 ) -> Found | None:
     """The best plan whose own trace is within a budget.
 
@@ -24,7 +75,7 @@ def checked(
     former is much, the profile learns from traces at that micro-batch, for another moment has become the peak. The
     latter is guessed before the first trace, so that fewer are needed, and known of plans of a kind that was traced.
     """
-    asked, taken = _first_to_ask(study, ask, budget_bytes), None
+    asked, taken = _first_to_ask(tried.study, ask, budget_bytes), None
     beyond: dict[object, int] = {}  # kind of plan -> what the last one of it needed beyond its peak in the profile
     for _ in range(_CORRECTIONS):
         stage("solving")
@@ -32,7 +83,7 @@ def checked(
         if outcome is None or (taken is not None and outcome.samples_per_s <= taken[0].samples_per_s):
             break
         stage("checking")
-        planned = study.traced(outcome)
+        planned = tried.traced(outcome)
         if planned.needs_bytes <= budget_bytes:
             taken = outcome, planned
         surprise = planned.trace.peak_bytes - outcome.timeline.peak_bytes
@@ -48,20 +99,22 @@ def checked(
     return taken
 
 
-def faster(study: Study, ask: Callable[[int], Outcome | NoPlan], leanest: Found, budget_bytes: int) -> Found:
+def faster(tried: Tried, ask: Callable[[int], Outcome | NoPlan], budget_bytes: int) -> Found:
     """The fastest that is found within a budget between the leanest plan, which is within it, and what was not.
 
     What an allocator takes beyond the peak is another with each plan, by more than the peaks differ where the budget is
     little more than the least. There what one plan takes says nothing of the next, so that what is asked is halved.
     """
-    taken, low, high = leanest, leanest[0].timeline.peak_bytes, budget_bytes
+    taken = tried.leanest
+    low = taken[0].timeline.peak_bytes
+    high = max(low, tried.too_large(budget_bytes))
     for _ in range(_HALVINGS):
         asked = (low + high) // 2
         outcome = ask(asked)
         if isinstance(outcome, NoPlan) or outcome.samples_per_s <= taken[0].samples_per_s:
             low = asked
             continue
-        planned = study.traced(outcome)
+        planned = tried.traced(outcome)
         if planned.needs_bytes <= budget_bytes:
             taken, low = (outcome, planned), asked
         else:
@@ -81,7 +134,7 @@ def _worth_tracing(
     return None
 
 
-def _kind(outcome: Outcome) -> object:
+def _kind(outcome: Outcome) -> tuple[int, int, str]:
     return outcome.micro_batch, outcome.accumulation, outcome.variant
 
 

@@ -78,6 +78,7 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class _Weight:
+    name: str
     parameter: nn.Parameter
     place: int  # among the model's
     data: Tensor  # of the whole model
@@ -110,11 +111,12 @@ class _Weights:
 
     def __init__(self, model: nn.Module, gathers: Gathers, order: Order, tape: Tape, rows: list[int]) -> None:
         self._gathers, self._tape, self._rows = gathers, tape, rows
-        parameters = list(model.parameters())
+        named = list(model.named_parameters())
+        parameters = [parameter for _, parameter in named]
         stay = gathers.staying([p.numel() for p in parameters])
         self.all = {
-            id(p): _Weight(p, place, p.data, stays, State.THERE if stays else State.AWAY)
-            for place, (p, stays) in enumerate(zip(parameters, stay, strict=True))
+            id(p): _Weight(name, p, place, p.data, stays, State.THERE if stays else State.AWAY)
+            for place, ((name, p), stays) in enumerate(zip(named, stay, strict=True))
         }
         self._nothing = {p.dtype: p.new_empty(0) for p in parameters}
         self._of = {module: self._own(module) for module in model.modules()}
@@ -296,7 +298,7 @@ class _Read(dict[str, Any]):
         parameter = super().__getitem__(name)
         if parameter is not None and self._known[id(parameter)].state is not State.THERE:
             raise UsageError(
-                f"the weight {name} of shape {list(self._known[id(parameter)].data.shape)} is read outside of its "
+                f"the weight {self._known[id(parameter)].name} is read outside of its "
                 "module's own forward. ZeRO-3 then gathers it for good, which is not counted. Use zero_stage=2, or "
                 "FSDP2 (memplan.MemplanFSDPPlugin)."
             )

@@ -77,7 +77,8 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
             f"{format_bytes(plan.budget_bytes)}. Leave the model out, and the file alone is explained."
         )
     less, more, one_gib_more = within(total_bytes - by_bytes), within(total_bytes + by_bytes), None
-    if more is not None and chosen.objective != "peak":  # which would leave the GiB unused
-        one_gib_more = within(total_bytes + _GIB * by_bytes // (more.budget_bytes - same.budget_bytes))
+    grown = 0 if more is None else more.budget_bytes - same.budget_bytes
+    if grown > 0 and chosen.objective != "peak":  # which would leave the GiB unused
+        one_gib_more = within(total_bytes + _GIB * by_bytes // grown)
     plans = (less, same, more, one_gib_more)
     return Again(*(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans))

@@ -13,7 +13,7 @@ from memplan.advice import ways_out
 from memplan.allocator import Settings
 from memplan.batches import POINTS, profiled, splits
 from memplan.blocks import check_plannable, is_batch_coupled, signature, statement
-from memplan.checking import Found, checked, faster
+from memplan.checking import Found, Tried, best
 from memplan.corrections import Corrections, seconds_by_lever
 from memplan.device import CudaDevice, Device
 from memplan.errors import DoesNotFit
@@ -63,6 +63,7 @@ class Session:
     gpu: Gpu
     device: Device | None
     _studies: dict[object, Study] = field(default_factory=dict, repr=False, compare=False)
+    _leanest: dict[object, int] = field(default_factory=dict, repr=False, compare=False)  # bytes
 
     def within(self, total_bytes: int) -> "Session":
         """The same questions about a device with so much memory."""
@@ -136,26 +137,26 @@ class Session:
             profile = profile.with_levels(micro_batch, study.levels(micro_batch))
             ask.cache_clear()
 
-        def leanest() -> Found:
-            outcome = asked(_PLENTY, replace(strategy, objective="peak", levers_first=()))
-            if isinstance(outcome, NoPlan):
-                raise DoesNotFit(outcome.reason, outcome.smallest_bytes or 0)
-            return outcome, study.traced(outcome)
+        def leanest(strategy: Strategy = strategy) -> Outcome:
+            found = asked(_PLENTY, replace(strategy, objective="peak", levers_first=()))
+            if isinstance(found, NoPlan):
+                raise DoesNotFit(found.reason, found.smallest_bytes or 0)
+            return found
 
-        found = checked(study, ask, learn, budget.usable_bytes)
-        if found is not None:
-            least = found if self.gpu.kind == "cpu" else leanest()
-            return self._record(study, profile, found, least, budget, strategy, Verdict.FITS)
-        least = leanest()
-        needs = least[1].needs_bytes
-        if needs <= budget.usable_bytes:
-            found = faster(study, ask, least, budget.usable_bytes)
-            return self._record(study, profile, found, least, budget, strategy, Verdict.FITS)
-        if needs <= self._room.most(strategy, study.plain)[1]:  # the likeliest to fit of all
-            return self._record(study, profile, least, least, budget, strategy, Verdict.UNCERTAIN)
-        refusal = ask(budget.usable_bytes)
-        reason = refusal.reason if isinstance(refusal, NoPlan) else "the plan's own trace exceeds the budget"
-        return self._record(study, profile, least, least, budget, strategy, Verdict.DOES_NOT_FIT, reason)
+        tried, possible = Tried(study), self._room.most(strategy, study.plain)[1]
+        found, verdict = best(tried, ask, learn, leanest, budget.usable_bytes, possible)
+        least, reason = tried.leanest[1].needs_bytes, ""
+        if verdict is Verdict.DOES_NOT_FIT:
+            refusal = ask(budget.usable_bytes)
+            reason = refusal.reason if isinstance(refusal, NoPlan) else "the plan's own trace exceeds the budget"
+        elif verdict is Verdict.FITS and self.gpu.kind == "cpu":  # where a profile knows
+            least = found[0].smallest_bytes
+        elif verdict is Verdict.FITS and strategy.objective != "peak":
+            key = (id(study), strategy.levers, effective_batch, micro_batch)
+            if key not in self._leanest:
+                self._leanest[key] = study.traced(leanest(replace(strategy, max_slowdown=None))).needs_bytes
+            least = min(least, self._leanest[key])
+        return self._record(study, profile, found, least, budget, strategy, verdict, reason)
 
     def _clearest_first(self, points: Sequence[int]) -> Sequence[int]:
         """First the point where sizes can be told apart, at which most is traced and from which it is scaled: not one
@@ -240,7 +241,7 @@ class Session:
         study: Study,
         profile: Profile,
         found: Found,
-        leanest: Found,
+        smallest_bytes: int,
         budget: Budget,
         strategy: Strategy,
         verdict: Verdict,
@@ -254,11 +255,6 @@ class Session:
         usage, phase = planned.usage, trace.phase_of(trace.peak_tick)
         peak_bytes, breakdown = peak_of(trace, usage)
         fits = verdict is not Verdict.DOES_NOT_FIT
-        smallest = outcome.smallest_bytes  # on a CPU a profile knows it; on a card a trace has to tell
-        if leanest is not found:
-            smallest = min(leanest[1].needs_bytes, planned.needs_bytes)
-        elif not fits or self.gpu.kind != "cpu":
-            smallest = planned.needs_bytes
         times = profile.times
         assert isinstance(times, StepTimes)
         frontier = frontier_of(outcome, study.stepping_of, planned.needs_bytes - outcome.timeline.peak_bytes)
@@ -295,11 +291,13 @@ class Session:
             gap=outcome.gap,
             shadow_price=outcome.shadow_price_s_per_gib,
             times=origin_of(self.gpu, times),
-            smallest_bytes=smallest,
+            smallest_bytes=smallest_bytes,
             frontier=frontier,
             timeline=timeline_of(trace),
             unplanned_timeline=timeline_of(unplanned),
-            ways_out=() if fits else ways_out(breakdown, phase, smallest, budget, outcome.micro_batch, self._can_split),
+            ways_out=()
+            if fits
+            else ways_out(breakdown, phase, smallest_bytes, budget, outcome.micro_batch, self._can_split),
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
             how=trace.how,

@@ -335,12 +335,14 @@ class _Clock:
 
 @contextmanager
 def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) -> Iterator[None]:
-    shared: list[UserDict[Any, Any]] = []
+    shared: dict[int, tuple[UserDict[Any, Any], dict[Any, Any]]] = {}  # each with what it held at first
 
     def note(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.setdefault(path, _Call.of(args, kwargs))
-            shared.extend(value for value in (*args, *kwargs.values()) if isinstance(value, UserDict))
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, UserDict):
+                    shared.setdefault(id(value), (value, dict(value.data)))
             if len(calls) == len(paths):
                 raise _AllCaptured
 
@@ -352,10 +354,10 @@ def _capturing(model: nn.Module, paths: Sequence[str], calls: dict[str, _Call]) 
     finally:
         for hook in hooks:
             hook.remove()
-        for (
-            values
-        ) in shared:  # under checkpointing they hold the graph that holds them, until a backward that never comes
-            values.clear()
+        # Under checkpointing they hold the graph that holds them, until a backward that never comes.
+        for value, before in shared.values():
+            value.data.clear()
+            value.data.update(before)
 
 
 def _first_tensor(output: object) -> Tensor | None:

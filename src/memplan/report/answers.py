@@ -52,6 +52,8 @@ def _what_it_costs(plan: Plan) -> Answer:
     if fits:
         speed_counts = plan.verdict is Verdict.FITS and plan.faster_within_budget is None
         within = "budget" if speed_counts else "so little memory"
+        if plan.fits_bytes is not None:  # what an allocator takes beside them is no part of the proof
+            within = "so few bytes of tensors"
         sentences.append(
             f"By these times no plan of the strategy's levers for this batch and {within} is {_at_all(plan.gap)} "
             "faster; that is proven."
