@@ -58,6 +58,8 @@ def shifted_tokens_in(batch: Any) -> Tensor:
     return (_labels(batch)[..., 1:] != IGNORED).sum()
 
 
+_ALIKE: Final = 1e-6  # share of a loss: parts that are nearer show nothing
+
 _COUNTS: Final[dict[str, Count]] = {SHIFTED: shifted_tokens_in, TOKENS: tokens_in, SAMPLES: rows_in}
 
 
@@ -89,7 +91,8 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
     autocast, whose rounding would hide a small part of the loss. The model stays as it was.
 
     Raises:
-        Undecided: the loss is another one when it is computed again.
+        Undecided: the loss is another one when it is computed again, of a part it cannot be computed, or all parts have
+            the same.
     """
     parameter = next(model.parameters())
     batch = _uneven(sample.resized(_ROWS).to(parameter.device))
@@ -100,8 +103,15 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         def values(*of: Sample) -> tuple[list[float], bool]:
             return as_exactly_as_it_runs(model, recipe, lambda: [_value(model, recipe, part) for part in of])
 
-        (whole, *pieces), is_coarse = values(batch, *parts)
+        try:
+            (whole, *pieces), is_coarse = values(batch, *parts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model's own, which pairs rows or knows another label for "none"
+            raise Undecided(f"the loss of a part cannot be computed ({type(error).__name__}: {error})") from error
         tolerance = (_COARSE if is_coarse else _TOLERANCES.get(parameter.dtype, _COARSE)) * abs(whole)
+        if max(pieces) - min(pieces) <= _ALIKE * abs(whole):
+            raise Undecided("all parts have the same loss, as with a head of zeros, and so has any mean of them")
         errors = {}
         for name in _COUNTS if has_tokens(batch.content) else (SAMPLES,):
             counts = [float(_COUNTS[name](part.content)) for part in parts]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 import memplan
 from integrations import scripts
@@ -445,3 +445,107 @@ def test_runs_that_are_not_known(
     monkeypatch.setattr(Accelerator, "distributed_type", world)
     with pytest.raises(UsageError, match=f"does not know what {world.value} keeps in memory"):
         attach(accelerator)
+
+
+def test_a_loop_that_leaves_a_step_half_done(accelerator: Accelerator) -> None:
+    attach(accelerator, gpu="cpu:1GiB", micro_batch=2)
+    model, optimizer, loader = accelerator.prepare(*parts())
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    def leave(after: int) -> None:
+        for at, batch in enumerate(loader, start=1):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if at == after:
+                return
+
+    leave(1)
+    with pytest.raises(UsageError, match="in the middle of a step, after 1 micro-batches of 4"):
+        leave(1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(map(torch.equal, before, model.parameters()))
+    leave(4)
+    leave(8)
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_a_collator_that_makes_more_rows(accelerator: Accelerator) -> None:
+    attach(accelerator, gpu="cpu:1GiB")
+    with pytest.raises(UsageError, match="the collator makes 16 rows of 8"):
+        accelerator.prepare(*parts(collate_fn=lambda rows: padded([*rows, *rows])))
+
+
+class ByLength(BatchSampler):
+    """Batches of rows of one length, of which some are short."""
+
+    def __init__(self) -> None:
+        super().__init__(range(20), BATCH, drop_last=False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19])
+
+
+def test_batches_of_other_sizes_in_the_middle(accelerator: Accelerator) -> None:
+    attach(accelerator, gpu="cpu:1GiB", micro_batch=2)
+    model, optimizer, _ = parts()
+    loader = DataLoader(Texts(20), batch_sampler=ByLength(), collate_fn=padded)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    with pytest.raises(UsageError, match="the ByLength made a batch of 5 rows among those of 8"):
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Uncounted(Dataset):  # type: ignore[type-arg]
+    """Rows, of which it does not say how many there are."""
+
+    def __getitem__(self, at: int) -> Any:
+        return Texts(20)[at]
+
+
+def test_rows_that_are_not_counted(accelerator: Accelerator) -> None:
+    model, optimizer, _ = parts()
+    loader = DataLoader(Uncounted(), BATCH, sampler=range(16), collate_fn=padded)
+    attach(accelerator, gpu="cpu:1GiB")
+    with pytest.raises(UsageError, match="a Uncounted, does not say how many rows it has"):
+        accelerator.prepare(model, optimizer, loader)
+
+
+class Tagger(torch.nn.Module):
+    """With a head of zeros: every row has the same loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(tiny.VOCABULARY, 8), torch.nn.Linear(8, 5, bias=False)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: object) -> dict[str, torch.Tensor]:
+        wanted = torch.where(labels < 0, labels, labels % 5)
+        return {
+            "loss": torch.nn.functional.cross_entropy(self.head(self.words(input_ids)).flatten(0, 1), wanted.flatten())
+        }
+
+
+class Pairs(Tagger):
+    """Whose loss sets one half of a batch against the other."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: object) -> dict[str, torch.Tensor]:
+        one, other = self.words(input_ids).mean(1).chunk(2)
+        return {"loss": (one * other).sum(-1).mean() + self.head(one).mean()}
+
+
+@pytest.mark.parametrize(("model", "why"), [(Tagger, "all parts have the same loss"), (Pairs, "cannot be computed")])
+def test_what_a_loss_is_a_mean_over_is_not_guessed(model: type[torch.nn.Module], why: str) -> None:
+    sample = Sample.of(padded([Texts(20)[at] for at in range(8)]))
+    with pytest.raises(means.Undecided, match=why):
+        means.mean_over(model(), Recipe(), sample)
+
+
+def test_such_a_batch_is_not_split(accelerator: Accelerator) -> None:
+    attach(accelerator, gpu="cpu:1GiB", micro_batch=2)
+    model = Tagger()
+    with pytest.raises(UsageError, match="micro_batch=2 would split a batch of 8"):
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()), parts()[2])

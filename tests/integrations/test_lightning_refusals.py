@@ -120,6 +120,25 @@ class Counting(Module):
         return super().configure_optimizers()
 
 
+class EveryOther(Module):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters())
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 2}]
+
+
+def test_a_schedule_that_counts_batches() -> None:
+    refused(UsageError, "frequency that counts batches", module=EveryOther(), settings={"micro_batch": 2})
+
+
+def twice(rows: list[Any]) -> Any:
+    return padded([*rows, *rows])
+
+
+def test_a_collator_that_makes_more_rows() -> None:
+    refused(UsageError, "the collator makes 16 rows of 8", loader=DataLoader(Texts(16), 8, collate_fn=twice))
+
+
 def test_a_loader_that_is_set_up_already() -> None:
     divided = {"micro_batch": 2}
     refused(UsageError, r"estimated_stepping_batches in configure_optimizers does", module=Counting(), settings=divided)

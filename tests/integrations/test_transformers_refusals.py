@@ -170,3 +170,30 @@ def test_a_batch_that_is_too_large_and_not_to_be_divided_says_why(make: Any) -> 
         memplan.autofit(made, "cpu:600KiB", strategy="huggingface")
     assert vars(made.args) == args
     assert vars(made) == own
+
+
+class OwnStep(transformers.Trainer):
+    """Does not divide by the number of micro-batches."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_of_ones_own_keeps_its_batch(make: Any, tmp_path: Path) -> None:
+    def made() -> transformers.Trainer:
+        like = make()
+        return OwnStep(like.model, like.args, like.data_collator, like.train_dataset)
+
+    with pytest.raises(BadBatch, match="OwnStep has a training_step of its own"):
+        memplan.autofit(made(), **WHOLE, micro_batch=2)
+    fit = memplan.autofit(made(), **WHOLE)
+    assert (fit.plan.micro_batch, fit.plan.accumulation) == (8, 1)
+
+
+def test_a_collator_that_makes_pairs_of_rows(make: Any) -> None:
+    made = make()
+    collate = made.data_collator
+    made.data_collator = lambda rows: collate([*rows, *rows])
+    refused(made, "makes 4 rows of 2, as those of preference pairs")

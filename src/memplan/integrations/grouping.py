@@ -50,6 +50,7 @@ class Group:
         rates: the learning rates at the last of them, and of those before; they may be of the step before.
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients in place, as counted after the last backward.
+        is_left: whether the loop has left the loader in the middle of a step.
     """
 
     split: Split
@@ -74,6 +75,7 @@ class Group:
     moves: Counter[int] = field(default_factory=Counter)
     moved_before: set[int] = field(default_factory=set)
     changes: int | None = None
+    is_left: bool = False
 
     @property
     def in_epoch(self) -> int:
@@ -82,6 +84,8 @@ class Group:
 
     def begin(self) -> None:
         """A new step. What is left of the last one's gradients would only take memory in the next forward."""
+        if self.is_left:
+            self._drop_left()
         self.backwards, self.stepped, self.loss = 0, False, 0.0
         self.asks, self.handed, self.changes = False, 0, None
         self.calls.clear()
@@ -93,6 +97,16 @@ class Group:
                 optimizer.optimizer.zero_grad(set_to_none=True)
         if self.second is not None:
             self.second.begin(self.steps, self.models[0], self.optimizers, self.device)
+
+    def _drop_left(self) -> None:
+        done, self.backwards, self.is_left = self.backwards, 0, False
+        for optimizer in self.optimizers:
+            optimizer.optimizer.zero_grad(set_to_none=True)
+        raise UsageError(
+            f"the loop left the training loader in the middle of a step, after {done} micro-batches of "
+            f"{self.split.micro_batches}; their gradients are dropped now. Leave it where accelerator.sync_gradients "
+            "is true, or fix the script's own batch with micro_batch=."
+        )
 
     def at(self, weight: float, is_last: bool) -> None:
         """The next micro-batch is handed out."""
@@ -121,7 +135,7 @@ class Group:
                 "seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the Accelerator, and "
                 "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
-        self.steps, self.stepped = self.steps + 1, False
+        self.steps, self.stepped, self.backwards = self.steps + 1, False, 0
 
     def check_gradients(self) -> None:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""
@@ -206,6 +220,7 @@ class _Grouped:
         finally:
             inner.close()
             group.weight = None
+            group.is_left = group.split.micro_batches > 1 and group.backwards > 0 and not group.stepped
             if group.second is not None:
                 group.second.stop()
             if device is not None:

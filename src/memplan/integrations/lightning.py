@@ -282,6 +282,11 @@ def _refuse_divided(trainer: Trainer, loader: DataLoader[Any]) -> None:
             "configure_optimizers does, so its batches are fixed. Work the number of steps out of the data: "
             "ceil(len(loader) / accumulate_grad_batches) * max_epochs."
         )
+    if any(config.interval == "step" and config.frequency != 1 for config in trainer.lr_scheduler_configs):
+        raise UsageError(
+            "a learning rate scheduler has interval='step' and a frequency that counts batches, which become "
+            "micro-batches under a plan. Use frequency=1, or let the schedule itself wait for so many steps."
+        )
     for name in ("limit_train_batches", "val_check_interval", "overfit_batches"):
         value = getattr(trainer, name, None)
         if isinstance(value, int) and value:

@@ -64,11 +64,25 @@ class MicroBatches(BatchSampler):
         self.drop_last = getattr(batches, "drop_last", False)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        batches = iter(self.batch_sampler)
+        batches = self._whole()
         while own := list(islice(batches, self.own_batches)):
             rows = [row for batch in own for row in batch]
             for at in range(0, len(rows), self.batch_size):
                 yield rows[at : at + self.batch_size]
+
+    def _whole(self) -> Iterator[list[Any]]:
+        """The other sampler's batches. Raises UsageError behind one of another size that is not the last."""
+        size = odd = 0
+        for batch in self.batch_sampler:
+            if odd:
+                raise UsageError(
+                    f"the {type(self._innermost).__name__} made a batch of {odd} rows among those of {size}, as samplers "
+                    "by length do, and steps would be cut elsewhere than by its own. Fix the script's own batch with "
+                    "micro_batch=, or make all batches but the last of one size."
+                )
+            size = size or len(batch)
+            odd = len(batch) if len(batch) != size else 0
+            yield batch
 
     def __len__(self) -> int:
         """Exact for torch's own sampler; for others as if all their batches were whole, as Accelerate makes them."""
@@ -148,7 +162,11 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
             rows = list(islice(data, size))
             said = f"planned for {len(rows)} rows like the first of the stream; longer ones need more"
         else:
-            assert isinstance(data, Sized)
+            if not isinstance(data, Sized):
+                raise UsageError(
+                    f"the data set, a {type(data).__name__}, does not say how many rows it has (no __len__), so no "
+                    "batch can be made of its longest. Pass one: sample=..."
+                )
             count = len(data)
             looked_at = range(0, count, -(-count // _LOOKED_AT)) if count else range(0)
             found = sorted(((_elements(row := data[at]), at, row) for at in looked_at), key=lambda r: (-r[0], r[1]))
@@ -156,7 +174,13 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
             said = f"planned for a batch of the longest of {len(found):,} rows looked at, of {count:,}"
         if not rows:
             raise UsageError("the data set has no rows, so there is nothing to train on")
-        return Sample.of(collate(rows)), said
+        sample = Sample.of(collate(rows))
+        if sample.batch_size > len(rows):
+            raise UsageError(
+                f"the collator makes {sample.batch_size} rows of {len(rows)}, and a plan would be for as many as it is "
+                "given. Make them in the data set or in the model, or plan by hand: memplan.plan(model, sample=...)."
+            )
+        return sample, said
 
 
 def _elements(row: Any) -> int:

@@ -70,6 +70,12 @@ def rows_of(trainer: Any) -> Rows:
         else:
             pair = both, _part(both, 0), _part(both, 1)
             sample = Sample.of(dict(collate(rows)))
+            if sample.batch_size > len(rows):
+                raise UsageError(
+                    f"the trainer's collator makes {sample.batch_size} rows of {len(rows)}, as those of preference "
+                    "pairs do, and a plan would be for as many as it is given. Plan by hand: memplan.plan(model, "
+                    "sample=...)."
+                )
     data = None if lengths is None else _data(trainer, lengths)
     seen = max((t.shape[1] for t in sample.tensors() if t.dim() == 2), default=0)
     if data is not None and data.tokens == seen:

@@ -134,6 +134,11 @@ def _why_whole(trainer: Any, rows: Rows, recipe: Recipe, effective: int) -> str 
         return "the data is a stream, and what is left at its end depends on the micro-batch"
     if trainer.args.dataloader_drop_last and len(trainer.train_dataset) % (effective * trainer.args.world_size):
         return "dataloader_drop_last leaves out rows by the micro-batch, and the data is no multiple of the whole batch"
+    if not type(trainer).training_step.__module__.startswith(("transformers.", "trl.")):
+        return (
+            f"{type(trainer).__name__} has a training_step of its own, which may divide and add up losses otherwise "
+            "than Trainer's"
+        )
     if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
         return (
             "average_tokens_across_devices=False has each rank divide by the items of its own rows, and which rows "
