@@ -492,11 +492,15 @@ def test_batches_of_other_sizes_in_the_middle(accelerator: Accelerator) -> None:
     model, optimizer, _ = parts()
     loader = DataLoader(Texts(20), batch_sampler=ByLength(), collate_fn=padded)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    with pytest.raises(UsageError, match="the ByLength made a batch of 5 rows among those of 8"):
+
+    def epoch() -> None:
         for batch in loader:
             accelerator.backward(model(**batch).loss)
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.raises(UsageError, match="the ByLength made a batch of 5 rows among those of 8"):
+        epoch()
 
 
 class Uncounted(Dataset):  # type: ignore[type-arg]

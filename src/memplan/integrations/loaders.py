@@ -76,9 +76,9 @@ class MicroBatches(BatchSampler):
         for batch in self.batch_sampler:
             if odd:
                 raise UsageError(
-                    f"the {type(self._innermost).__name__} made a batch of {odd} rows among those of {size}, as samplers "
-                    "by length do, and steps would be cut elsewhere than by its own. Fix the script's own batch with "
-                    "micro_batch=, or make all batches but the last of one size."
+                    f"the {type(self._innermost).__name__} made a batch of {odd} rows among those of {size}, as "
+                    "samplers by length do, and steps would be cut elsewhere than by its own. Fix the script's own "
+                    "batch with micro_batch=, or make all batches but the last of one size."
                 )
             size = size or len(batch)
             odd = len(batch) if len(batch) != size else 0
