@@ -157,7 +157,7 @@ def test_a_loss_without_the_head_has_nothing_to_say() -> None:
 
 
 def test_a_lever_that_fails_its_proof_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memplan.proof.difference", lambda *_: "the loss differs by 1 from 2")
+    monkeypatch.setattr("memplan.proof._difference", lambda *_: "the loss differs by 1 from 2")
     model, batch = wide_llama()
     plan = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4, strategy="smallest-memory")
     assert "the loss cannot be computed in chunks: the loss differs by 1 from 2" in plan.assumptions

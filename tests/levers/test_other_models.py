@@ -139,6 +139,7 @@ def in_graphs() -> int:
     return sum(type(thing) is Tensor and thing.grad_fn is not None for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_blocks_that_share_keys_and_values_are_planned() -> None:
     """Neither a proof without their work nor a block that is timed by itself has what the others leave."""
     wanted = run(*gemma3n())
