@@ -78,7 +78,7 @@ def difference_without(
     *,
     asks: bool = True,
 ) -> str | None:
-    """As `difference`, while most blocks do nothing. None also where there is no memory for that.
+    """As `difference`, while most blocks do nothing. None also where there is no memory or no step for that.
 
     A model that wants what these blocks compute, such as keys and values that later blocks share, runs whole.
 
@@ -94,18 +94,19 @@ def difference_without(
 
     try:
         with skipped(model, idle):
-            known = _step_without_blocks(model, recipe, sample)
+            _plain_step(model, recipe, sample)  # in which the first blocks run once, for the form
+            known = _plain_step(model, recipe, sample)
             if known is not None:
                 return against(known)
-        return against(_step(model, recipe, sample, nullcontext))
+        known = _plain_step(model, recipe, sample)
+        return None if known is None else against(known)
     except torch.OutOfMemoryError:
         return None
 
 
-def _step_without_blocks(model: nn.Module, recipe: Recipe, sample: Sample) -> Step | None:
-    """A step of a model some of whose blocks are skipped; None where it cannot run so."""
+def _plain_step(model: nn.Module, recipe: Recipe, sample: Sample) -> Step | None:
+    """Without a lever; None where the model raises, which in some may be for want of what skipped blocks compute."""
     try:
-        _step(model, recipe, sample, nullcontext)  # in which the first blocks run once, for the form
         return _step(model, recipe, sample, nullcontext)
     except torch.OutOfMemoryError:
         raise
