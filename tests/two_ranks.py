@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 
 def run(script: "str | Path", *arguments: object, bound_s: float) -> None:
     """Run a script by torchrun, to its end. Fails the test if a rank fails, or if it takes longer than that."""
@@ -11,3 +13,9 @@ def run(script: "str | Path", *arguments: object, bound_s: float) -> None:
     asked = [*command, str(script), *map(str, arguments)]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=bound_s, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def leave() -> None:
+    """At a rank's end, also behind an error: an interpreter that ends with gloo's threads at work may abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from guarding import VOCABULARY, texts
 from torch import Tensor, nn
+from two_ranks import leave
 
 import memplan
 from memplan import fitting, pipeline
@@ -147,4 +148,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave()

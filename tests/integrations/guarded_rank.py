@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guarding import Fault, Faulty, Loop, batches, differences, out_of_memory, plans_for, state_of, texts
+from two_ranks import leave
 
 import memplan
 from memplan.device import CpuDevice
@@ -225,4 +226,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave()

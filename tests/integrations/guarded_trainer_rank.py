@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers
 from guarding import Fault
+from two_ranks import leave
 
 import memplan
 from integrations import trainers
@@ -115,4 +116,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave()

@@ -15,6 +15,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from two_ranks import leave
 
 import memplan
 from integrations import trainers
@@ -102,4 +103,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave()

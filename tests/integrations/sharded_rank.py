@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from collectives import without_copies
+from two_ranks import leave
 
 import memplan
 from integrations.peaks import peaks_of
@@ -79,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave()
