@@ -222,7 +222,6 @@ def main() -> None:
     wait = timedelta(seconds=PATIENCE_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     file.write_text(json.dumps({name: scenario(rank) for name, scenario in SCENARIOS.items()}))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -99,7 +99,6 @@ def main() -> None:
     }
     came = {name: json.loads(plan.model_dump_json()) for name, plan in plans.items()} | {"failed": failed(rank)}
     (folder / f"{rank}.json").write_text(json.dumps(came))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ def main() -> None:
         "bf16": peaks("cpu:16.3MiB", ZERO, bf16={"enabled": True}),
     }
     (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(ran))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """DataLoaders whose batches are cut: the same samples in the same order, and the user's own object untouched."""
 
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
@@ -174,13 +174,19 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
             said = f"planned for a batch of the longest of {len(found):,} rows looked at, of {count:,}"
         if not rows:
             raise UsageError("the data set has no rows, so there is nothing to train on")
-        sample = Sample.of(collate(rows))
-        if sample.batch_size > len(rows):
-            raise UsageError(
-                f"the collator makes {sample.batch_size} rows of {len(rows)}, and a plan would be for as many as it is "
-                "given. Make them in the data set or in the model, or plan by hand: memplan.plan(model, sample=...)."
-            )
-        return sample, said
+        return collated(collate, rows), said
+
+
+def collated(collate: Callable[[Any], Any], rows: Sequence[Any]) -> Sample:
+    """The batch that a collator makes of rows. Raises UsageError where it has more rows than were put in."""
+    sample = Sample.of(collate(rows))
+    if sample.batch_size > len(rows):
+        raise UsageError(
+            f"the collator makes {sample.batch_size} rows of {len(rows)}, as those of preference pairs do, and a plan "
+            "would be for as many as it is given. Make them in the data set or in the model, or plan by hand: "
+            "memplan.plan(model, sample=...)."
+        )
+    return sample
 
 
 def _elements(row: Any) -> int:

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from memplan.data import Data
 from memplan.errors import UsageError
-from memplan.integrations.loaders import batch_size_of, same_chance
+from memplan.integrations.loaders import batch_size_of, collated, same_chance
 from memplan.samples import Sample
 from memplan.world import largest
 
@@ -69,13 +69,7 @@ def rows_of(trainer: Any) -> Rows:
             sample = Sample.of({name: pair[1][name] for name in _tokens(pair[1])})
         else:
             pair = both, _part(both, 0), _part(both, 1)
-            sample = Sample.of(dict(collate(rows)))
-            if sample.batch_size > len(rows):
-                raise UsageError(
-                    f"the trainer's collator makes {sample.batch_size} rows of {len(rows)}, as those of preference "
-                    "pairs do, and a plan would be for as many as it is given. Plan by hand: memplan.plan(model, "
-                    "sample=...)."
-                )
+            sample = collated(lambda some: dict(collate(some)), rows)
     data = None if lengths is None else _data(trainer, lengths)
     seen = max((t.shape[1] for t in sample.tensors() if t.dim() == 2), default=0)
     if data is not None and data.tokens == seen:
