@@ -114,11 +114,12 @@ class Watch:
             return int(torch.accelerator.max_memory_allocated(self._device)) if measures else None
         now = peak = sum(self._alive.values())
         for address, change in self._record:
+            # What else the loop has kept since the first step is not the step's; an address given out again was freed,
+            # if on a thread of which nothing is recorded.
+            now -= self._alive.pop(address, 0)
             if change > 0:
                 self._alive[address] = change
                 now, peak = now + change, max(peak, now + change)
-            else:
-                now -= self._alive.pop(address, 0)  # what else the loop has kept since the first step is not the step's
         return peak if self._record else None
 
     def _recording(self) -> Allocations:

@@ -1,0 +1,34 @@
+"""The measured peak of a step, from the allocator's record."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from memplan.integrations.watching import Watch
+
+
+def peak_of(record: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """With nothing but what the record says."""
+    monkeypatch.setattr("memplan.integrations.watching.allocator_record", lambda: nullcontext(record))
+    watch = Watch(torch.device("cpu"))
+    watch.count(nn.Identity(), [])
+    return watch.stop()
+
+
+def test_the_highest_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_of([(1, 100), (2, 50), (1, -100), (3, 80)], monkeypatch) == 150
+
+
+def test_what_was_there_before_is_not_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_of([(9, -1000), (1, 100), (1, -100)], monkeypatch) == 100
+
+
+def test_an_address_given_out_again_was_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread of which the record tells nothing, as gloo's are."""
+    assert peak_of([(1, 100), (1, 100), (1, -100), (1, 100), (1, 100)], monkeypatch) == 100
+
+
+def test_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_of([], monkeypatch) is None
