@@ -25,10 +25,11 @@ def forward(model: nn.Module, batch: Sample, loss: Loss | None) -> tuple[object,
         found = _checked(loss(model, batch.content), "loss(model, batch)")
         return found, found
     output = batch.call(model)
-    return output, _checked(_loss_in(output), f"the output of {type(model).__name__}")
+    return output, _checked(loss_in(output), f"the output of {type(model).__name__}")
 
 
-def _loss_in(output: object) -> object:
+def loss_in(output: object) -> object:
+    """What a model's output calls its loss, whatever it is."""
     if isinstance(output, dict):  # also transformers' ModelOutput
         return output.get("loss")
     if isinstance(output, tuple) and output and not hasattr(output, "loss"):

@@ -122,8 +122,12 @@ def train(
     dataset: Any = None,
     steps_to_skip: int = 0,
     rate: float = 1e-3,
+    apart: bool = False,
 ) -> Ran:
-    """Two epochs of AdamW under a cosine schedule. `attach` is the one line that differs."""
+    """Two epochs of AdamW under a cosine schedule. `attach` is the one line that differs.
+
+    Optimizer and schedule are prepared with the model and its loader, or `apart`.
+    """
     with fresh_accelerate():
         set_seed(0)
         own = kind(cpu=True, gradient_accumulation_steps=own_accumulation, **(accelerator or {}))
@@ -137,7 +141,10 @@ def train(
         optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
         steps = EPOCHS * -(-rows // (BATCH * own_accumulation))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        net, optimizer, texts, schedule = own.prepare(net, optimizer, texts, schedule)
+        if apart:
+            (net, texts), (optimizer, schedule) = own.prepare(net, texts), own.prepare(optimizer, schedule)
+        else:
+            net, optimizer, texts, schedule = own.prepare(net, optimizer, texts, schedule)
         set_seed(3)
         ran = Ran([], accelerator=own)
         for _ in range(EPOCHS):

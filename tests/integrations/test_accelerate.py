@@ -78,6 +78,10 @@ class Even(scripts.Texts):
         self.rows = [(row * 16)[:12] for row in self.rows]
 
 
+def test_an_optimizer_that_is_prepared_behind_the_model() -> None:
+    check_same(train(None, rows=35, apart=True), train(planned(), rows=35, apart=True))
+
+
 def test_dropout_where_the_batch_is_not_split() -> None:
     options: dict[str, Any] = {"model": "gpt2", "rows": 35}
     ours = train(partial(attach, gpu="cpu:1600KiB", micro_batch=8), **options)

@@ -230,6 +230,11 @@ def test_accumulation_across_epochs() -> None:
             attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
 
 
+def test_no_accelerator() -> None:
+    with pytest.raises(UsageError, match=r"memplan\.attach takes an accelerate\.Accelerator, not a NoneType"):
+        attach(None)  # type: ignore[arg-type]  # what is refused
+
+
 def test_a_plugin_and_its_arguments(accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match="pass one of the two"):
         attach(accelerator, memplan.MemplanPlugin(), gpu="24GiB")
@@ -251,6 +256,27 @@ def test_a_loop_that_calls_backward_itself(driven: Any) -> None:
 
     with pytest.raises(UsageError, match=r"no accelerator.backward\(loss\) was called"):
         train()
+
+
+def test_two_losses_of_one_micro_batch(driven: Any) -> None:
+    accelerator, model, _, loader = driven
+    batches = iter(loader)
+    batch = next(batches)
+    accelerator.backward(model(**batch).loss)
+    with pytest.raises(UsageError, match="a second time for one micro-batch"):
+        accelerator.backward(model(**batch).loss)
+    next(batches)  # which has one of its own
+    accelerator.backward(model(**batch).loss)
+
+
+def test_two_losses_of_a_whole_batch(accelerator: Accelerator) -> None:
+    attach(accelerator, plan=scripts.plan_file("llama", 8, 8))
+    model, optimizer, loader = accelerator.prepare(*parts())
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+    assert accelerator.memplan._group.steps == len(loader)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -515,6 +541,22 @@ def test_rows_that_are_not_counted(accelerator: Accelerator) -> None:
     loader = DataLoader(Uncounted(), BATCH, sampler=range(16), collate_fn=padded)
     attach(accelerator, gpu="cpu:1GiB")
     with pytest.raises(UsageError, match="a Uncounted, does not say how many rows it has"):
+        accelerator.prepare(model, optimizer, loader)
+
+
+class Keyed(dict[str, Any]):
+    """Rows that a sampler names."""
+
+    def __init__(self) -> None:
+        super().__init__({f"row {at}": Texts(20)[at] for at in range(20)})
+
+
+def test_rows_that_have_names(accelerator: Accelerator) -> None:
+    model, optimizer, _ = parts()
+    rows: Any = Keyed()
+    loader = DataLoader(rows, BATCH, sampler=list(rows), collate_fn=padded)
+    attach(accelerator, gpu="cpu:1GiB", normalise="shifted-tokens")
+    with pytest.raises(UsageError, match=r"a Keyed, has no row 0 \(KeyError: 0\).*Pass one: sample="):
         accelerator.prepare(model, optimizer, loader)
 
 

@@ -74,9 +74,11 @@ class MemplanPlugin:
         """Have the accelerator plan in its next `prepare`.
 
         Raises:
-            UsageError: it has prepared something already, or memplan cannot plan for its kind of run.
+            UsageError: it is none, it has prepared something already, or memplan cannot plan for its kind of run.
             AlreadyApplied: it has memplan attached.
         """
+        if not isinstance(accelerator, Accelerator):
+            raise UsageError(f"memplan.attach takes an accelerate.Accelerator, not a {type(accelerator).__name__}")
         if isinstance(getattr(accelerator, "memplan", None), Attachment):
             raise AlreadyApplied("this Accelerator has memplan attached already")
         if not self.wishes.settings.enabled:

@@ -26,6 +26,7 @@ from memplan.integrations.parts import Split, full_precision_outputs
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, refuse_copied
 from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
+from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
 from memplan.means import SAMPLES, SHIFTED, SUM, Count, Undecided, can_try, counter, has_tokens, mean_over
@@ -49,6 +50,11 @@ class Wishes:
     count: Count | None  # what the loss is a mean over; None: to be found out
     loss: Loss | None
     sample: object  # a batch to plan for; None: the longest of the loader
+
+    @property
+    def trusts_output(self) -> bool:
+        """Whether the loss in the model's output is taken to be the one that is trained."""
+        return self.loss is None and self.count is None
 
 
 class Attachment:
@@ -90,9 +96,8 @@ class Attachment:
         """
         if self.fit is not None:
             self.fit.undo()
-        if self._group is not None and self._group.second is not None:
-            self._group.second.stop()
-            self._group.second = None
+        if self._group is not None:
+            self._group.let_go()
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
         self._accelerator.gradient_state = GradientState()
@@ -109,7 +114,7 @@ class Attachment:
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         if self.plan is not None:
-            return self._own["prepare"](*objects, **options)
+            return self._joined(self._own["prepare"](*objects, **options))
         accelerator = self._accelerator
         model, at, batch_size = on_all(partial(_model_and_batch, accelerator, objects))
         loader = objects[at]
@@ -188,12 +193,22 @@ class Attachment:
         )
         if self.fit is not None and accelerator.num_processes == 1 and not is_deepspeed(accelerator):
             group.second = SecondStep(self.fit, self._log)
+        if self.fit is not None and split.micro_batches > split.own_batches and self._wishes.trusts_output:
+            group.output_loss = OutputLoss(self.fit.model)
         for optimizer in group.optimizers:
             drive(optimizer, group)
         accelerator.gradient_state = asking(accelerator.gradient_state, group)
         if plan.micro_batch != split.own_rows:
             prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
         grouped(prepared[at], group)
+        return prepared
+
+    def _joined(self, prepared: Any) -> Any:
+        """What is prepared after the plan was made. Optimizers among it keep in step with the rest."""
+        for optimizer in prepared if isinstance(prepared, tuple) else (prepared,):
+            if self._group is not None and isinstance(optimizer, AcceleratedOptimizer):
+                self._group.optimizers.append(optimizer)
+                drive(optimizer, self._group)
         return prepared
 
     def _backward(self, loss: Tensor, **options: Any) -> None:
@@ -207,7 +222,7 @@ class Attachment:
         watches = not (is_sharded(self._accelerator) or is_deepspeed(self._accelerator))
         if watches:
             group.check_gradients()
-        group.backwards += 1
+        group.note_backward(loss)
         group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
         if not group.weight:  # its loss is a mean over nothing, which is no number

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memplan.errors import UsageError
 from memplan.integrations.parts import Split
+from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 
 _PAIR: Final = 2  # micro-batches, between which there is one place only where a rate can change
@@ -43,6 +44,7 @@ class Group:
         before: of those, the ones of earlier epochs.
         skipped: steps that the next epoch leaves out at its beginning.
         second: what measures the second step, if anything does; given up where the loop ends before that.
+        output_loss: what looks whether the loop trains by the loss in the model's output.
         to_step: the ids of the optimizers that have not stepped in this step.
         asks: whether the loop asks when a step ends, so that it need not call `step` for every batch.
         handed: micro-batches of this step so far.
@@ -67,6 +69,7 @@ class Group:
     before: int = 0
     skipped: int = 0
     second: SecondStep | None = None
+    output_loss: OutputLoss | None = None
     to_step: set[int] = field(default_factory=set)
     asks: bool = False
     handed: int = 0
@@ -129,13 +132,38 @@ class Group:
                 "weighted. Use it in place of loss.backward()."
             )
         calls = max(self.calls.values(), default=0)
-        if not self.stepped or (self.calls and calls < self.backwards and not self.asks):
+        if not self.stepped or (self.calls and calls < min(self.backwards, self.handed) and not self.asks):
             raise UsageError(
-                f"optimizer.step() was called for {calls} of the {self.backwards} micro-batches of a step, so the loop "
+                f"optimizer.step() was called for {calls} of the {self.handed} micro-batches of a step, so the loop "
                 "seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the Accelerator, and "
                 "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
         self.steps, self.stepped, self.backwards = self.steps + 1, False, 0
+
+    def let_go(self) -> None:
+        """What watches the run ends."""
+        if self.second is not None:
+            self.second.stop()
+            self.second = None
+        if self.output_loss is not None:
+            self.output_loss.forget()
+
+    def note_backward(self, loss: Tensor) -> None:
+        """Before the backward of a loss.
+
+        Raises:
+            UsageError: it is not the one that micro-batches are weighted for; or the micro-batch at hand, a part of the
+                loop's batch, has had a backward: what the second loss is a mean over is not known.
+        """
+        if self.output_loss is not None:
+            self.output_loss.check(loss)
+        if self.backwards >= self.handed and self.split.micro_batches != self.split.own_batches:
+            raise UsageError(
+                "accelerator.backward was called a second time for one micro-batch. Add the losses up and call it "
+                "once, with memplan.attach(accelerator, loss=...) where not all of them are in the model's output, or "
+                "fix the script's own batch with micro_batch=."
+            )
+        self.backwards += 1
 
     def check_gradients(self) -> None:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""

@@ -1,7 +1,7 @@
 """DataLoaders whose batches are cut: the same samples in the same order, and the user's own object untouched."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
@@ -169,12 +169,24 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
                 )
             count = len(data)
             looked_at = range(0, count, -(-count // _LOOKED_AT)) if count else range(0)
-            found = sorted(((_elements(row := data[at]), at, row) for at in looked_at), key=lambda r: (-r[0], r[1]))
-            rows = [row for _, _, row in found[:size]]
+            found = sorted(((row, at) for at, row in _rows(data, looked_at)), key=lambda r: (-_elements(r[0]), r[1]))
+            rows = [row for row, _ in found[:size]]
             said = f"planned for a batch of the longest of {len(found):,} rows looked at, of {count:,}"
         if not rows:
             raise UsageError("the data set has no rows, so there is nothing to train on")
         return collated(collate, rows), said
+
+
+def _rows(data: Any, places: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Rows of a data set with their places. Raises UsageError where those are not 0, 1, 2 and so on."""
+    for at in places:
+        try:
+            yield at, data[at]
+        except (KeyError, IndexError, TypeError) as error:
+            raise UsageError(
+                f"the data set, a {type(data).__name__}, has no row {at} ({type(error).__name__}: {error}), as one "
+                "whose sampler gives it keys, so no batch can be made of its longest. Pass one: sample=..."
+            ) from error
 
 
 def collated(collate: Callable[[Any], Any], rows: Sequence[Any]) -> Sample:
