@@ -34,7 +34,8 @@ class Module(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
-        self.log("loss", loss)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"longest": float(batch["labels"].shape[1])}, reduce_fx="max", on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -83,6 +84,10 @@ class Notebook(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.records.append(metrics)
 
+    @property
+    def of_the_module(self) -> list[dict[str, float]]:
+        return [record for record in self.records if not any(name.startswith("memplan/") for name in record)]
+
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """A run's arguments."""
 
@@ -95,11 +100,18 @@ def difference(a: Module, b: Module) -> float:
 @pytest.mark.parametrize(("rows", "own"), [(40, 1), (35, 1), (35, 2)])
 def test_same_weights(rows: int, own: int) -> None:
     callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")
-    plain, ours = fit(None, rows, own=own), fit(callback, rows, own=own)
+    written = {"log_every_n_steps": 1}
+    plain_log, our_log = Notebook(), Notebook()
+    plain, ours = (
+        fit(None, rows, own=own, logger=plain_log, **written),
+        fit(callback, rows, own=own, logger=our_log, **written),
+    )
     assert callback.plan is not None
     assert callback.plan.accumulation == 4 * own
     assert difference(plain, ours) <= 1e-5
     assert ours.rates == plain.rates
+    assert our_log.of_the_module == [pytest.approx(record, rel=1e-5) for record in plain_log.of_the_module]
+    assert len(plain_log.of_the_module) == len(plain.rates) + EPOCHS
 
 
 def test_the_plan_is_said_and_logged(capsys: pytest.CaptureFixture[str]) -> None:

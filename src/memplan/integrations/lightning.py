@@ -25,10 +25,11 @@ from memplan.blocks import is_batch_coupled
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, longest_batch
+from memplan.integrations.part_log import PartLog
 from memplan.integrations.parts import Split
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
-from memplan.means import SAMPLES, SUM, Count, Undecided, counter, mean_over
+from memplan.means import SAMPLES, SUM, Count, Undecided, counter, mean_over, rows_in
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
@@ -167,7 +168,7 @@ class MemplanCallback(Callback):
             else:
                 module.training_step = own  # type: ignore[method-assign]  # the instance had one of its own
 
-        weighted = _weighted(module.training_step, trainer, weighed)
+        weighted = _weighted(module, trainer, weighed)
         module.training_step = weighted  # type: ignore[method-assign]  # of this instance, for this fit
         source.instance, trainer.accumulate_grad_batches = weighed, split.micro_batches
         self._undo.append(undo)
@@ -203,13 +204,18 @@ def _weighed(loader: DataLoader[Any], split: Split) -> _Weighed:
     return loader
 
 
-def _weighted(training_step: Callable[..., Any], trainer: Trainer, loader: _Weighed) -> Callable[..., Any]:
+def _weighted(module: LightningModule, trainer: Trainer, loader: _Weighed) -> Callable[..., Any]:
     """The module's own step, whose loss is its part of the optimizer step, times the number by which it is divided."""
+    training_step, log, split = module.training_step, PartLog(module), loader.split
 
     @wraps(training_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        factor = loader.weights[trainer.fit_loop.batch_idx] * loader.split.micro_batches
-        output = training_step(*args, **kwargs)
+    def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        at = trainer.fit_loop.batch_idx
+        inside = split.inside or split.micro_batches
+        is_last = at % split.micro_batches % inside == inside - 1 or at == len(loader.weights) - 1
+        with log.part(loader.weights[at], rows_in(batch), is_last):
+            output = training_step(batch, *args, **kwargs)
+        factor = loader.weights[at] * split.micro_batches
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] * factor}
         return output if output is None else output * factor
