@@ -11,7 +11,7 @@ from memplan.plan_record import Verdict
 from memplan.recipe import Recipe
 from memplan.recorder import Recorder
 from memplan.samples import Sample
-from memplan.summary import unseen_bytes
+from memplan.summary import timeline_of, unseen_bytes
 
 NUMBER = 8
 
@@ -54,3 +54,14 @@ def test_a_plan_fits_from_the_budget_on_that_has_room_for_them() -> None:
         for size in (least, least - 1)
     ]
     assert verdicts == [Verdict.FITS, Verdict.UNCERTAIN]
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_a_timeline_has_the_highest_moment_of_each_micro_batch(layers: int) -> None:
+    """Also where it is a short one in a long step, as that of the logits is."""
+    model, batch = tiny.llama(layers=layers)
+    trace = Recorder(model, Recipe(accumulation=2)).record(Sample.of(batch))
+    timeline = timeline_of(trace)
+    assert len(timeline.total) <= 802
+    assert {int(trace.live[s.forward.start : s.backward.stop].max()) for s in trace.steps} <= set(timeline.total)
+    assert max(timeline.total) == trace.peak_bytes

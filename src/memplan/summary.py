@@ -122,9 +122,10 @@ def saved_of(trace: Trace) -> dict[str, int]:
 
 
 def timeline_of(trace: Trace) -> Timeline:
-    """At most a few hundred ticks, the peak among them."""
-    step = max(1, trace.ticks // _TIMELINE_POINTS)
-    ticks = sorted({*range(0, trace.ticks, step), trace.peak_tick, trace.ticks - 1})
+    """At most a few hundred ticks: of each stretch of a long step the one at which most is alive, and the last."""
+    live, stretch = trace.live, max(1, trace.ticks // _TIMELINE_POINTS)
+    highest = [at + int(live[at : at + stretch].argmax()) for at in range(0, trace.ticks, stretch)]
+    ticks = sorted({*highest, trace.ticks - 1})
     columns: dict[str, list[int]] = {name: [] for name in CATEGORIES}
     by_category = {code: trace.of_category(code) for code in range(len(CATEGORIES))}
     for tick in ticks:

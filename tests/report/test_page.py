@@ -108,6 +108,20 @@ class TestPage:
             full_plan(), measured=run
         )
         assert "Measured" not in text_of(full_plan())
+        assert "All of this is predicted" in text_of(full_plan())
+        assert "All of this is predicted" not in text_of(full_plan(), measured=run)
+
+    def test_what_is_trained_stands_above(self) -> None:
+        text = text_of(full_plan(assumptions=("weights: 8 billion of bfloat16; samples of 2,048 tokens",)))
+        assert text.index("weights: 8 billion") < text.index("What fits?")
+
+    def test_the_peak_is_told_by_category_first(self) -> None:
+        text = text_of(full_plan())
+        assert "in backward of model.layers.4: params 16.00 GiB, activations 3.00 GiB" in text
+
+    def test_of_many_micro_batches_two_are_drawn(self) -> None:
+        assert "Of the 4 micro-batches two are drawn" in text_of(full_plan(accumulation=4))
+        assert "two are drawn" not in text_of(full_plan(accumulation=2))
 
     def test_the_budget_adds_up(self) -> None:
         text = text_of(full_plan(peak_bytes=21 * GIB))
@@ -117,8 +131,8 @@ class TestPage:
     def test_on_a_card_what_is_reserved_is_taken_off(self) -> None:
         text = text_of(full_plan(peak_bytes=20 * GIB, fits_bytes=21 * GIB))
         assert "- reserved by the allocator at the peak 21.00 GiB = spare 1.00 GiB" in text
-        assert "Enough for this plan: " in text
-        assert "Enough" not in text_of(full_plan())
+        assert "Cards that are enough With the least memory: " in text
+        assert "Cards that are enough" not in text_of(full_plan())
 
     def test_what_does_not_fit_says_by_how_much_and_what_to_do(self) -> None:
         plan = full_plan(
@@ -158,9 +172,9 @@ class TestAnswers:
     def test_what_it_costs(self) -> None:
         said = sentence_of(full_plan(unplanned_bytes=30 * GIB), 1)
         assert said == (
-            "12.0% slower A step takes 1.23 s (estimate): 6.48 samples/s. Keeping everything would need 30.00 GiB. "
-            "By these times no plan of the strategy's levers for this batch and budget is more than 0.10% faster; "
-            "that is proven."
+            "12.0% slower A step takes 1.23 s (estimate): 6.48 samples/s. Keeping everything would take 1.10 s and "
+            "need 30.00 GiB. By these times no plan of the strategy's levers for this batch and budget is more than "
+            "0.10% faster; that is proven."
         )
         assert sentence_of(full_plan(slowdown=0.0), 1).startswith("no time")
         assert "(from measured blocks)" in sentence_of(full_plan(times="measured"), 1)
@@ -186,9 +200,9 @@ class TestAnswers:
             unplanned_bytes=30 * GIB,
             frontier=(point("rrrrr", 22 * GIB, 1.234, chosen=True),),
         )
-        assert "would need about 31.00 GiB" in sentence_of(card, 1)
+        assert "and need about 31.00 GiB" in sentence_of(card, 1)
         kept = (point("rrrrr", 22 * GIB, 1.234, chosen=True), point("kkkkk", 33 * GIB, 1.0))
-        assert "would need about 33.00 GiB" in sentence_of(card.model_copy(update={"frontier": kept}), 1)
+        assert "and need about 33.00 GiB" in sentence_of(card.model_copy(update={"frontier": kept}), 1)
 
     def test_what_takes_most(self) -> None:
         assert sentence_of(full_plan(), 2) == (
@@ -199,11 +213,19 @@ class TestAnswers:
     def test_what_more_memory_would_change(self) -> None:
         assert sentence_of(full_plan(), 3) == (
             "30.0 ms per GiB One GiB more would save 2.4 % of a step. "
-            "The fastest plan for this batch needs 23.00 GiB and saves 10.9 %."
+            "The fastest for this batch needs 23.00 GiB and saves 10.9 %."
+        )
+        steps = (
+            point("rrskk", 21 * GIB, 1.234, chosen=True),
+            point("rskkk", 23 * GIB, 1.11),
+            point("kkkkk", 30 * GIB, 1.0),
+        )
+        assert "The next of the plans below needs 23.00 GiB, saves 10.0 %. The fastest" in sentence_of(
+            full_plan(frontier=steps), 3
         )
         alone = full_plan(shadow_price=0.0, frontier=(point("rrskk", GIB, 1.234, chosen=True),))
         assert sentence_of(alone, 3).startswith("nothing No plan for this batch is faster")
-        assert sentence_of(full_plan(shadow_price=0.0), 3).startswith("up to 10.9 % less time The fastest plan")
+        assert sentence_of(full_plan(shadow_price=0.0), 3).startswith("up to 10.9 % less time The fastest")
 
 
 class TestPlans:

@@ -47,7 +47,8 @@ def _what_it_costs(plan: Plan) -> Answer:
     about = "" if plan.fits_bytes is None else "about "
     sentences = [
         f"{takes} {format_seconds(plan.step_s)} ({plan.basis}): {rate}.",
-        f"Keeping everything would need {about}{format_bytes(plan.unplanned_needs_bytes)}.",
+        f"Keeping everything would take {format_seconds(plan.step_s / (1 + plan.slowdown))} and need {about}"
+        f"{format_bytes(plan.unplanned_needs_bytes)}.",
     ]
     if fits:
         speed_counts = plan.verdict is Verdict.FITS and plan.faster_within_budget is None
@@ -58,6 +59,10 @@ def _what_it_costs(plan: Plan) -> Answer:
             f"By these times no plan of the strategy's levers for this batch and {within} is {_at_all(plan.gap)} "
             "faster; that is proven."
         )
+        if plan.fits_bytes is not None:
+            sentences.append(
+                "What the allocator takes beside tensors is another with each plan, so that some is spare."
+            )
     if plan.host_bytes:
         sentences.append(f"{format_bytes(plan.host_bytes)} of pinned host memory.")
     return Answer("What does it cost?", "no time" if pace.startswith("0.0%") else pace, tuple(sentences))
@@ -105,7 +110,12 @@ def _what_more_would_change(plan: Plan) -> Answer:
     if faster:
         saved, needs = format_percent(1 - faster[-1].step_s / plan.step_s), format_bytes(faster[-1].peak_bytes)
         short = f"up to {saved} less time"
-        sentences.append(f"The fastest plan for this batch needs {needs} and saves {saved}.")
+        if len(faster) > 1:
+            next_saved = format_percent(1 - faster[0].step_s / plan.step_s)
+            sentences.append(
+                f"The next of the plans below needs {format_bytes(faster[0].peak_bytes)}, saves {next_saved}."
+            )
+        sentences.append(f"The fastest for this batch needs {needs} and saves {saved}.")
     if plan.shadow_price > 0:
         short = f"{format_seconds(plan.shadow_price)} per GiB"
         sentences.insert(0, f"One GiB more would save {format_percent(plan.shadow_price / plan.step_s)} of a step.")

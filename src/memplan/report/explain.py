@@ -51,6 +51,17 @@ class Cards(Record):
     plan: tuple[str, ...] = Field(description="for the plan as it is")
     everything: tuple[str, ...] = Field(description="with nothing dropped, for the same batch")
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Which are large enough for what, and how sure that is."""
+        texts = {"With the least memory": self.least, "For this plan": self.plan}
+        texts |= {"With nothing dropped, for the same batch": self.everything}
+        named = [f"{what}: {', '.join(names) or 'none of the catalogue'}." for what, names in texts.items()]
+        return *named, (
+            f"These are the {_CARDS} smallest by size, of cards with kernels like this one's: memplan plan --gpu CARD "
+            "says for sure, and in what time."
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Again:

@@ -19,7 +19,7 @@ from memplan import __version__
 from memplan.errors import PlanSchema
 from memplan.gpus import all_gpus
 from memplan.plan_record import FrontierPoint, Layer, Measured, Plan, Verdict
-from memplan.prediction import Timeline
+from memplan.prediction import Timeline, by_category
 from memplan.problem import lever_of
 from memplan.report.answers import answers
 from memplan.report.charts import COLOURS, INK, class_of, frontier_svg, timeline_svg
@@ -100,6 +100,7 @@ def page_html(plan: Plan, measured: Measured | None = None) -> str:
         version=__version__,
         tone={Verdict.FITS: "good", Verdict.UNCERTAIN: "open", Verdict.DOES_NOT_FIT: "bad"}[plan.verdict],
         headline=_headline(plan),
+        trained=next((text for text in plan.assumptions if text.startswith("weights: ")), None),
         answers=answers(plan),
         timelines=_pictures(lambda width: timeline_svg(plan, measured, width=width, key=False))
         if plan.timeline
@@ -110,6 +111,7 @@ def page_html(plan: Plan, measured: Measured | None = None) -> str:
         frontiers=_pictures(lambda width: frontier_svg(plan, measured, width=width)) if plan.frontier else [],
         plans=plans,
         parts=parts,
+        categories=[(name, size) for name, size in Counter(by_category(plan.breakdown)).most_common() if size],
         parts_bytes=sum(part.n_bytes for part in parts),
         budget=_budget(plan),
         step=_step(plan),
@@ -256,7 +258,7 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
         ("strategy", plan.strategy),
         ("peak of tensors", format_bytes(plan.peak_bytes)),
         ("the same without a plan", format_bytes(plan.unplanned_bytes)),
-        ("least budget that fits", format_bytes(plan.smallest_bytes)),
+        ("least budget of any plan", format_bytes(plan.smallest_bytes)),
         ("time per step", f"{format_seconds(plan.step_s)} ({plan.basis})"),
         ("samples per second", format_rate(plan.samples_per_s, "samples").removesuffix(" samples/s")),
     ]

@@ -204,10 +204,7 @@ def _price_texts(plan: Plan, price: Price | None) -> list[str]:
 def _card_texts(found: Explanation) -> list[str]:
     if found.cards is None:
         return ["This plan is for a CPU. A card's kernels and allocator need other memory: plan for a card to know."]
-    texts = {"With the least memory": found.cards.least, "For this plan": found.cards.plan}
-    texts |= {"With nothing dropped, for the same batch": found.cards.everything}
-    named = [f"{what}: {', '.join(names) or 'none of the catalogue'}." for what, names in texts.items()]
-    return [*named, "That goes by size, of cards with kernels like this one's: memplan plan --gpu CARD says for sure."]
+    return list(found.cards.sentences)
 
 
 # --- a comparison ---------------------------------------------------------------------------------------------------
