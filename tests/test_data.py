@@ -86,3 +86,7 @@ def test_length_is_said_once() -> None:
     model, _ = tiny.llama()
     with pytest.raises(UsageError, match="pass one of them"):
         memplan.plan(model.to("meta"), "cpu:1GiB", seq_len=16, data=Data([4]))
+    with pytest.raises(UsageError, match="a sample and seq_len=16 were given"):
+        memplan.plan(model, "cpu:1GiB", sample=tiny.llama()[1], seq_len=16)
+    with pytest.raises(UsageError, match=r"a memplan\.Data of the lengths of all samples, not a list"):
+        memplan.plan(model, "cpu:1GiB", data=[4, 5])  # type: ignore[arg-type]  # what is refused

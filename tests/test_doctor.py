@@ -215,6 +215,8 @@ class TestSettings:
         [
             ("MEMPLAN_CACHE", "perhaps", "cache = 'perhaps', which has to be true or false"),
             ("MEMPLAN_MICRO_BATCH", "many", "micro_batch = 'many', which has to be a whole number"),
+            ("MEMPLAN_STRATEGY", "x", "no strategy is called 'x'"),
+            ("MEMPLAN_GPU", "rtx-1", "rtx-1"),
             ("MEMPLAN_CARD", "x", "set 'card', which is no setting of memplan"),
         ],
     )

@@ -97,6 +97,8 @@ def test_undo_leaves_no_trace() -> None:
     assert before.differences() != []
     fit.undo()
     assert before.differences() == []
+    with pytest.raises(UsageError, match="the plan was undone"):
+        fit.measure()
 
 
 def test_as_a_context_manager_it_is_undone_at_the_end_and_on_an_error() -> None:
@@ -400,7 +402,8 @@ def test_a_loaded_plan_does_not_know_a_nested_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not JSON", "no schema_version"),
+        ("not JSON", "no plan, or one that was cut short: it is no JSON"),
+        ('{"schema_version": 3, "verd', "cut short: it is no JSON"),
         ("[]", "no schema_version"),
         ("{}", "no schema_version"),
         ('{"schema_version": 99}', "schema version 99; this memplan reads version 3"),

@@ -434,6 +434,23 @@ class TestLossesOfParts:
         plan = self.found(tiny.vit(layers=2, rows=4), micro_batch=2)
         assert not {NO_MEAN, NO_MEAN_OF_THESE, MEAN_OVER_TOKENS} & set(plan.assumptions)
 
+    def test_one_that_sets_rows_against_a_running_mean_of_them_is_not_divided(self) -> None:
+        class Centred(Contrastive):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("running", torch.zeros(64))
+
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                for block in self.blocks:
+                    x = block(x)
+                with torch.no_grad():
+                    self.running.mul_(0.5).add_(x.mean((0, 1)), alpha=0.5)
+                return {"loss": (x - self.running).square().mean()}
+
+        plan = self.found((Centred(), {"x": torch.randn(8, 16, 64)}))
+        assert (plan.micro_batch, plan.accumulation) == (8, 1)
+        assert NO_MEAN in plan.assumptions
+
     def test_a_sum_over_rows_is_divided_and_said(self) -> None:
         model, batch = tiny.vit(layers=2, rows=4)
 
@@ -636,15 +653,16 @@ def test_planning_touches_nothing(name: str, training: bool) -> None:
     assert any("eval mode" in sentence for sentence in plan.assumptions) is not training
 
 
-def test_a_model_that_is_planned_already_is_planned_as_if_it_were_not() -> None:
+def test_a_model_that_is_planned_already_is_refused() -> None:
+    """What its blocks do now hides what they could do."""
     model, batch = LLAMA()
     with memplan.apply(model, tight("llama")):
         before = Imprint(model)
-        blocks = memplan.Strategy("the blocks", levers=("recompute",))  # with more, the clock could decide otherwise
-        again = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4, strategy=blocks)
+        for make in (memplan.plan, memplan.autofit):
+            with pytest.raises(AlreadyApplied, match=r"on the Fit that memplan\.apply returned, then plan"):
+                make(model, "cpu:1GiB", sample=batch, micro_batch=4)
         assert before.differences() == []
-    assert again.peak_bytes == ample("llama").peak_bytes
-    assert again.changed == ()
+    assert memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=4).changed == ()
 
 
 @pytest.mark.parametrize(

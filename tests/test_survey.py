@@ -131,6 +131,8 @@ def test_a_card_below_what_is_always_there_costs_one_trace(
     traces = counted(monkeypatch)
     (offer,) = survey(model, [with_room("rtx-3090", 2**20)], SAMPLES, sample=sample)
     assert (offer.verdict, offer.is_bound, offer.micro_batch) == (Verdict.DOES_NOT_FIT, True, None)
+    assert offer.assumed.startswith("weights: ")
+    assert offer.assumed.endswith("; adamw")
     assert sum(p.numel() for p in model.parameters()) * 12 <= offer.least_bytes
     assert len(traces) == 1
 

@@ -225,6 +225,8 @@ def test_the_plan_found_is_for_the_card_here() -> None:
 def test_a_study_of_another_model_is_refused(study: Path) -> None:
     with pytest.raises(PlanMismatch, match="was made for signature"):
         tuned(tiny.llama(layers=3, use_cache=False)[0], study)
+    other = {name: values.flip(0) % 7 for name, values in model_and_batch()[1].items()}
+    assert states(tuned(model_and_batch()[0], study, sample=other, n_trials=1)).count("complete") == 1  # of its shapes
     with pytest.raises(PlanMismatch, match=r"budget_shares \[1.0, 0.8\], not \[0.5\]"):
         tuned(model_and_batch()[0], study, budget_shares=(0.5,))
 
@@ -239,7 +241,7 @@ def test_what_cannot_be_tuned_is_refused_before_there_is_a_study(first: tuple[Pa
         tuned(model, file, strategies=())
     with pytest.raises(UsageError, match="and one trial"):
         tuned(model, file, n_trials=0)
-    with memplan.apply(model, first[1].plan), pytest.raises(AlreadyApplied, match="call undo"):
+    with memplan.apply(model, first[1].plan), pytest.raises(AlreadyApplied, match="Call undo"):
         tuned(model, file)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DoesNotFit, match="below what is always there"):

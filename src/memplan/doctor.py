@@ -16,8 +16,9 @@ from packaging.requirements import Requirement
 from memplan import cache, driver, main_memory, settings
 from memplan.allocator import Settings
 from memplan.errors import BadAllocatorSetting, MemplanError, NoDevice, UnknownGpu
-from memplan.gpus import find_gpu
+from memplan.gpus import check_named, find_gpu
 from memplan.report.diagnosis import Diagnosis, Finding, State
+from memplan.strategy import load_strategy
 from memplan.units import format_budget, format_bytes
 
 if TYPE_CHECKING:
@@ -236,6 +237,9 @@ def _settings(environment: Mapping[str, str]) -> Iterator[Finding]:
     for kind in (settings.Settings, settings.Habits):
         try:
             found = asdict(kind.found(environ=environment))
+            if "strategy" in found:
+                load_strategy(found["strategy"])
+                check_named(found["gpu"])
         except MemplanError as error:
             wrong[str(error)] = None
         else:

@@ -32,6 +32,15 @@ from memplan.units import format_bytes
 _applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its modules run by a plan
 
 
+def check_bare(model: nn.Module, doing: str) -> None:
+    """Before something is done with a model as it stands. Raises AlreadyApplied where it runs by a plan."""
+    if model in _applied:
+        raise AlreadyApplied(
+            f"this {type(model).__name__} runs by a plan already ({_applied[model]} modules changed). Call undo() on "
+            f"the Fit that memplan.apply returned, then {doing} again."
+        )
+
+
 class Fit:
     """A model that runs by a plan. As a context manager it undoes the plan on exit.
 
@@ -109,9 +118,11 @@ class Fit:
 
         Raises:
             NoDevice: the plan is for a device that is not here, or the model's weights are not on it.
-            UsageError: BadSample or BadOptimizer, if the plan comes from a file, which keeps neither nested samples
-                nor optimizers that have no name: pass `sample` or `optimizer`.
+            UsageError: the plan was undone; BadSample or BadOptimizer, if the plan comes from a file, which keeps
+                neither nested samples nor optimizers that have no name: pass `sample` or `optimizer`.
         """
+        if self._undo is None:
+            raise UsageError("the plan was undone, so there is nothing of it to measure. Apply it again.")
         live = self._live or Live(Recipe(optimizer=self.plan.optimizer, autocast=dtype_of(self.plan.autocast)), None)
         device = _device_of(self.plan, self.model)
         recipe = Recipe(
@@ -219,12 +230,10 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
     if hasattr(model, "_orig_mod"):
         raise UsageError("the model is compiled already: apply the plan to the module that torch.compile was given.")
     if plan.verdict is Verdict.DOES_NOT_FIT:
-        raise DoesNotFit(f"this plan does not fit: {plan.reason} {' '.join(plan.ways_out)}", plan.smallest_bytes)
-    if model in _applied:
-        raise AlreadyApplied(
-            f"this {type(model).__name__} runs by a plan already ({_applied[model]} modules changed). Call undo() on "
-            "the Fit that memplan.apply returned, then apply again."
+        raise DoesNotFit(
+            f"this plan does not fit: {plan.reason.rstrip('.')}. {' '.join(plan.ways_out)}", plan.smallest_bytes
         )
+    check_bare(model, "apply")
     _check_match(model, plan)
     _check_room(model, plan)
     return reapply(model, plan, optimizer)

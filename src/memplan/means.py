@@ -179,7 +179,14 @@ def _rows(batch: Sample, rows: slice) -> Sample:
 
 
 def _value(model: nn.Module, recipe: Recipe, part: Sample) -> float:
-    return float(loss_of(model, part, recipe.loss).detach())
+    """Of the model with the buffers that it has, whatever it makes of them: a running mean couples rows too."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        return float(loss_of(model, part, recipe.loss).detach())
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _nothing_saved() -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ class Offer(Record):
     least_bytes: int = Field(description="what the leanest plan needs of the card, checked by a trace of it")
     is_bound: bool = Field(description="`least_bytes` is only what is always there, which is too much already")
     samples: int = Field(description="per optimizer step")
+    assumed: str = Field(default="", description="the weights by their type, the tokens of a sample, the optimizer")
     micro_batch: int | None = Field(default=None, description="None, like all below, where it does not fit")
     blocks: int | None = None
     recomputed: int | None = Field(default=None, description="of the blocks, whole")

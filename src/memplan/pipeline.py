@@ -15,7 +15,7 @@ from torch import nn
 from memplan.data import Data
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
-from memplan.fitting import Fit, Live, apply
+from memplan.fitting import Fit, Live, apply, check_bare
 from memplan.gpus import Gpu
 from memplan.losses import Loss
 from memplan.means import SAMPLES, SUM, can_try, mean_over
@@ -115,6 +115,7 @@ def plan(
         UsageError: an argument cannot be used: BadSample, BadLoss, BadOptimizer, BadBatch, BadBudget, BadStrategy,
             UnknownGpu.
         NoDevice: the device asked for is not on this machine.
+        AlreadyApplied: the model runs by a plan.
         ModelError: the model stands in the way: NothingToTrain, ModelFailed, CannotTrace.
     """
     recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
@@ -308,12 +309,17 @@ def _planner(
         )
     chosen = load_strategy(strategy)
     chosen = chosen if risk is None else replace(chosen, risk=risk)
+    check_bare(model, "plan")
     session = Session(model, sample_of(model, sample, seq_len, data), recipe, *resolve_gpu(gpu))
     return _Planner(session, chosen, effective_batch, micro_batch, data)
 
 
 def sample_of(model: nn.Module, sample: object, seq_len: int | None, data: Data | None) -> Sample:
     """The sample to plan for: the user's own or one made from the config, as long as the worst of the data."""
+    if data is not None and not isinstance(data, Data):
+        raise UsageError(f"data is a memplan.Data of the lengths of all samples, not a {type(data).__name__}")
+    if sample is not None and seq_len is not None:
+        raise UsageError(f"a sample and seq_len={seq_len} were given, and the sample has its own: pass one of them")
     if data is not None and seq_len is not None:
         raise UsageError(
             f"seq_len={seq_len} and data were given, whose rows have {data.tokens} tokens: pass one of them"

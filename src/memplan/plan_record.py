@@ -255,7 +255,9 @@ class Plan(Record):
             version = record["schema_version"]
         except OSError as error:
             raise PlanSchema(f"cannot read the plan file {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
+            raise PlanSchema(f"{path} is no plan, or one that was cut short: it is no JSON ({error}).") from error
+        except (KeyError, TypeError) as error:
             raise PlanSchema(f"{path} is no memplan plan: no schema_version is in it. Plan.save makes one.") from error
         if version != SCHEMA_VERSION:
             raise PlanSchema(
@@ -291,6 +293,11 @@ class Plan(Record):
     def recomputed(self) -> tuple[str, ...]:
         """Paths of the blocks that are recomputed whole, in forward order."""
         return tuple(path for path, option in self.decisions.items() if option == "recompute")
+
+    @property
+    def trained(self) -> str:
+        """The weights by their type and the tokens of a sample, in words; empty where the plan does not say."""
+        return next((text for text in self.assumptions if text.startswith("weights: ")), "")
 
     def describe(self) -> str:
         """The plan in a few lines of plain text."""

@@ -5,7 +5,7 @@ from typing import Final
 
 from torch import nn
 
-from memplan.blocks import signature
+from memplan.blocks import signature, statement
 from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.fitting import dtype_of, sample_in
@@ -42,8 +42,8 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
     """
     if signature(model) != plan.signature:
         raise PlanMismatch(
-            f"the plan was made for another {plan.model}: modules or shapes differ. Give the model, the method, the "
-            "LoRA rank and the dtype that it was made with."
+            f"the plan was made for another {plan.model}{plan.trained and f' ({plan.trained})'}, and this one has "
+            f"{statement(model, None)}. Give the model, the method, the LoRA rank and the dtype that it was made with."
         )
     gpu, _ = resolve_gpu(plan.budget.gpu)
     total_bytes = plan.budget.total_bytes - plan.budget.others_bytes

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from memplan import optimizers
 from memplan.allocator import Settings
 from memplan.batches import profiled, splits
-from memplan.blocks import is_batch_coupled
+from memplan.blocks import is_batch_coupled, statement
 from memplan.device import memory_parts
 from memplan.gpus import Gpu
 from memplan.kernels import capability_of
@@ -82,6 +83,8 @@ def survey(
     """
     shown = sample_of(model, sample, seq_len, None)
     recipe = Recipe(optimizer=optimizer, autocast=autocast, clips=clip_grad_norm)
+    assumed = f"{statement(model, shown.tokens)}; {optimizers.name_of(optimizer)}"
+    assumed += f", autocast to {str(autocast).removeprefix('torch.')}" if autocast is not None else ""
     offers: dict[str, Offer] = {}
     recorder = Recorder(model, recipe)
     while waiting := [card for card in cards if card.name not in offers]:
@@ -89,7 +92,7 @@ def survey(
         recorder = group.study.recorder
         made = [(card, group.offer(card, method)) for card in waiting if group.speaks_for(card)]
         offers.update((card.name, offer) for card, offer in made if group.speaks_for(card))  # after all its traces
-    return tuple(offers[card.name] for card in cards)
+    return tuple(offers[card.name].model_copy(update={"assumed": assumed}) for card in cards)
 
 
 class _Group:

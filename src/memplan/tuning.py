@@ -18,13 +18,13 @@ import torch
 from optuna.storages import BaseStorage
 from torch import nn
 
-from memplan import __version__, fitting, optimizers, pipeline
+from memplan import __version__, optimizers, pipeline
 from memplan.batches import splits
 from memplan.bench import Bench, Failure, at_home
 from memplan.blocks import is_batch_coupled, signature
 from memplan.device import Device, resolve_gpu
-from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, UsageError
-from memplan.fitting import Fit, Live, apply, key_of
+from memplan.errors import DoesNotFit, ModelFailed, NoDevice, UsageError
+from memplan.fitting import Fit, Live, apply, check_bare, key_of
 from memplan.gpus import Gpu
 from memplan.laps import by_turns
 from memplan.losses import Loss
@@ -86,12 +86,12 @@ class Tuned:
             bound = "too few to say how much faster another could be"
         lines = [f"measured {ran} of {len(self.trials)} plans; {bound}"]
         for trial in sorted(self.trials, key=_order):
-            told = trial.why or trial.state
+            told = trial.why or ("not run" if trial.state == "waiting" else trial.state)
             if trial.measured is not None:
                 told = f"{format_seconds(trial.measured.step_s)} per step{trial.why and f', but {trial.why}'}"
             lines.append(
-                f"  {trial.plan.micro_batch:4} x {trial.plan.accumulation:<4} share {trial.budget_share:<5}"
-                f" {trial.strategy}, loss head {trial.loss_head}: {told}"
+                f"  {trial.number:3}: {trial.plan.micro_batch:4} x {trial.plan.accumulation:<4}"
+                f" share {trial.budget_share:<5} {trial.strategy}, loss head {trial.loss_head}: {told}"
                 f" (predicted {format_seconds(trial.plan.step_s)})"
             )
         rate = format_rate(self.plan.effective_batch / self.measured.step_s, "samples")
@@ -196,8 +196,8 @@ def tune(
 
 
 def _said(tensor: SampleField) -> str:
-    below = "" if tensor.below is None else f" below {tensor.below}"
-    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}{below}"
+    """Not its values: another batch of the same shapes belongs to the same study."""
+    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
 
 
 def _checked(model: nn.Module, card: Gpu, device: Device | None) -> Device:
@@ -212,8 +212,7 @@ def _checked(model: nn.Module, card: Gpu, device: Device | None) -> Device:
             f"tuning runs the model on {card.name}, but its weights are on {', '.join(sorted(here))}: move it to a "
             "device of this machine and name that one, or plan without measuring (memplan.plan)"
         )
-    if model in fitting._applied:
-        raise AlreadyApplied("the model runs by a plan already: call undo() on its Fit, then tune")
+    check_bare(model, "tune")
     return device
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import memplan
-from memplan.cli import app
+from memplan.cli import app, main
 from memplan.errors import BadBatch, DoesNotFit
 from memplan.plan_record import Budget, Layer, Plan, Verdict
 from memplan.prediction import Prediction, Timeline
@@ -196,13 +197,28 @@ class TestPlan:
         stand_in(a_plan(verdict=Verdict.UNCERTAIN))
         assert run("plan", config, "--gpu", "1GiB").exit_code == 0
 
-    @pytest.mark.parametrize(("error", "code"), [(DoesNotFit("no\nway", 7), 3), (BadBatch("no\nway"), 2)])
-    def test_an_error_is_one_line(
-        self, error: Exception, code: int, config: Path, stand_in: Callable[[object], Pipeline]
+    @pytest.mark.parametrize(
+        ("error", "code", "said"),
+        [(DoesNotFit("no\n  way", 7), 3, "no\n  way"), (BadBatch("no\nway"), 2, "no way")],
+    )
+    def test_an_error_is_one_line_and_a_plan_that_does_not_fit_has_its_own(
+        self, error: Exception, code: int, said: str, config: Path, stand_in: Callable[[object], Pipeline]
     ) -> None:
         stand_in(error)
         result = run("plan", config, "--gpu", "1GiB", "--json")
-        assert (result.exit_code, result.stdout, result.stderr) == (code, "", "memplan: no way\n")
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"memplan: {said}\n")
+
+    def test_a_full_disk_behind_stdout_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(**_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setitem(main.__globals__, "app", full)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        assert capsys.readouterr().err == "memplan: No space left on device where stdout goes. Send it elsewhere.\n"
 
     def test_a_bug_keeps_its_traceback(self, config: Path, stand_in: Callable[[object], Pipeline]) -> None:
         stand_in(ZeroDivisionError("oops"))

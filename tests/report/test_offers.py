@@ -37,6 +37,11 @@ def shown(*offers: Offer, width: int = 120) -> str:
     return text.getvalue()
 
 
+def test_what_they_are_for_is_said_once() -> None:
+    text = shown(an_offer("a-24", 24, assumed="weights: 8 billion"), an_offer("b-48", 48, assumed="weights: 8 billion"))
+    assert text.count("for weights: 8 billion") == 1
+
+
 OFFERS = (
     an_offer("slow-48", 48, samples_per_s=1.0, band=(0.8, 1.2)),
     an_offer("fast-48", 48, samples_per_s=123.4, recomputed=0, chunked=False, micro_batch=16),

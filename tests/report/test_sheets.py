@@ -72,6 +72,9 @@ class TestExplanation:
         assert f"{told}, by its tensors alone." in text
         on_cpu = a_plan(fits_bytes=None)
         same = explain(on_cpu, again=Again(on_cpu, on_cpu, on_cpu, on_cpu))
+        free = a_plan(fits_bytes=None, shadow_price=0.0)
+        agreed = explain(free, again=Again(free, free, free, free))
+        assert "saves nothing of a step, as the plan says." in "\n".join(lines_of(explanation_sheet(free, agreed)))
         told = "One GiB more, solved again, saves nothing of a step; the plan says 60.0 ms (5.0 %)."
         assert told in "\n".join(lines_of(explanation_sheet(on_cpu, same)))
 

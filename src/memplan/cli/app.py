@@ -3,12 +3,15 @@
 Torch, transformers and the tables are imported by the commands that need them, never for `--help`.
 """
 
+import errno
+import sys
 from typing import Annotated, Final
 
 import typer
 
 from memplan import __version__
 from memplan.cli import caching, explaining, fitting_cards, planning, reporting, tuning
+from memplan.cli.terminal import EXIT_USAGE
 
 COMMANDS: Final = (
     planning.predict,
@@ -36,7 +39,13 @@ app.add_typer(caching.cache, name="cache")
 
 def main() -> None:
     """The `memplan` command."""
-    app(prog_name="memplan")
+    try:
+        app(prog_name="memplan")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.echo(f"memplan: {error.strerror} where stdout goes. Send it elsewhere.", err=True)
+        sys.exit(EXIT_USAGE)
 
 
 @app.callback()

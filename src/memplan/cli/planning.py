@@ -57,7 +57,7 @@ def predict(
     clip_grad_norm: ClipOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict the peak memory of one training step, and what it is made of."""
+    """Predict the peak memory of one training step, and what it is made of. `memplan plan` says whether it fits."""
     console = stderr_console()
     with errors_as_exit_codes():
         check_named(gpu)

@@ -24,7 +24,7 @@ def report(
         Path | None, typer.Option(help="A folder for the pictures alone: timeline.svg and frontier.svg.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="The same as timeline.png and frontier.png, 2000 pixels wide (memplan[png]).")
+        Path | None, typer.Option(help="The same as timeline.png and frontier.png, 2000 pixels wide. Needs resvg_py.")
     ] = None,
 ) -> None:
     """Draw a plan as one HTML page: memory over the step, every block, other plans, and the peak part by part."""

@@ -33,11 +33,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Also write the record 
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """One line on stderr for what memplan raises on purpose; anything else is a bug and keeps its traceback."""
+    """A line on stderr for what memplan raises on purpose; anything else is a bug and keeps its traceback.
+
+    What does not fit may have a few lines, as a plan that is described has.
+    """
     try:
         yield
     except MemplanError as error:
-        typer.echo(f"memplan: {' '.join(str(error).split())}", err=True)
+        said = str(error) if isinstance(error, DoesNotFit) else " ".join(str(error).split())
+        typer.echo(f"memplan: {said}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT if isinstance(error, DoesNotFit) else EXIT_USAGE) from error
 
 

@@ -32,7 +32,9 @@ def offer_tables(offers: Sequence[Offer]) -> RenderableType:
     methods = [list(group) for _, group in groupby(offers, key=lambda offer: offer.method)]
     rows: list[RenderableType] = []
     for found in methods:
-        rows += [_Fitting([offer for offer in found if offer.fits]), *_others(found), ""]
+        rows += [_Fitting([offer for offer in found if offer.fits]), *_others(found)]
+        rows += [f" for {assumed}" for assumed in dict.fromkeys(offer.assumed for offer in found if offer.assumed)]
+        rows.append("")
     rows += [*_smallest(methods), ""]
     if any(offer.samples_per_s is not None for offer in offers):
         rows.append(_ESTIMATED)

@@ -100,7 +100,7 @@ def page_html(plan: Plan, measured: Measured | None = None) -> str:
         version=__version__,
         tone={Verdict.FITS: "good", Verdict.UNCERTAIN: "open", Verdict.DOES_NOT_FIT: "bad"}[plan.verdict],
         headline=_headline(plan),
-        trained=next((text for text in plan.assumptions if text.startswith("weights: ")), None),
+        trained=plan.trained,
         answers=answers(plan),
         timelines=_pictures(lambda width: timeline_svg(plan, measured, width=width, key=False))
         if plan.timeline

@@ -198,6 +198,8 @@ def _price_texts(plan: Plan, price: Price | None) -> list[str]:
         for saved_s in (price.solved_s, price.told_s)
     )
     beside = "" if plan.fits_bytes is None else ", by its tensors alone"  # the allocator rounds anew in each plan
+    if solved == told:
+        return [f"One GiB more, solved again, saves {solved} of a step, as the plan says."]
     return [f"One GiB more, solved again, saves {solved} of a step; the plan says {told}{beside}."]
 
 
