@@ -40,10 +40,10 @@ print(found.describe())
 head's lever. It runs the most promising for a few real steps each, which train nothing, and lets go what cannot win any
 more. Where two are close, they are run again in turn.
 
-Started again with the same storage it goes on (`--storage tune.log` on the command line, `--trials` for `n_trials`); another
-batch of the same shapes belongs to the same study. Started on several machines, or cards of one kind, it shares the work:
-each process runs plans on the card that its model is on, and gets the plan that is found as one for that card. The
-trial of a process that was killed is taken up by the others. The storage is Optuna's: a journal on a shared file system
+Started again with the same storage (`--storage tune.log` on the command line) it goes on; another batch of the same
+shapes belongs to the same study. Started on several machines, or cards of one kind, it shares the work: each process
+runs plans on the card that its model is on, and gets the plan that is found as one for that card. The trial of a
+process that was killed is taken up by the others. The storage is Optuna's: a journal on a shared file system
 ("tune.log"), a database ("postgresql://...", "sqlite:///tune.db") or a proxy ("grpc://host:13000"). A journal whose
 last line was cut short, by a full disk or a killed process, is gone on with; only what that line was to say is lost.
 
