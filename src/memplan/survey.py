@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from memplan import optimizers
+from memplan import optimizers, packed
 from memplan.allocator import Settings
 from memplan.batches import profiled, splits
 from memplan.blocks import is_batch_coupled, statement
@@ -83,7 +83,8 @@ def survey(
     """
     shown = sample_of(model, sample, seq_len, None)
     recipe = Recipe(optimizer=optimizer, autocast=autocast, clips=clip_grad_norm)
-    assumed = f"{statement(model, shown.tokens)}; {optimizers.name_of(optimizer)}"
+    said = statement(model, shown.tokens), *packed.statements(model)[:1], optimizers.name_of(optimizer)
+    assumed = "; ".join(said)
     assumed += f", autocast to {str(autocast).removeprefix('torch.')}" if autocast is not None else ""
     offers: dict[str, Offer] = {}
     recorder = Recorder(model, recipe)
