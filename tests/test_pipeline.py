@@ -651,6 +651,7 @@ def test_planning_touches_nothing(name: str, training: bool) -> None:
     assert before.differences() == []
     assert all(torch.equal(batch[key], value) for key, value in given.items())
     assert any("eval mode" in sentence for sentence in plan.assumptions) is not training
+    assert plan.trained.startswith("weights: ")
 
 
 def test_a_model_that_is_planned_already_is_refused() -> None:

@@ -148,15 +148,26 @@ def to_training(model: nn.Module) -> None:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward makes of the model's buffers, they have their values again afterwards. Copies them."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Undo what a real forward and backward leave behind: gradients, buffers, attributes, modes, random state.
 
     Gradients are taken off for the while, buffers are copied.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     cards = {parameter.device for parameter, _ in gradients if parameter.is_cuda}  # with a random state of their own
-    with untouched(model), torch.random.fork_rng(list(cards)):
+    with untouched(model), torch.random.fork_rng(list(cards)), buffers_kept(model):
         try:
             for module in model.modules():
                 module._buffers.update(packed.scales_of(module))  # to be seen
@@ -166,6 +177,3 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)

@@ -236,14 +236,14 @@ def _settings(environment: Mapping[str, str]) -> Iterator[Finding]:
     wrong: dict[str, None] = {}
     for kind in (settings.Settings, settings.Habits):
         try:
-            found = asdict(kind.found(environ=environment))
-            if "strategy" in found:
-                load_strategy(found["strategy"])
-                check_named(found["gpu"])
+            found = kind.found(environ=environment)
+            if isinstance(found, settings.Settings):
+                load_strategy(found.strategy)
+                check_named(found.gpu)
         except MemplanError as error:
             wrong[str(error)] = None
         else:
-            said |= {name: value for name, value in found.items() if value != getattr(kind(), name)}
+            said |= {name: value for name, value in asdict(found).items() if value != getattr(kind(), name)}
     for text in wrong:
         mend = "Put it right there, or take it out: what is not set has a default."
         yield Finding(what="settings", says=text, state=State.BROKEN, mend=mend)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memplan.abstract import preserved
+from memplan.abstract import buffers_kept, preserved
 from memplan.errors import UsageError
 from memplan.losses import loss_of
 from memplan.packed import bits_of
@@ -34,6 +34,7 @@ _QUICK: Final = 10**12  # weights x tokens of a row: eight rows of it in a forwa
 _ROWS = 4
 _TOLERANCES: Final = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative; of lower precisions:
 _COARSE = 2e-2
+_ALIKE: Final = 1e-6  # share of a loss: parts that are nearer show nothing
 
 
 def counter(name: str) -> Count:
@@ -57,8 +58,6 @@ def shifted_tokens_in(batch: Any) -> Tensor:
     """Labels that count and have a token before them, from which a causal model predicts them."""
     return (_labels(batch)[..., 1:] != IGNORED).sum()
 
-
-_ALIKE: Final = 1e-6  # share of a loss: parts that are nearer show nothing
 
 _COUNTS: Final[dict[str, Count]] = {SHIFTED: shifted_tokens_in, TOKENS: tokens_in, SAMPLES: rows_in}
 
@@ -180,13 +179,8 @@ def _rows(batch: Sample, rows: slice) -> Sample:
 
 def _value(model: nn.Module, recipe: Recipe, part: Sample) -> float:
     """Of the model with the buffers that it has, whatever it makes of them: a running mean couples rows too."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
+    with buffers_kept(model):
         return float(loss_of(model, part, recipe.loss).detach())
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _nothing_saved() -> AbstractContextManager[None]:

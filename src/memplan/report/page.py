@@ -19,7 +19,7 @@ from memplan import __version__
 from memplan.errors import PlanSchema
 from memplan.gpus import all_gpus
 from memplan.plan_record import FrontierPoint, Layer, Measured, Plan, Verdict
-from memplan.prediction import Timeline, by_category
+from memplan.prediction import Timeline
 from memplan.problem import lever_of
 from memplan.report.answers import answers
 from memplan.report.charts import COLOURS, INK, class_of, frontier_svg, timeline_svg
@@ -92,7 +92,7 @@ class Part:
 
 def page_html(plan: Plan, measured: Measured | None = None) -> str:
     """The page as text. Raises PlanSchema if parts of the plan do not belong together."""
-    parts, plans = parts_of(plan.breakdown), shown_plans(plan)
+    parts, plans, found = parts_of(plan.breakdown), shown_plans(plan), explain(plan, all_gpus())
     levers = {_lever(run.option) for shown in plans for run in shown.runs}
     return _template().render(
         plan=plan,
@@ -111,7 +111,7 @@ def page_html(plan: Plan, measured: Measured | None = None) -> str:
         frontiers=_pictures(lambda width: frontier_svg(plan, measured, width=width)) if plan.frontier else [],
         plans=plans,
         parts=parts,
-        categories=[(name, size) for name, size in Counter(by_category(plan.breakdown)).most_common() if size],
+        categories=found.categories,
         parts_bytes=sum(part.n_bytes for part in parts),
         budget=_budget(plan),
         step=_step(plan),
@@ -120,7 +120,7 @@ def page_html(plan: Plan, measured: Measured | None = None) -> str:
         ink=INK,
         style=_file("page.css"),
         script=_file("page.js"),
-        cards=explain(plan, all_gpus()).cards,
+        cards=found.cards,
     )
 
 
