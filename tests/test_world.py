@@ -11,7 +11,7 @@ import world_rank
 from guarding import texts
 
 import memplan
-from memplan.errors import UsageError
+from memplan.errors import PlanMismatch, UsageError
 from memplan.samples import Sample
 from memplan.world import largest, least_share, odd_ranks, of_first, on_all, said_of
 
@@ -53,6 +53,15 @@ def test_several_ranks_are_fitted_where_they_run() -> None:
     model, batch = tiny.llama()
     with pytest.raises(UsageError, match=r"Start one process for each .* after init_process_group"):
         memplan.autofit(model, "cpu:1GiB", sample=batch, world=memplan.World(replicas=2))
+
+
+@pytest.mark.parametrize("world", [memplan.World(replicas=2), memplan.World(shards=4)])
+def test_a_plan_for_a_cluster_is_not_applied_by_a_process_alone(world: memplan.World) -> None:
+    model, batch = tiny.llama()
+    plan = memplan.plan(model, "cpu:1GiB", sample=batch, world=world)
+    with pytest.raises(PlanMismatch, match=f"one of {world.cards} cards, World.* and this process trains alone"):
+        memplan.apply(model, plan)
+    memplan.apply(model, plan.model_copy(update={"replicas": 1, "shards": 1})).undo()
 
 
 def test_without_ranks_everything_is_its_own() -> None:

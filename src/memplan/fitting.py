@@ -28,6 +28,7 @@ from memplan.plan_record import Measured, Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.units import format_bytes
+from memplan.world import World
 
 _applied: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # model -> how many of its modules run by a plan
 
@@ -222,7 +223,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         DoesNotFit: the plan itself says that it does not fit.
         MemoryTaken: it did, but other processes have taken memory of the card since.
         AlreadyApplied: the model runs by a plan already.
-        PlanMismatch: the plan was made for other modules or shapes.
+        PlanMismatch: the plan was made for other modules or shapes, or for more cards than train here.
         UsageError: it is no plan, or the model is compiled already.
     """
     if not isinstance(plan, Plan):
@@ -235,6 +236,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         )
     check_bare(model, "apply")
     _check_match(model, plan)
+    World(plan.replicas, plan.shards).check_here()
     _check_room(model, plan)
     return reapply(model, plan, optimizer)
 

@@ -27,21 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
 from memplan.device import Device, resolve_gpu
-from memplan.errors import DoesNotFit, MemoryTaken, UsageError
+from memplan.errors import MemoryTaken, UsageError
 from memplan.fitting import Fit, apply, reapply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
-from memplan.ranks import Replicas, Word, Words, check_whole
+from memplan.ranks import OthersRanOut, Replicas, Word, Words, check_whole
 from memplan.rewind import Before, CarefulStep, forget, outcome
-from memplan.rungs import Ladders
+from memplan.rungs import Ladders, nothing_smaller
 from memplan.units import format_bytes
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-
-class _OthersRanOut(Exception):
-    """Ends the step of a rank that had memory enough."""
 
 
 class Guard:
@@ -99,6 +95,7 @@ class Guard:
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
         self._since: list[Callable[[], object]] = []  # the micro-steps since the optimizer's last step
         self._rows: int | None = None  # what an evaluation has come down to
+        self._cut_short = False  # the evaluation under way, by a rank that ran out in a part of it
         if self._replicas is not None:
             self._replicas.keep_apart()
 
@@ -230,7 +227,7 @@ class Guard:
         self._exchanged = True
         self._words.tell(*self._last)
         if self._words.ranks(Word.RAN_OUT):
-            raise _OthersRanOut
+            raise OthersRanOut
         if self.timed:
             self._exchange_s = self._device.seconds_of(self._replicas.exchange, 1)[0]
         else:
@@ -239,9 +236,7 @@ class Guard:
     def exchange_share(self, step_s: float) -> float:
         """Of a step of so many seconds, what its exchange took when it was timed: nothing hides it.
 
-        To be asked on all ranks at once.
-
-        The least of what they say, which is the same on all: the others waited for it meanwhile.
+        To be asked on all ranks at once. The least of what they say, which is the same on all: others waited for it.
         """
         return 0.0 if self._replicas is None else self._replicas.least(self._exchange_s / step_s)
 
@@ -249,36 +244,46 @@ class Guard:
         """What `run(rows)` returns, which evaluates all there is in batches of that size, without gradients.
 
         Where memory runs out it is called anew, with half the rows; later evaluations start from there. The plan and
-        the batch of the training stay as they are. With several ranks it is for `run` to call nothing that waits for
-        the others.
+        the batch of the training stay as they are. With several ranks, what `run` does before it waits for the others
+        has to be in `evaluate_part`.
 
         Raises as `step` does; the out-of-memory error, with a note, if one row is too much.
         """
         before = Before(self.fit.model, self._generators)  # a step may be under way, with a note of its own
         before.note()
         while True:
-            now = min(rows, self._rows or rows)
+            now, self._cut_short = min(rows, self._rows or rows), False
             result, failure = outcome(partial(run, now))
-            found = None if failure is None else self._found(failure)
-            if failure is not None and found is None:
-                self._words.give_up(self._bucket)
-                raise failure
-            self._words.tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
+            if not self._cut_short:
+                self._tell_of(failure)
             if not self._words.ranks(Word.RAN_OUT):
                 assert result is not None
                 return result[0]
             self._free(failure, before)
             if now == 1:
-                raise self._ended(failure, found, "an evaluation in batches of one row")
+                raise nothing_smaller(self.plan, "an evaluation in batches of one row", failure, self._words)
             self._rows = now // 2
             self._note(f"an evaluation ran out of memory in batches of {now}; it goes on with {self._rows}")
             del failure
+
+    def evaluate_part(self, run: Callable[[], _Result]) -> _Result:
+        """What `run` returns, which is a part of the `run` of `evaluate`, behind which ranks wait for each other.
+
+        Each has to have as many. Where memory runs out on one of them, none comes past here: all begin anew.
+        """
+        result, failure = outcome(run)
+        self._tell_of(failure)
+        if self._words.ranks(Word.RAN_OUT):
+            self._cut_short = True
+            raise failure or OthersRanOut
+        assert result is not None
+        return result[0]
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
     def _recover(self, failure: Exception) -> None:
         """Back to before the step, and to a smaller plan. Raises if there is no way on."""
-        told = isinstance(failure, _OthersRanOut)
+        told = isinstance(failure, OthersRanOut)
         found = None if told else self._found(failure)
         late = self._careful.begun or (self._replicas is not None and self._exchanged and not told)
         if not told and (found is None or late):
@@ -300,7 +305,15 @@ class Guard:
         self._free(failure, self._before)
         for bucket in self._words.buckets(Word.RAN_OUT):
             if not self._fall(bucket, "ran out of memory"):
-                raise self._ended(failure, found, f"a step of {self.plan.micro_batch} samples at a time")
+                what = f"a step of {self.plan.micro_batch} samples at a time"
+                raise nothing_smaller(self.plan, what, failure, self._words)
+
+    def _tell_of(self, failure: Exception | None) -> None:
+        """Say how an evaluation, or a part of it, went. Raises what went wrong if it was not memory."""
+        if failure is not None and self._found(failure) is None:
+            self._words.give_up(self._bucket)
+            raise failure
+        self._words.tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
 
     def _found(self, failure: Exception) -> Diagnosis | None:
         """What ran out, if it is what plans are about: the memory where the model is."""
@@ -313,19 +326,6 @@ class Guard:
         if failure is not None:
             forget(failure)
         self._device.release()
-
-    def _ended(self, failure: Exception | None, found: Diagnosis | None, what: str) -> Exception:
-        """The error to raise where there is nothing smaller: the original one, or on another rank that one's news."""
-        needs = f"The smallest plan was to need {format_bytes(self.plan.needs_bytes)}"
-        state = "weights, optimizer state, buffers and random states are as before it"
-        if failure is None or found is None:
-            odd = self._words.ranks(Word.RAN_OUT)
-            return DoesNotFit(f"rank {odd} ran out of memory in {what}. {needs}; {state}.", self.plan.smallest_bytes)
-        failure.add_note(
-            f"memplan: {found.where} ran out ({found.name}) in {what}, and there is no smaller plan. {needs}; {state}. "
-            f"Way out: {found.helps}."
-        )
-        return failure
 
     # -- falling -------------------------------------------------------------------------------------------------
 

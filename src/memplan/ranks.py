@@ -28,6 +28,10 @@ class Word(IntEnum):
     FAILED = 3  # of something else: nobody can go on
 
 
+class OthersRanOut(Exception):
+    """Ends what a rank does that had memory enough."""
+
+
 def check_whole(model: nn.Module, replica: DistributedDataParallel | None, replicas: int) -> None:
     """That each rank has the whole model, and the replica, if there is one, is of it and one of so many.
 

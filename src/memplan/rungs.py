@@ -14,7 +14,9 @@ from memplan.device import resolve_gpu
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelError, UsageError
 from memplan.fitting import Live
 from memplan.optimizer_step import IN_BACKWARD
+from memplan.out_of_memory import diagnose
 from memplan.plan_record import Plan, Verdict
+from memplan.ranks import Word, Words
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
@@ -196,3 +198,25 @@ class Ladders:
         if bucket == len(self._limits):
             raise UsageError(f"the batch has {tokens} tokens, and the plans are for {self._limits[-1]} at most")
         return bucket
+
+
+def nothing_smaller(plan: Plan, what: str, failure: Exception | None, words: Words) -> Exception:
+    """The error to raise where there is no plan below: the original one, or on another rank that one's news.
+
+    Args:
+        plan: the last one.
+        what: was done by it.
+        failure: how it ended here.
+        words: what the ranks said of it.
+    """
+    needs = f"The smallest plan was to need {format_bytes(plan.needs_bytes)}"
+    state = "weights, optimizer state, buffers and random states are as before it"
+    found = None if failure is None else diagnose(failure)
+    if failure is None or found is None:
+        odd = words.ranks(Word.RAN_OUT)
+        return DoesNotFit(f"rank {odd} ran out of memory in {what}. {needs}; {state}.", plan.smallest_bytes)
+    failure.add_note(
+        f"memplan: {found.where} ran out ({found.name}) in {what}, and there is no smaller plan. {needs}; {state}. "
+        f"Way out: {found.helps}."
+    )
+    return failure

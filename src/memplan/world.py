@@ -45,6 +45,19 @@ class World:
         """Of all replicas and shards; each trains on samples of its own."""
         return self.replicas * self.shards
 
+    def check_here(self) -> None:
+        """Before a model runs by a plan for so many cards. Ranks that are beside them, in other groups, may be there.
+
+        Raises PlanMismatch where this process is none of so many: it holds more, or less, than was planned for.
+        """
+        ranks = _ranks()
+        if ranks % self.cards:
+            has = f"the process group has {ranks} ranks" if dist.is_initialized() else "this process trains alone"
+            raise PlanMismatch(
+                f"the plan is for one of {self.cards} cards, {self}, and {has}. Apply it on every rank, after "
+                "init_process_group, or plan again with the world that is here."
+            )
+
     def agreed(self, make: Callable[[], _Made], model: nn.Module | None = None) -> _Made:
         """The plan that `make` makes on the first rank, on all of them: what is timed differs from rank to rank.
 

@@ -103,6 +103,53 @@ def evaluation(rank: int) -> dict[str, Any]:
     return scene.ends() | {"asked": asked}
 
 
+def gathering_evaluation(rank: int) -> dict[str, Any]:
+    """Ranks wait for each other behind each of its parts; the second one runs out in its second, then behind one."""
+    scene = Scene(rank)
+    guard = scene.guard
+    assert guard is not None
+    asked = []
+
+    def evaluate(rows: int) -> float:
+        asked.append(rows)
+        found = torch.zeros(())
+        for at in range(8 // rows):
+
+            def part(at: int = at) -> torch.Tensor:
+                if rank == 1 and rows == 4 and at == 1:
+                    out_of_memory()
+                return torch.tensor(float(rank + at))
+
+            own = guard.evaluate_part(part)
+            dist.all_reduce(own)
+            found += own
+        if rank == 1 and rows == 2:
+            out_of_memory()
+        return found.item()
+
+    scene.loop.train(scene.data[:2])
+    found = guard.evaluate(evaluate, 4)
+    scene.loop.train(scene.data[2:])
+    return scene.ends() | {"asked": asked, "found": found}
+
+
+def broken_evaluation(rank: int) -> dict[str, Any]:
+    """The second rank fails of something else in a part, and the first one does not wait for it."""
+    scene = Scene(rank)
+    guard = scene.guard
+    assert guard is not None
+
+    def part() -> torch.Tensor:
+        if rank == 1:
+            raise KeyError("of rank 1")
+        return torch.zeros(())
+
+    def evaluate(_: int) -> None:
+        dist.all_reduce(guard.evaluate_part(part))
+
+    return scene.error(lambda: guard.evaluate(evaluate, 4))
+
+
 def nearly(rank: int) -> dict[str, Any]:
     """Rank 1 has a retry in its second step; all learn of it in the third."""
     scene, own = Scene(rank), CpuDevice.pressure
@@ -205,6 +252,8 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "optimizer": lambda rank: optimizer(rank, 0),
     "optimizer, later": lambda rank: optimizer(rank, GOOD_STEPS),
     "evaluation": evaluation,
+    "gathering evaluation": gathering_evaluation,
+    "broken evaluation": broken_evaluation,
     "nearly": nearly,
     "the end": the_end,
     "another error": another_error,

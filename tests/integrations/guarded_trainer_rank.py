@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
 import torch
 import transformers
-from guarding import Fault
+from guarding import Fault, out_of_memory
 from two_ranks import leave
 
 import memplan
@@ -78,6 +78,34 @@ def on(rank: int, where: str, at: int, times: int = 1) -> tuple[Fault, ...]:
     return (Fault(where, at, times),) if rank == RANK else ()
 
 
+def evaluated(folder: Path, *faults: int) -> dict[str, Any]:
+    """A run that evaluates after each of two epochs, and runs out in some of its evaluations' batches."""
+    trainer_guard.WORTH = math.inf
+    torch.manual_seed(0)
+    model = tiny.llama(3, attention_dropout=0.2)[0]
+    asked = {"eval_dataset": trainers.dataset(24), "per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
+    made = trainers.trainer(folder, model, train_dataset=trainers.dataset(32), ddp_backend="gloo", **asked)
+    fit = memplan.autofit(made, "cpu:1GiB", micro_batch=4, strategy=KEEP)
+    own, seen = made.prediction_step, []
+
+    def prediction_step(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(inputs["input_ids"]))
+        if len(seen) in faults:
+            out_of_memory()
+        return own(model, inputs, *args, **kwargs)
+
+    made.prediction_step = prediction_step
+    torch.manual_seed(1 + RANK)
+    run = trainers.Run.of(made)
+    return {
+        "weights": torch.cat([weight.flatten() for weight in run.weights.values()]).tolist(),
+        "logged": run.logged,
+        "rows": seen,
+        "changed": len(fit.plan.changed),
+        "put back": made.prediction_step is prediction_step,
+    }
+
+
 def sft(folder: Path) -> dict[str, Any]:
     """Its forwards wait for the other ranks, so that it is left alone, and says so."""
     asked = {"train_dataset": trainers.dataset(32), "ddp_backend": "gloo", "num_train_epochs": 1}
@@ -103,6 +131,8 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "twice": lambda folder: ran(folder, *on(1, "forward", 7), again=True),
     "whole": lambda folder: ran(folder, micro_batch=8),
     "whole, backward": lambda folder: ran(folder, *on(1, "backward", 2), micro_batch=8),
+    "evaluated": evaluated,
+    "evaluated, out of memory": lambda folder: evaluated(folder, *((5,) if RANK == 1 else ())),
     "sft": sft,
     "the end": lambda folder: ran(folder, *on(1, "forward", 7, 10_000)),
     "well afterwards": ran,

@@ -83,6 +83,21 @@ def test_an_evaluation_shrinks_on_all(ends: list[Ends]) -> None:
         assert off(rank["evaluation"], rank["well"]) <= 1e-6
 
 
+def test_an_evaluation_that_waits_for_the_others_shrinks_on_all(ends: list[Ends]) -> None:
+    """First from within a part of it, then from behind the last one."""
+    for rank in ends:
+        assert rank["gathering evaluation"]["asked"] == [4, 2, 1]
+        assert rank["gathering evaluation"]["found"] == sum(at + 1 + at for at in range(8))
+        assert off(rank["gathering evaluation"], rank["well"]) == 0
+        assert rank["gathering evaluation"]["plan"] == 0
+
+
+def test_what_else_breaks_an_evaluation_ends_both(ends: list[Ends]) -> None:
+    others, own = (rank["broken evaluation"] for rank in ends)
+    assert own["error"] == "KeyError: 'of rank 1'"
+    assert others["error"].startswith("ModelFailed: rank 1 failed")
+
+
 def test_one_is_close_and_all_fall_after_the_step_in_which_they_hear_of_it(ends: list[Ends]) -> None:
     for rank in ends:
         assert rank["nearly"]["used"] == [0, 0, 1, 1, 1, 1]

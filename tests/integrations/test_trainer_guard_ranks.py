@@ -76,6 +76,18 @@ def test_with_one_micro_batch_a_step_it_is_the_same(ranks: list[Ran]) -> None:
     assert off(ranks[0]["whole"], ranks[1]["whole"]) == 0
 
 
+def test_an_evaluation_that_one_cannot_hold_is_taken_again_by_all(ranks: list[Ran]) -> None:
+    """In its second epoch's second batch of four; what each has found is gathered behind every batch."""
+    for rank in ranks:
+        plain, faulty = rank["evaluated"], rank["evaluated, out of memory"]
+        assert plain["rows"] == [4] * 6
+        assert faulty["rows"] == [4] * 5 + [2] * 6
+        assert off(faulty, plain) == 0
+        assert faulty["logged"] == plain["logged"]
+        assert faulty["changed"] == 0
+        assert faulty["put back"]
+
+
 def test_ranks_that_wait_for_each_other_in_their_forwards_are_left_alone(ranks: list[Ran]) -> None:
     for rank in ranks:
         assert rank["sft"]["steps"] == 2

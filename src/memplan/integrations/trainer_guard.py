@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -92,13 +93,17 @@ class GuardedSteps:
         return loss
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """In smaller batches from where memory runs out. Not where several ranks gather what each has found."""
+        """In smaller batches from where memory runs out; ranks gather behind each batch what they have found."""
         trainer, guard = self._trainer, self._guard
         keeps_loaders = bool(trainer.args.dataloader_persistent_workers)
         asked = args[0] if args else kwargs.get("eval_dataset")
         several = isinstance(trainer.eval_dataset if asked is None else asked, dict)  # each comes by here again
-        if guard is None or keeps_loaders or several or trainer.args.world_size > 1:
+        if guard is None or keeps_loaders or several:
             return self._own_evaluate(*args, **kwargs)
+        predict = trainer.prediction_step
+
+        def together(*args: Any, **kwargs: Any) -> Any:
+            return guard.evaluate_part(partial(predict, *args, **kwargs))
 
         def run(rows: int) -> Any:
             trainer.args.per_device_eval_batch_size = rows
@@ -106,9 +111,11 @@ class GuardedSteps:
                 return self._own_evaluate(*args, **kwargs)
 
         own_rows = trainer.args.per_device_eval_batch_size
+        take_out = _put_in(trainer, "prediction_step", together)
         try:
             return guard.evaluate(run, own_rows)
         finally:
+            take_out()
             trainer.args.per_device_eval_batch_size = own_rows
 
     def _follow(self, guard: Guard) -> None:
