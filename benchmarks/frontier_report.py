@@ -228,6 +228,8 @@ def document(records: Mapping[str, Record], about: Mapping[str, str]) -> str:
         "deviation for no checkpointing against itself: smaller differences of two slowdowns mean nothing.",
         "",
         "The micro-batch is fixed to the whole batch: splitting it is another lever, shown in each second table.",
+        "Plans may pull every lever, also the step inside the backward (`in-backward`), which has to be asked for",
+        "elsewhere, since loops that clip or accumulate have no room for it.",
         "",
         "| workload | target | | |",
         "|---|---|---|---|",

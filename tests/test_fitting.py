@@ -29,6 +29,7 @@ from memplan.errors import (
 from memplan.fitting import Fit
 from memplan.gpus import find_gpu
 from memplan.plan_record import Budget, Plan, Verdict
+from memplan.strategy import LEVERS
 
 KIB = 1024
 
@@ -268,6 +269,25 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(applied: Applied
         return model(**batch)["loss"] * float("inf")
 
     assert applied.fit.measure(steps=1, loss=loss).peak_bytes > 0
+    assert before.differences() == []
+
+
+def test_neither_where_they_are_stepped_in_the_backward() -> None:
+    model, batch = tiny.gpt2(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    least = memplan.Strategy("least", objective="peak", levers=LEVERS)
+    plan = memplan.plan(model, "cpu:1GiB", sample=batch, optimizer=optimizer, micro_batch=1, strategy=least)
+    assert plan.stepping == "in-backward"
+    before = Imprint(model)
+
+    def loss(model: nn.Module, batch: object) -> Tensor:
+        assert isinstance(batch, dict)
+        return model(**batch)["loss"] * float("inf")
+
+    with memplan.apply(model, plan) as fit:
+        measured = fit.measure(steps=2)
+        assert abs(measured.peak_bytes - plan.peak_bytes) <= KIB
+        fit.measure(steps=1, loss=loss)
     assert before.differences() == []
 
 

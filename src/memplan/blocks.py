@@ -89,6 +89,11 @@ def alike(model: nn.Module, blocks: Sequence[str]) -> list[tuple[str, ...]]:
     return runs
 
 
+def one_of_each(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+    """The last of all blocks that cannot be told apart but by their position, wherever they stand."""
+    return tuple({describe(model.get_submodule(path), path): path for path in blocks}.values())
+
+
 def describe(block: nn.Module, path: str) -> tuple[object, ...]:
     """Everything about a block that may decide what it does, in comparable form."""
     last = path.rpartition(".")[2]

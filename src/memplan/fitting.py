@@ -23,7 +23,7 @@ from memplan.levers import stepping
 from memplan.levers.host_memory import pooled_bytes
 from memplan.levers.host_pool import HostPool
 from memplan.losses import Loss, loss_of
-from memplan.optimizer_step import PLAIN
+from memplan.optimizer_step import IN_BACKWARD, PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample, sample_for
@@ -323,7 +323,8 @@ def _card_of(model: nn.Module) -> tuple[str, Gpu, Device | None] | None:
 def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Device) -> Iterator[Callable[[], None]]:
     """One whole step: `accumulation` forwards and backwards, the optimizer at learning rate 0, gradients dropped.
 
-    Gradients that are clipped are so by a norm that leaves them as they are.
+    Gradients that are clipped are so by a norm that leaves them as they are. The optimizer sees none but zeros: one
+    that is not finite would reach the weights, 0 times infinity.
     """
     parameters = {id(p): p for p in model.parameters()}
     trainable = [p for p in parameters.values() if p.requires_grad]
@@ -338,18 +339,27 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
                 loss = loss_of(model, micro, recipe.loss)
             (loss / recipe.accumulation if recipe.accumulation > 1 else loss).backward()
             del loss
-        optimizer.zero_grad(set_to_none=False)  # one that is not finite would reach the weights, 0 times infinity
+        optimizer.zero_grad(set_to_none=False)
         if recipe.clips:
             clip_grad_norm_(trainable, math.inf)
         optimizer.step()
         for parameter in trainable:
             parameter.grad = None
 
+    in_backward = recipe.stepping == IN_BACKWARD
+    before = [p.register_post_accumulate_grad_hook(_zero_gradient) for p in trainable] if in_backward else []
     unstep = stepping.install(model, optimizer, recipe.stepping, recipe.accumulation)
     try:
         yield step
     finally:
+        for handle in before:
+            handle.remove()
         unstep()
+
+
+def _zero_gradient(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.zero_()
 
 
 def _nothing() -> None:

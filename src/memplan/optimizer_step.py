@@ -36,26 +36,6 @@ def check_stepping(stepping: str) -> None:
         raise UsageError(f"a step is one of {', '.join(STEPPINGS)}, got {stepping!r}")
 
 
-def not_in_backward(accumulation: int, clips: bool = False, replicas: int = 1) -> str | None:
-    """Why a training loop leaves no room for a step inside the backward, in a sentence; None if it does."""
-    if accumulation > 1:
-        return (
-            f"a step inside the backward drops its gradients, and {accumulation} micro-steps are to add theirs up. Use "
-            "one micro-step, or step plainly."
-        )
-    if clips:
-        return (
-            "gradients are clipped by the norm of all of them, which is known only after the backward, and a step "
-            "inside it would have used and dropped them by then. Step plainly, or do without clipping."
-        )
-    if replicas > 1:
-        return (
-            f"{replicas} replicas add up their gradients bucket by bucket, and a step inside the backward would use "
-            "those of one alone. Step plainly."
-        )
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class OptimizerPart:
     """What an optimizer adds to the trace of a step."""

@@ -42,3 +42,30 @@ class Recipe:
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""
         return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
+
+    def not_in_backward(self, accumulation: int) -> str | None:
+        """Why a step of so many micro-steps leaves no room for one inside the backward, in a sentence; None if it does.
+
+        What the optimizer itself has against it, `stepping.refusal` says.
+        """
+        if accumulation > 1:
+            return (
+                f"a step inside the backward drops its gradients, and {accumulation} micro-steps are to add theirs up. "
+                "Use one micro-step, or step plainly."
+            )
+        if self.clips:
+            return (
+                "gradients are clipped by the norm of all of them, which is known only after the backward, and a step "
+                "inside it would have used and dropped them by then. Step plainly, or do without clipping."
+            )
+        if self.autocast is torch.float16:
+            return (
+                "gradients of float16 are scaled, and a GradScaler scales them back only after the backward, when a "
+                "step inside it would have used them. Cast to bfloat16, which needs no scaler, or step plainly."
+            )
+        if self.replicas > 1:
+            return (
+                f"{self.replicas} replicas add up their gradients bucket by bucket, and a step inside the backward "
+                "would use those of one alone. Step plainly."
+            )
+        return None

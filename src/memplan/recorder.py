@@ -38,7 +38,6 @@ from memplan.optimizer_step import (
     OptimizerPart,
     PrimedOptimizer,
     check_stepping,
-    not_in_backward,
 )
 from memplan.recipe import AFTER_FORWARD, AFTER_STEP, Recipe
 from memplan.repeat import NotPeriodic, lengthened, same_events
@@ -112,7 +111,7 @@ class Recorder:
         """
         self.accumulation = accumulation or self.recipe.accumulation
         in_backward = self.recipe.stepping == IN_BACKWARD
-        if in_backward and (why := not_in_backward(self.accumulation, self.recipe.clips, self.recipe.replicas)):
+        if in_backward and (why := self.recipe.not_in_backward(self.accumulation)):
             raise NoStepInBackward(why)
         try:
             with AbstractModel(self.model, self.fake, self._fakes) as abstract, installed():

@@ -27,6 +27,7 @@ from memplan.errors import UsageError
 from memplan.levers import stepping
 from memplan.optimizer_step import SINGLE, tensors_in
 from memplan.out_of_memory import diagnose, inside
+from memplan.recipe import Recipe
 
 _Result = TypeVar("_Result")
 
@@ -109,7 +110,7 @@ def forget(error: BaseException) -> None:
 
 def steps_in_parts(optimizer: Optimizer) -> bool:
     """Whether an optimizer's step can be guarded without a copy of all that it changes."""
-    return _is_foreign(optimizer) or stepping.refusal(optimizer, 1) is None
+    return _is_foreign(optimizer) or stepping.refusal(Recipe(optimizer=optimizer), 1) is None
 
 
 def _is_foreign(optimizer: Optimizer) -> bool:

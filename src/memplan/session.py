@@ -320,8 +320,10 @@ class Session:
         return plan
 
     def _refusals(self, study: Study, strategy: Strategy) -> tuple[str, ...]:
-        """The levers that are not offered, each with the reason; copies to the host where they were to come first."""
-        if "offload" not in strategy.levers_first or study.host_bytes:
+        """The levers that are not offered, each with the reason. On a CPU copies to the host could not have helped, so
+        that they are told only where they were to come first."""
+        could_help = self.gpu.kind != "cpu" or "offload" in strategy.levers_first
+        if study.host_bytes or "offload" not in strategy.levers or not could_help:
             return study.refusals
         if self.gpu.kind == "cpu":
             why = "the tensors of a CPU are there already"

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from memplan import levers
 from memplan.allocator import Settings, Usage
-from memplan.blocks import alike, check_uncheckpointed, find_blocks, is_batch_coupled
+from memplan.blocks import alike, check_uncheckpointed, find_blocks, is_batch_coupled, one_of_each
 from memplan.device import Device
 from memplan.errors import CannotTrace, ModelFailed
 from memplan.fresh_memory import relieved, seconds_per_byte
@@ -163,7 +163,8 @@ class Study:
             trace = self._recorded(self.points[0], lambda: levers.noting_writes(self.model, every, written))
             why = recompute.refusal(written, self.model)
             if why is None and self.blocks:
-                why = self._disproof({self.blocks[-1]: RECOMPUTE}, asks=False)
+                some = one_of_each(self.model, self.blocks)
+                why = self._disproof(dict.fromkeys(some, RECOMPUTE), some, asks=False)
         except (ModelFailed, CannotTrace, CheckpointError) as error:
             return str(error).splitlines()[0]
         return why or trace
@@ -230,7 +231,7 @@ class Study:
         if not self.blocks:
             return Menu({}, {})
         is_repeatable = isinstance(self._recomputed, Trace)
-        copies = offload.OPTIONS if is_repeatable or "recompute" not in self.levers else (offload.SAVED,)
+        copies = offload.OPTIONS if is_repeatable else (offload.SAVED,)  # beside the boundary a block is recomputed
         graphs = self._graphs() if "select" in self.levers else {}
         return Menu.of(self._groups, graphs, is_repeatable, copies if self.host_bytes > 0 else ())
 
@@ -278,18 +279,15 @@ class Study:
             return str(error).splitlines()[0]
         if used.reads or not used.losses:
             return loss_head.misuse_of(self.model, path, used)
-        return self._disproof(option) or (option, trace)
+        return self._disproof(option, self.blocks[-1:]) or (option, trace)
 
-    def _disproof(self, option: Mapping[str, str], *, asks: bool = True) -> str | None:
-        """What differs in a real step on two samples, where the model can run one.
-
-        Of the blocks only the last one does its work: it is they who get the gradient, whatever made it.
-        """
+    def _disproof(self, option: Mapping[str, str], working: Sequence[str], *, asks: bool = True) -> str | None:
+        """What differs in a real step on two samples, where the model can run one, in which only some blocks work."""
         if not self._can_time:
             return None
         assert self.device is not None
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
-        idle = [[path for path in group if path != self.blocks[-1]] for group in self._groups]
+        idle = [[path for path in group if path not in working] for group in self._groups]
         tried = partial(levers.tried, self.model, option)
         return difference_without(self.model, idle, self.recipe, sample, tried, asks=asks)
 

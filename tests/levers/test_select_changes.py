@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from memplan import levers
 from memplan.blocks import find_blocks
 from memplan.errors import PlanNotFollowed
 from memplan.levers import select
+from memplan.levers.select import capturing
 
 from_then_on = pytest.mark.filterwarnings("ignore::memplan.errors.PlanNotFollowed")
 
@@ -96,6 +98,62 @@ def test_other_arguments_are_another_kind_of_call(
     for _ in range(2):
         assert same(gradients(block, x, **first), wanted[0])
         assert same(gradients(block, x, **second), wanted[1])
+
+
+def by_settings(block: Block, x: Tensor) -> Tensor:
+    factor = block.scaling["one"] * block.bounds[0][1] * len(block.active) * float(block.rate)
+    return block.last(torch.relu(block.first(x) * factor))
+
+
+def set_in_place(block: Block) -> None:
+    block.scaling["one"] = 3.0
+
+
+def set_inside(block: Block) -> None:
+    block.bounds[0] = (0.0, 3.0)
+
+
+def added(block: Block) -> None:
+    block.active.add("two")
+
+
+def of_numpy(block: Block) -> None:
+    block.rate = np.float64(3.0)
+
+
+@from_then_on
+@pytest.mark.parametrize("change", [set_in_place, set_inside, added, of_numpy])
+def test_settings_in_containers_and_of_numpy_are_seen(change: Callable[[Block], None]) -> None:
+    """As PEFT keeps the scale of each adapter in a dict."""
+    block, x = made(by_settings), rows()
+    block.scaling, block.bounds, block.active = {"one": 2.0, "other": object()}, [(0.0, 1.0)], {"one"}
+    block.rate = np.float64(1.0)
+    undo = install(block, x)
+    for _ in range(2):
+        gradients(block, x)
+    kinds = len(block.forward._known)
+    assert kinds == 1
+    change(block)
+    found = [gradients(block, x) for _ in range(2)]
+    assert holding(block)
+    assert len(block.forward._known) == kinds + 1
+    undo()
+    wanted = gradients(block, x)
+    assert all(same(again, wanted) for again in found)
+
+
+def test_the_kinds_of_call_that_were_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "_MOST_KINDS", 2)
+    block = made()
+    install(block, rows())
+    for count in (4, 5, 4, 6):
+        gradients(block, rows(count=count))
+    captured = []
+    monkeypatch.setattr(select, "capturing", lambda *args: captured.append(args) or capturing(*args))
+    gradients(block, rows(count=4))
+    assert not captured
+    gradients(block, rows(count=5))
+    assert len(captured) == 1
 
 
 def by_sign(block: Block, x: Tensor) -> Tensor:

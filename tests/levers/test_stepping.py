@@ -193,7 +193,11 @@ def test_alternatives() -> None:
     model, _ = tiny.plain(layers=2)
     assert names(torch.optim.AdamW(model.parameters(), foreach=True)) == ["plain", "single", "in-backward"]
     assert names(torch.optim.LBFGS(model.parameters())) == ["plain"]
-    assert refusal(torch.optim.Adagrad(model.parameters()), 1) is None
-    for recipe, why in ((Recipe(clips=True), "the norm of all of them"), (Recipe(replicas=2), "2 replicas")):
+    assert refusal(Recipe(optimizer=torch.optim.Adagrad(model.parameters())), 1) is None
+    for recipe, why in (
+        (Recipe(clips=True), "the norm of all of them"),
+        (Recipe(replicas=2), "2 replicas"),
+        (Recipe(autocast=torch.float16), "a GradScaler scales them back only after the backward"),
+    ):
         assert [one.name for one in alternatives(recipe, 1, True)] == ["plain", "single"]
-        assert why in str(refusal("adamw", 1, recipe.clips, recipe.replicas))
+        assert why in str(refusal(recipe, 1))

@@ -11,8 +11,9 @@ attributes and hooks, autocast, and the sequence of what autograd saves and by w
 of call is captured anew; where a block does not do what it did, everything is held, as if there were no plan, and a
 warning says so.
 
-What nobody can see is a number that changes between steps though it is no attribute of a module: in an object that a
-module refers to, in a closure, or read from a tensor through NumPy or `tolist`.
+What nobody can see is a number that changes between steps though it is no attribute of a module, nor in a list, tuple,
+set or dict that is one: in another object that a module refers to, in a closure, or read from a tensor through NumPy or
+`tolist`.
 """
 
 import warnings
@@ -22,6 +23,7 @@ from functools import wraps
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -36,7 +38,11 @@ from memplan.levers.undo import StandIn, Undo, plain_forward, set_attributes
 from memplan.tape import prepares
 
 _PLAIN = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
-_PLAIN_TYPES = frozenset(_PLAIN)
+_NUMBERS = frozenset(kind for kind in np.sctypeDict.values() if issubclass(kind, np.number | np.bool_))
+_PLAIN_TYPES = frozenset(_PLAIN) | _NUMBERS
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_LONGEST = 64  # entries of one that is looked into: more are no settings
+_OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps in each, and is looked at by itself
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MOST_KINDS = 64  # of calls of one block that are remembered
 
@@ -81,6 +87,12 @@ class Selected(StandIn):
     def _look(self) -> None:
         """At the block's modules."""
         self._attributes = [vars(module) for module in self.block.modules()]
+        self._contained = [
+            (own, name)
+            for own in self._attributes
+            for name, value in own.items()
+            if isinstance(value, _CONTAINERS) and name not in _OF_MODULES
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_") or name[:2] == "__"}
@@ -88,7 +100,7 @@ class Selected(StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._known, self._proved = {}, set()  # the block may not be whole yet
-        self._attributes = []
+        self._attributes, self._contained = [], []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
@@ -103,6 +115,7 @@ class Selected(StandIn):
             self._look()  # there may be other modules now
             kind = str(spec), self._kind(leaves, inputs)
             return self._captured(kind, inputs, args, kwargs)
+        self._known[kind] = self._known.pop(kind)  # the latest, which is the last to be forgotten
         captured, parts = known
         expected = captured.saved
         saved: list[Saved] = []
@@ -186,7 +199,9 @@ class Selected(StandIn):
         owns = self._attributes
         return (
             tuple(module for own in owns for module in own["_modules"].values()),
+            tuple(map(len, owns)),
             tuple(value for own in owns for value in own.values() if type(value) in _PLAIN_TYPES),
+            tuple(_told(own.get(name)) for own, name in self._contained),
             tuple(key for own in owns for hooks in _HOOKS for key in own[hooks]),
             tuple(p.requires_grad for own in owns for p in own["_parameters"].values() if p is not None),
         )
@@ -203,6 +218,17 @@ class Selected(StandIn):
             PlanNotFollowed,
             stacklevel=4,
         )
+
+
+def _told(value: object) -> object:
+    """A container's plain entries, those of containers in it as well, in a form that can be compared."""
+    if isinstance(value, dict) and len(value) <= _LONGEST:
+        return type(value), tuple((key, _told(entry)) for key, entry in value.items() if type(key) in _PLAIN_TYPES)
+    if isinstance(value, set | frozenset) and len(value) <= _LONGEST:
+        return type(value), frozenset(entry for entry in value if type(entry) in _PLAIN_TYPES)
+    if isinstance(value, list | tuple) and len(value) <= _LONGEST:
+        return type(value), tuple(map(_told, value))
+    return value if type(value) in _PLAIN_TYPES else type(value)
 
 
 def capturing(

@@ -5,11 +5,12 @@ freed layer by layer; the training loop stays as it is, and its `optimizer.step(
 takes one parameter after the other where the optimizer would take many at once (foreach), with temporaries for all.
 
 What a step inside the backward excludes. Seen, and refused: several micro-steps, clipping by the norm where the recipe
-says so, replicas, optimizers that look at more than one parameter, a second backward before `optimizer.step()`. Not
-seen: whatever else works on gradients between the backward and the step finds none. `clip_grad_norm_` then returns 0
-and clips nothing; a `GradScaler` raises by itself in its `step` ("No inf checks were recorded"), but the first step was
-taken by then, with scaled gradients: use bfloat16, which needs no scaler. Hooks before the step run once a step, after
-the weights have changed.
+says so, autocast to float16, replicas, optimizers that look at more than one parameter, a second backward before
+`optimizer.step()`. Not seen: whatever else works on gradients between the backward and the step finds none.
+`clip_grad_norm_` then returns 0 and clips nothing; a `GradScaler` of which the recipe's autocast does not tell raises
+by itself in its `step` ("No inf checks were recorded"), but the first step was taken by then, with scaled gradients.
+Hooks before the step run once a step, after the weights have changed. A backward that ends half way has stepped some
+parameters, which nothing takes back.
 """
 
 from collections import defaultdict
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from memplan import optimizers
 from memplan.errors import NoStepInBackward
 from memplan.levers.undo import Undo
-from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE, check_stepping, not_in_backward, set_single
+from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE, check_stepping, set_single
 from memplan.recipe import Recipe
 
 ASSUMPTION: Final = (
@@ -59,20 +60,20 @@ def alternatives(recipe: Recipe, accumulation: int, foreach: bool | None = None)
     names = [PLAIN]
     if optimizers.batches_parameters(recipe.optimizer, foreach):
         names.append(SINGLE)
-    if refusal(recipe.optimizer, accumulation, recipe.clips, recipe.replicas) is None:
+    if refusal(recipe, accumulation) is None:
         names.append(IN_BACKWARD)
     return tuple(Alternative(name, replace(recipe, stepping=name)) for name in names)
 
 
-def refusal(optimizer: str | Optimizer, accumulation: int, clips: bool = False, replicas: int = 1) -> str | None:
+def refusal(recipe: Recipe, accumulation: int) -> str | None:
     """Why parameters cannot be stepped inside the backward, in a sentence; None if they can."""
-    why = not_in_backward(accumulation, clips, replicas)
+    why = recipe.not_in_backward(accumulation)
     if why is not None:
         return why
-    if isinstance(optimizer, str):
-        optimizers.name_of(optimizer)
+    if isinstance(recipe.optimizer, str):
+        optimizers.name_of(recipe.optimizer)
         return None
-    live = optimizers.unwrapped(optimizer)
+    live = optimizers.unwrapped(recipe.optimizer)
     if type(live).__module__.partition(".")[0] == "bitsandbytes":
         return (
             f"bitsandbytes' {type(live).__name__} keeps settings by the place of a parameter in its group, which is "
@@ -85,9 +86,9 @@ def refusal_of(recipe: Recipe, accumulation: int) -> str | None:
     """Why a step cannot be planned to be made inside the backward, with the way out; nobody asks where it can."""
     if accumulation > 1:
         return "the micro-steps of a split batch are to add up their gradients. Give the whole batch as micro_batch."
-    if isinstance(recipe.optimizer, str) and not (recipe.clips or recipe.replicas > 1):
+    if isinstance(recipe.optimizer, str) and recipe.not_in_backward(accumulation) is None:
         return f"{recipe.optimizer!r} is only a name. Pass the optimizer itself, which can be made to."
-    return refusal(recipe.optimizer, accumulation, recipe.clips, recipe.replicas)
+    return refusal(recipe, accumulation)
 
 
 def install(model: nn.Module, optimizer: Optimizer, stepping: str = IN_BACKWARD, accumulation: int = 1) -> Undo:
@@ -106,7 +107,7 @@ def install(model: nn.Module, optimizer: Optimizer, stepping: str = IN_BACKWARD,
     check_stepping(stepping)
     live = optimizers.unwrapped(optimizer)
     if stepping == IN_BACKWARD:
-        if (why := refusal(live, accumulation)) is not None:
+        if (why := refusal(Recipe(optimizer=live), accumulation)) is not None:
             raise NoStepInBackward(why)
         return _install_in_backward(model, live)
     before = [(group, group["foreach"]) for group in live.param_groups if "foreach" in group]
@@ -138,7 +139,8 @@ def _install_in_backward(model: nn.Module, optimizer: Optimizer) -> Undo:
             if id(parameter) in stepped:
                 raise NoStepInBackward(
                     f"a parameter of shape {tuple(parameter.shape)} got a second gradient before optimizer.step(), but "
-                    "was stepped by the first. One backward per step: add up the losses, or undo the step in backward."
+                    "was stepped by the first. One backward per step: add up the losses, or undo the step in backward. "
+                    "If a backward failed half way before, weights are between two steps: load a checkpoint."
                 )
             stepped.add(id(parameter))
             optimizers.step_alone(optimizer, parameter)
