@@ -195,6 +195,23 @@ def test_an_optimizer_that_finds_no_room_at_all_has_changed_nothing() -> None:
     assert "no parameter was stepped" in raised.value.__notes__[0]
 
 
+def test_a_parameter_for_whose_copy_there_is_no_room_is_stepped_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = rewind._Copies
+
+    class NoRoom(copies):  # type: ignore[misc,valid-type]  # a class by another name
+        def __init__(self, optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> None:
+            if any(parameter.dim() > 1 for parameter in params):
+                out_of_memory()
+            super().__init__(optimizer, params)
+
+    monkeypatch.setattr(rewind, "_Copies", NoRoom)
+    ours = loop()
+    ours.train(batches())
+    check_as_unfaulted(ours)
+    assert ours.guard is not None
+    assert not ours.guard.falls
+
+
 def test_an_optimizer_that_stops_half_way_says_so() -> None:
     ours = loop()
     assert isinstance(ours.optimizer, Faulty)

@@ -108,6 +108,8 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
             raise
         except Exception as error:  # the model's own, which pairs rows or knows another label for "none"
             raise Undecided(f"the loss of a part cannot be computed ({type(error).__name__}: {error})") from error
+        if is_coarse and averages_routes(model):
+            return None
         tolerance = (_COARSE if is_coarse else _TOLERANCES.get(parameter.dtype, _COARSE)) * abs(whole)
         if max(pieces) - min(pieces) <= _ALIKE * abs(whole):
             raise Undecided("all parts have the same loss, as with a head of zeros, and so has any mean of them")
@@ -124,6 +126,13 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         if abs(values(batch)[0][0] - whole) > tolerance:
             raise Undecided("the loss is another one each time, as one that draws random numbers")
         return None
+
+
+def averages_routes(model: nn.Module) -> bool:
+    """Whether a mean over the micro-batch is in a model's loss that is too small to be seen where it is rounded
+    coarsely: that of its experts' router, as transformers names it."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "output_router_logits", False) for config in configs)
 
 
 def as_exactly_as_it_runs(

@@ -5,13 +5,15 @@ Not taken back, since nobody can know of it: other attributes that a forward cha
 
 An optimizer's step changes weights and state in place and needs memory for its temporaries meanwhile. To keep copies of
 all would take twice the memory of both. So it is taken in parts, each copied before it is stepped: where memory runs
-out, the part at hand is put back, and the step is *finished*, one parameter after the other, rather than repeated.
+out, the part at hand is put back, and the step is *finished*, one parameter after the other, rather than repeated. One
+for whose copy there is no room even so is stepped without.
 """
 
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final, TypeVar
 
@@ -168,7 +170,7 @@ class CarefulStep:
             hook(optimizer, (), {})
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
 
-    def _took(self, part: Sequence[Parameter]) -> Exception | None:
+    def _took(self, part: Sequence[Parameter]) -> "_Failed | None":
         """Step these. Where memory runs out they are put back, and its error is returned."""
         copies = None
         try:
@@ -177,28 +179,39 @@ class CarefulStep:
         except Exception as error:  # what raises is the optimizer's own code
             if diagnose(error) is None:
                 raise
-            failure = error
+            failed = _Failed(error, copied=copies is not None)
         else:
             self.taken += len(part)
             return None
         if copies is not None:
             copies.put_back()
             del copies
-        forget(failure)
+        forget(failed.error)
         self._device.release()
-        return failure
+        return failed
 
     def _finish(self, part: Sequence[Parameter], of: int) -> None:
         """Once more, with what was freed; one after the other, if the optimizer can."""
         unset = stepping.install(self._model, self._optimizer, SINGLE)
         try:
             for some in [[parameter] for parameter in part] if self._parts else [part]:
-                failure = self._took(some)
-                if failure is not None:
-                    failure.add_note(_left(self.taken, of, some))
-                    raise failure
+                failed = self._took(some)
+                if failed is not None and failed.copied:
+                    failed.error.add_note(_left(self.taken, of, some))
+                    raise failed.error
+                if failed is not None:  # without memplan it would have been stepped so
+                    self.taken += len(some)
+                    _step_these(self._optimizer, some)
         finally:
             unset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """How parameters were not stepped, and whether there was room for their copy."""
+
+    error: Exception
+    copied: bool
 
 
 class _Copies:

@@ -53,7 +53,7 @@ def peaks_of(accelerator: Accelerator, rows: int, runs: int) -> dict[str, int]:
 
     def step() -> None:
         nonlocal output
-        for _ in range(accelerator.gradient_accumulation_steps):
+        for _ in range(accelerator.memplan.plan.accumulation):
             with accelerator.accumulate(model):
                 output = model(**next(batches))
                 accelerator.backward(output.loss)

@@ -8,8 +8,16 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.tracking import GeneralTracker
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+)
 
 import memplan
 from integrations import scripts
@@ -17,6 +25,7 @@ from integrations.scripts import Ran, train
 from memplan import cache, means
 from memplan.integrations import parts
 from memplan.integrations.accelerate import MemplanAccelerator, MemplanPlugin, attach
+from memplan.integrations.loaders import MicroBatches
 from memplan.recipe import Recipe
 from memplan.samples import Sample
 
@@ -220,6 +229,102 @@ def test_the_loader_of_the_script_stays_as_it_was() -> None:
         assert (ours.num_workers, ours.persistent_workers, ours.prefetch_factor) == (1, True, 3)
         assert ours.worker_init_fn is named
         assert len(ours) == 10
+
+
+@pytest.mark.parametrize(("own", "most_steps"), [(1, 7), (2, 7)])
+def test_numbers_that_scripts_make_of_lengths(own: int, most_steps: int) -> None:
+    """As transformers' examples do: epochs out of a number of steps, and a mean loss out of what they have added up."""
+
+    def run(attached: bool) -> tuple[int, list[int], list[float], list[Any]]:
+        with scripts.fresh_accelerate():
+            scripts.set_seed(0)
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=own)
+            if attached:
+                planned(effective_batch=8 * own)(accelerator)
+            model = scripts.make_model("llama")
+            loader = DataLoader(scripts.Texts(40), batch_size=8, collate_fn=scripts.padded)
+            model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+            a_epoch = -(-len(loader) // own)
+            assert a_epoch == -(-len(loader) // accelerator.gradient_accumulation_steps)
+            epochs, done, lengths, losses = -(-most_steps // a_epoch), 0, [len(loader)], []
+            for _ in range(epochs):
+                total = 0.0
+                for batch in loader:
+                    with accelerator.accumulate(model):
+                        loss = model(**batch).loss
+                        total += float(loss.detach())
+                        accelerator.backward(loss)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    done += accelerator.sync_gradients
+                    if done == most_steps:
+                        break
+                losses.append(total / len(loader))
+                lengths.append(len(loader))
+            return done, lengths, losses, [p.detach().clone() for p in model.parameters()]
+
+    plain, ours = run(attached=False), run(attached=True)
+    assert plain[0] == ours[0] == most_steps
+    assert set(plain[1]) == {5}
+    assert ours[1][0] == 5
+    assert set(ours[1][1:]) == {20}
+    assert ours[2][0] == pytest.approx(plain[2][0], rel=0.05)  # rows of other lengths count otherwise in such a mean
+    assert max(float((a - b).abs().max()) for a, b in zip(plain[3], ours[3], strict=True)) <= CLOSE
+
+
+def test_a_stream_has_no_length() -> None:
+    with scripts.fresh_accelerate():
+        accelerator = planned()(Accelerator(cpu=True))
+        model = scripts.make_model("llama")
+        loader = DataLoader(Stream(), batch_size=8, collate_fn=scripts.padded)
+        loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)[2]
+        for _ in range(2):
+            with pytest.raises(TypeError, match="has no len"):
+                len(loader)
+            next(iter(loader))
+
+
+class ByEpoch(BatchSampler):
+    """Draws another order in each epoch that it is told."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self.sampler), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return (order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size))
+
+
+def test_a_batch_sampler_is_told_the_epoch() -> None:
+    rows = scripts.Texts(35)
+
+    def made() -> dict[str, Any]:
+        return {"batch_sampler": ByEpoch(SequentialSampler(rows), 8, False), "batch_size": 1, "shuffle": None}
+
+    plain, ours = train(None, rows=35, loader=made()), train(planned(), rows=35, loader=made())
+    check_same(plain, ours)
+
+
+@pytest.mark.parametrize("rows", [32, 35])
+def test_a_cut_loader_is_as_long_as_it_says(rows: int) -> None:
+    inner = ByEpoch(SequentialSampler(range(rows)), 8, False)
+    batches = MicroBatches(inner, 1, 2)
+    assert len(batches) == len(list(batches)) == -(-rows // 2)
+    for rank in range(2):
+        shared = BatchSamplerShard(BatchSampler(range(rows), 8, False), 2, rank, split_batches=True)
+        cut = MicroBatches(shared, 1, 2)
+        assert len(cut) == len(list(cut))
+        assert {len(batch) for batch in cut} == {2}
+
+
+def test_a_router_s_loss_in_half_precision_has_no_parts() -> None:
+    model, batch = tiny.llama(use_cache=False)
+    model = model.bfloat16()
+    assert means.mean_over(model, Recipe(), Sample.of(batch)) == means.SHIFTED
+    model.config.output_router_logits = True
+    assert means.mean_over(model, Recipe(), Sample.of(batch)) is None
 
 
 def test_the_plugin_does_the_same() -> None:

@@ -230,6 +230,19 @@ def test_accumulation_across_epochs() -> None:
             attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
 
 
+def test_a_stateful_loader(accelerator: Accelerator) -> None:
+    accelerator.dataloader_config.use_stateful_dataloader = True
+    with pytest.raises(UsageError, match="saves its place in micro-batches"):
+        attach(accelerator)
+
+
+def test_ranks_with_batches_of_other_sizes(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memplan.integrations.scripts.of_first", lambda _: 4)
+    attach(accelerator, plan=scripts.plan_file("llama", 2, 8))
+    with pytest.raises(UsageError, match="batches of 8 on this rank and of 4 on the first"):
+        accelerator.prepare(*parts())
+
+
 def test_no_accelerator() -> None:
     with pytest.raises(UsageError, match=r"memplan\.attach takes an accelerate\.Accelerator, not a NoneType"):
         attach(None)  # type: ignore[arg-type]  # what is refused
@@ -414,10 +427,14 @@ def test_backward_outside_of_a_step(driven: Any) -> None:
         accelerator.backward(model(**padded([Texts(2)[0]])).loss)
 
 
-def test_skipping_to_the_middle_of_a_step(driven: Any) -> None:
-    accelerator, _, _, loader = driven
-    with pytest.raises(UsageError, match="no whole number of optimizer steps of 8 samples"):
-        accelerator.skip_first_batches(loader, 2)
+def test_skipping_to_the_middle_of_a_step() -> None:
+    with fresh_accelerate():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        attach(accelerator, plan=scripts.plan_file("llama", 2, 16))
+        loader = accelerator.prepare(*parts())[2]
+        with pytest.raises(UsageError, match="no whole number of optimizer steps of 16 samples"):
+            accelerator.skip_first_batches(loader, 1)
+        assert len(accelerator.skip_first_batches(loader, 2)) == len(loader) - 2 == 1
 
 
 def test_evaluation_is_left_alone(driven: Any) -> None:

@@ -65,12 +65,21 @@ def test_a_checkpoint_from_before_memplan(tmp_path: Path) -> None:
 
 
 def test_batches_that_are_counted_otherwise(tmp_path: Path) -> None:
-    """As scripts do that count optimizer steps, or go on twice."""
+    """As scripts do that go on twice."""
     plan = scripts.plan_file("llama", 2, BATCH)
     run(plan, tmp_path, save_at=3)
     (tmp_path / "batches.txt").write_text("4")  # steps would be 3, batches 12
-    with pytest.raises(UsageError, match=r"4 batches are 1 steps, .* had taken 3 .*batches of 2 samples: skip 12 of"):
+    with pytest.raises(UsageError, match=r"had taken 3 steps.*: skip 3 batches of 8 samples.*, or 12 of 2"):
         run(plan, tmp_path, save_at=None)
+
+
+@pytest.mark.parametrize("before", [2, 4])
+def test_batches_that_a_script_works_out_of_its_steps(tmp_path: Path, before: int) -> None:
+    run(scripts.plan_file("llama", before, BATCH), tmp_path, save_at=3)
+    (tmp_path / "batches.txt").write_text("3")  # the script's own
+    resumed = run(scripts.plan_file("llama", 2, BATCH), tmp_path, save_at=None)
+    whole = run(None, None, None)
+    assert max(float((a - b).abs().max()) for a, b in zip(resumed, whole, strict=True)) <= 1e-5
 
 
 def test_what_was_skipped_counts_when_it_is_saved_again(tmp_path: Path) -> None:
@@ -81,7 +90,7 @@ def test_what_was_skipped_counts_when_it_is_saved_again(tmp_path: Path) -> None:
         parts = net, torch.optim.AdamW(net.parameters()), DataLoader(Texts(37), BATCH, collate_fn=padded)
         net, optimizer, loader = accelerator.prepare(*parts)
         saved = []
-        for batch in accelerator.skip_first_batches(loader, 8):
+        for batch in accelerator.skip_first_batches(loader, 2):
             accelerator.backward(net(**batch).loss)
             optimizer.step()
             if accelerator.sync_gradients:

@@ -97,6 +97,44 @@ def difference(a: Module, b: Module) -> float:
     return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
 
 
+class Unlabelled(Module):
+    """Divides by the number of labels by hand, also where that is none."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        labels = batch["labels"]
+        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        counts = (labels.flatten() != -100).float()
+        loss: Tensor = (each * counts).sum() / counts.sum()
+        self.log("loss", loss.detach())
+        return loss
+
+
+def half_labelled(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Rows whose first token is odd have no label."""
+    batch = padded(rows)
+    batch["labels"][batch["input_ids"][:, 0] % 2 == 1] = -100
+    return batch
+
+
+def test_a_part_without_labels_teaches_nothing() -> None:
+    def trained(callback: MemplanCallback | None) -> Unlabelled:
+        seed_everything(0, verbose=False)
+        module = Unlabelled("llama", 4)
+        options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "max_epochs": 1}
+        lightning = Trainer(
+            callbacks=[] if callback is None else [callback], accelerator="cpu", enable_progress_bar=False, **options
+        )
+        lightning.fit(module, DataLoader(Texts(32), BATCH, collate_fn=half_labelled))
+        return module
+
+    callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface", normalise="tokens")
+    ours = trained(callback)
+    assert callback.plan is not None
+    assert callback.plan.accumulation == 4
+    assert difference(trained(None), ours) <= 1e-5
+
+
 @pytest.mark.parametrize(("rows", "own"), [(40, 1), (35, 1), (35, 2)])
 def test_same_weights(rows: int, own: int) -> None:
     callback = MemplanCallback(gpu="cpu:1GiB", micro_batch=2, strategy="huggingface")

@@ -22,27 +22,33 @@ def own(output: Any, labels: Tensor) -> Tensor:
     return cross_entropy(output.logits.flatten(0, 1), labels.flatten())
 
 
-TRAINED: dict[str, tuple[Callable[[nn.Module, Any, Any], Tensor], bool]] = {
-    "the output's": (lambda _, output, __: output.loss, True),
-    "the output's by its key, divided": (lambda _, output, __: output["loss"].float().mean() / 3, True),
-    "with a penalty": (lambda m, o, _: sum((p.square().sum() for p in m.parameters()), o.loss * 2), True),
-    "with a penalty before": (lambda m, o, _: sum(p.square().sum() for p in m.parameters()) + o.loss, True),
-    "of the logits": (lambda _, output, batch: own(output, batch["labels"]), False),
-    "a penalty alone": (lambda m, _, __: sum((p.square().sum() for p in m.parameters()), torch.zeros(())), False),
+NOTHING, ANOTHER, MORE = "", "another loss than the one in the output", "more of the output of LlamaForCausalLM in it"
+
+TRAINED: dict[str, tuple[Callable[[nn.Module, Any, Any], Tensor], str]] = {
+    "the output's": (lambda _, output, __: output.loss, NOTHING),
+    "the output's by its key, divided": (lambda _, output, __: output["loss"].float().mean() / 3, NOTHING),
+    "with a penalty": (lambda m, o, _: sum((p.square().sum() for p in m.parameters()), o.loss * 2), NOTHING),
+    "with a penalty before": (lambda m, o, _: sum(p.square().sum() for p in m.parameters()) + o.loss, NOTHING),
+    "with a penalty on a product": (lambda m, o, _: o.loss + (m.lm_head.weight @ m.lm_head.weight.T).norm(), NOTHING),
+    "with a term of the logits": (lambda _, output, __: output.loss + output.logits.square().mean(), MORE),
+    "with a term of the logits before": (lambda _, o, __: o.logits.square().mean() + o.loss, MORE),
+    "with another one's of the logits": (lambda _, o, batch: o.loss / 2 + own(o, batch["labels"]) / 2, MORE),
+    "of the logits": (lambda _, output, batch: own(output, batch["labels"]), ANOTHER),
+    "a penalty alone": (lambda m, _, __: sum((p.square().sum() for p in m.parameters()), torch.zeros(())), ANOTHER),
 }
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_trained(name: str) -> None:
-    trained, is_output_s = TRAINED[name]
+    trained, words = TRAINED[name]
     model, batch = tiny.llama()
     hooks = len(model._forward_hooks)
     watched = OutputLoss(model)
     loss = trained(model, model(**batch), batch)
-    if is_output_s:
+    if not words:
         watched.check(loss)
     else:
-        with pytest.raises(UsageError, match=r"another loss than the one in the output of LlamaForCausalLM"):
+        with pytest.raises(UsageError, match=words):
             watched.check(loss)
     assert len(model._forward_hooks) == hooks
     watched.check(own(model(**batch), batch["labels"]))  # it looks once
@@ -71,7 +77,7 @@ def test_in_a_script(said: dict[str, Any]) -> None:
         if said:
             accelerator.backward(loss)
         else:
-            with pytest.raises(UsageError, match=r"Pass the function that computes it to memplan\.attach"):
+            with pytest.raises(UsageError, match=r"Pass the function that computes the whole loss to memplan\.attach"):
                 accelerator.backward(loss)
             assert all(p.grad is None for p in net.parameters())
         assert all(map(torch.equal, before, net.parameters()))

@@ -18,14 +18,21 @@ from memplan.blocks import is_batch_coupled
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
+from memplan.integrations.counting import length_of, said_of, steps_in
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, asking, drive, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch
-from memplan.integrations.parts import Split, full_precision_outputs
+from memplan.integrations.parts import Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, refuse_copied
-from memplan.integrations.scripts import REPLICATED, is_dealt_out, model_and_loader, own_batch_size
+from memplan.integrations.scripts import (
+    REPLICATED,
+    is_dealt_out,
+    model_and_loader,
+    own_batch_size,
+    refuse_other_batches,
+)
 from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
@@ -36,7 +43,7 @@ from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
 from memplan.strategy import Strategy
-from memplan.world import World, largest, least_share, of_first, on_all
+from memplan.world import World, largest, least_share, of_first, on_all, on_any
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAN_FILE, _STEPS_FILE = "memplan.json", "memplan_steps.txt"  # beside what `save_state` writes
@@ -117,13 +124,14 @@ class Attachment:
             return self._joined(self._own["prepare"](*objects, **options))
         accelerator = self._accelerator
         model, at, batch_size = on_all(partial(_model_and_batch, accelerator, objects))
+        refuse_other_batches(batch_size)
         loader = objects[at]
         optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
         recipe = on_all(partial(self._settled, model, optimizers, batch_size))
         own_batches = accelerator.gradient_accumulation_steps
         with nullcontext() if recipe.autocast is None else full_precision_outputs(model):
             sample, said = largest(*on_all(partial(self._shown, loader)))
-            is_fixed = is_dealt_out(accelerator, loader) or is_cut_by_workers(loader)
+            is_fixed = on_any(is_dealt_out(accelerator, loader) or is_cut_by_workers(loader))
             count = None if is_fixed else self._counted(model, recipe, sample)
             strategy, left_out = on_all(partial(self._strategy, model))
             make = partial(
@@ -160,7 +168,7 @@ class Attachment:
         self.plan = plan
         if accelerator.is_main_process:
             off = "memplan.attach(accelerator, enabled=False)"
-            announce(banner(plan, (batch_size, own_batches), off, said=(*left_out, *said, *_of_lengths(plan, split))))
+            announce(banner(plan, (batch_size, own_batches), off, said=(*left_out, *said, *said_of(plan, split))))
         self._tell_trackers()
         return prepared
 
@@ -184,6 +192,7 @@ class Attachment:
         if is_deepspeed(accelerator):
             write(accelerator, plan)
         prepared = self._own["prepare"](*objects, **options)
+        accelerator.gradient_accumulation_steps = split.own_batches  # by which the script makes numbers of steps
         self._group = group = Group(
             split,
             drop_last=bool(loader.drop_last) and isinstance(loader.dataset, IterableDataset),
@@ -198,9 +207,10 @@ class Attachment:
         for optimizer in group.optimizers:
             drive(optimizer, group)
         accelerator.gradient_state = asking(accelerator.gradient_state, group)
+        own_length = length_of(prepared[at])
         if plan.micro_batch != split.own_rows:
             prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
-        grouped(prepared[at], group)
+        grouped(prepared[at], group, own_length)
         return prepared
 
     def _joined(self, prepared: Any) -> Any:
@@ -228,7 +238,8 @@ class Attachment:
         if not group.weight:  # its loss is a mean over nothing, which is no number
             through_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
             loss = _nothing_to_learn(loss, group.models, through_all)
-        factor = group.weight * group.split.micro_batches  # by whose number Accelerate divides
+        by = group.split.micro_batches if is_deepspeed(self._accelerator) else group.split.own_batches
+        factor = group.weight * by  # by which the engine, or Accelerate, divides
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
         if watches:
             group.note_gradients()
@@ -254,26 +265,15 @@ class Attachment:
             self._group.asks = True
 
     def _skip_first_batches(self, loader: DataLoader[Any], num_batches: int = 0) -> Any:
-        """As many as a run that saved a checkpoint had taken, of the size that they had there."""
+        """As many as are in the steps that a run had taken."""
         plan, group = self._planned, getattr(loader, "group", None)
         if not isinstance(group, Group) or group is not self._group:  # another loader, such as evaluation's
             return self._own["skip_first_batches"](loader, num_batches)
-        size = self._counted_rows or plan.micro_batch
-        rows, taken = num_batches * size, self._taken_steps
-        if rows % plan.effective_batch:
-            raise UsageError(
-                f"{num_batches} batches are {rows} samples, which is no whole number of optimizer steps of "
-                f"{plan.effective_batch} samples: a step cannot be begun in the middle. Save after a step."
-            )
-        if rows and taken is not None and rows != taken * plan.effective_batch:
-            raise UsageError(
-                f"{num_batches} batches are {rows // plan.effective_batch} steps, but the run that saved the "
-                f"checkpoint had taken {taken} in its epoch. Its loader counted batches of {size} samples: skip "
-                f"{taken * plan.effective_batch // size} of them."
-            )
-        group.skipped = rows // plan.effective_batch
-        skipped = self._own["skip_first_batches"](loader, rows // plan.micro_batch)
-        return grouped(skipped, group)
+        group.skipped = steps_in(num_batches, plan, group.split.own_rows, self._counted_rows, self._taken_steps)
+        skipped = self._own["skip_first_batches"](loader, group.skipped * plan.accumulation)
+        own_length: int | None = getattr(loader, "own_length", None)
+        left = None if own_length is None else own_length - group.skipped * group.split.own_batches
+        return grouped(skipped, group, left)
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -364,16 +364,6 @@ _UNTRIED: Final = (
 )
 
 
-def _of_lengths(plan: Plan, split: Split) -> tuple[str, ...]:
-    """What a script that counts the prepared loader's batches has to know."""
-    if plan.micro_batch == split.own_rows:
-        return ()
-    return (
-        f"len(loader) and the batches that are counted or skipped are micro-batches of {plan.micro_batch} now, "
-        f"{plan.accumulation} to a step; numbers of steps that are made of them are to be divided by that",
-    )
-
-
 def _model_and_batch(accelerator: Accelerator, objects: tuple[Any, ...]) -> tuple[nn.Module, int, int]:
     """The model, the place of its training loader, and the samples in one of that one's batches."""
     model, at = model_and_loader(objects)
@@ -384,7 +374,7 @@ def _nothing_to_learn(loss: Tensor, models: list[nn.Module], through_all: bool) 
     """A loss whose gradients are zeros: distributed training waits for those of every rank."""
     if through_all:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
         return loss.nan_to_num() * 0.0
-    return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
+    return nothing_to_learn(models)
 
 
 def _ranks(accelerator: Accelerator) -> dict[str, Any]:

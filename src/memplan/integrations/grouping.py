@@ -53,6 +53,7 @@ class Group:
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients in place, as counted after the last backward.
         is_left: whether the loop has left the loader in the middle of a step.
+        has_begun: whether the loader was ever iterated.
     """
 
     split: Split
@@ -79,6 +80,7 @@ class Group:
     moved_before: set[int] = field(default_factory=set)
     changes: int | None = None
     is_left: bool = False
+    has_begun: bool = False
 
     @property
     def in_epoch(self) -> int:
@@ -221,11 +223,19 @@ class _Grouped:
     """What iterates a prepared loader in groups. Mixed in before Accelerate's own class."""
 
     group: Group
+    own_length: int | None
     end_of_dataloader: bool
     _non_blocking: bool
 
+    def __len__(self) -> int:
+        """Of the script's own batches until the first micro-batch is handed out, and of those then: see `counting`."""
+        if self.own_length is None or self.group.has_begun:
+            return super().__len__()  # type: ignore[misc,no-any-return]  # of the class that this is mixed into
+        return self.own_length
+
     def __iter__(self) -> Iterator[Any]:
         group, device = self.group, self.__dict__.get("device")
+        group.has_begun = True
         if device is not None:
             self.device = None  # what is fetched ahead waits on the host, where it can be counted at once
         inner = super().__iter__()  # type: ignore[misc]  # of the class that this is mixed into
@@ -277,13 +287,17 @@ class GroupedDispatcher(_Grouped, DataLoaderDispatcher):  # type: ignore[misc]  
     """A loader that the first process reads for all."""
 
 
-def grouped(loader: Any, group: Group) -> Any:
-    """A prepared loader, made to hand out groups. It stays the same object, which the Accelerator knows."""
+def grouped(loader: Any, group: Group, own_length: int | None) -> Any:
+    """A prepared loader, made to hand out groups. It stays the same object, which the Accelerator knows.
+
+    Args:
+        own_length: in batches of the script's own; None for a stream that does not say.
+    """
     kind = _KINDS.get(type(loader))
     if kind is None:
         raise UsageError(f"Accelerate prepared the loader as a {type(loader).__name__}, which memplan cannot drive")
     object.__dict__["__class__"].__set__(loader, kind)  # Accelerate hides an object's own class behind a property
-    loader.group = group
+    loader.group, loader.own_length = group, own_length
     return loader
 
 

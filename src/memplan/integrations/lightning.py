@@ -26,7 +26,7 @@ from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, longest_batch
 from memplan.integrations.part_log import PartLog
-from memplan.integrations.parts import Split
+from memplan.integrations.parts import Split, nothing_to_learn
 from memplan.integrations.planning import plan_for
 from memplan.integrations.watching import SecondStep
 from memplan.means import SAMPLES, SUM, Count, Undecided, counter, mean_over, rows_in
@@ -216,9 +216,11 @@ def _weighted(module: LightningModule, trainer: Trainer, loader: _Weighed) -> Ca
         with log.part(loader.weights[at], rows_in(batch), is_last):
             output = training_step(batch, *args, **kwargs)
         factor = loader.weights[at] * split.micro_batches
-        if isinstance(output, Mapping):
-            return {**output, "loss": output["loss"] * factor}
-        return output if output is None else output * factor
+        if output is None:
+            return None
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        weighted = loss * factor if factor else nothing_to_learn([module])  # a mean over nothing is no number
+        return {**output, "loss": weighted} if isinstance(output, Mapping) else weighted
 
     return step
 

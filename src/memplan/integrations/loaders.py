@@ -85,14 +85,23 @@ class MicroBatches(BatchSampler):
             yield batch
 
     def __len__(self) -> int:
-        """Exact for torch's own sampler; for others as if all their batches were whole, as Accelerate makes them."""
-        inner = self.batch_sampler
-        rows: int = len(inner) * inner.batch_size
-        if type(inner) is BatchSampler and not inner.drop_last:
-            rows = len(inner.sampler)  # type: ignore[arg-type]  # as BatchSampler itself does
-        step: int = self.own_batches * inner.batch_size
+        """Exact for samplers that count as torch's own does; for others as if all their batches were whole, as
+        Accelerate makes them."""
+        inner, shared = self.batch_sampler, getattr(self.batch_sampler, "split_batches", False)
+        size: int = inner.batch_size // (inner.num_processes if shared else 1)
+        rows = len(inner) * size
+        dealt = getattr(inner, "sampler", None)  # Accelerate's own has none
+        if isinstance(dealt, Sized) and not self.drop_last and len(inner) == -(-len(dealt) // size):
+            rows = len(dealt)
+        step = self.own_batches * size
         whole, left = divmod(rows, step)
         return whole * -(-step // self.batch_size) - (-left // self.batch_size)
+
+    @property
+    def set_epoch(self) -> Callable[[int], None]:
+        """The other sampler's, if it has one."""
+        found: Callable[[int], None] = self.batch_sampler.set_epoch
+        return found
 
     @property
     def sampler(self) -> Any:

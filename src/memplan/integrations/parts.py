@@ -1,12 +1,13 @@
 """The loss of a batch from the losses of its parts: each weighted by how much of the batch it holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils.operations import convert_to_fp32
-from torch import nn
+from torch import Tensor, nn
 
 from memplan.means import Count, rows_in
 
@@ -51,6 +52,11 @@ def _parted(items: Sequence[float], share: float) -> list[float]:
     """A share, parted in the ratio of these numbers; zeros where all are."""
     whole = sum(items)
     return [share * item / whole if item else 0.0 for item in items]
+
+
+def nothing_to_learn(models: Iterable[nn.Module]) -> Tensor:
+    """A loss whose gradients are zeros: of every parameter, since distributed training waits for all of them."""
+    return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.deepspeed import check_engine, is_deepspeed
 from memplan.integrations.fsdp import is_sharded, refuse_uncounted
 from memplan.integrations.loaders import batch_size_of
+from memplan.world import of_first, on_any
 
 REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _KNOWN_WORLDS: Final = (DistributedType.NO, *REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -68,6 +69,11 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
             "the Accelerator compiles the model (dynamo_backend), and what a plan does inside of its blocks would be "
             "compiled away. Leave that out, or plan with enabled=False."
         )
+    if accelerator.dataloader_config.use_stateful_dataloader:
+        raise UsageError(
+            "a stateful loader (use_stateful_dataloader) saves its place in micro-batches, and another plan would go "
+            "on with other rows. Leave that out: accelerator.skip_first_batches finds the place."
+        )
     state = accelerator.gradient_state
     if state.num_steps > 1 and not state.sync_with_dataloader:
         raise UsageError(
@@ -86,6 +92,16 @@ def own_batch_size(accelerator: Accelerator, loader: DataLoader[Any]) -> int:
             f"with split_batches a batch of {size} has to be a multiple of the {accelerator.num_processes} processes"
         )
     return size // int(accelerator.num_processes)
+
+
+def refuse_other_batches(own_rows: int) -> None:
+    """To be called on every rank, with the samples in its batches: one plan divides those of all."""
+    first = of_first(own_rows)
+    if on_any(own_rows != first):
+        raise UsageError(
+            f"the loader makes batches of {own_rows} on this rank and of {first} on the first, or others have another "
+            "size, and one plan is for all. Give every rank the same batch_size."
+        )
 
 
 def is_dealt_out(accelerator: Accelerator, loader: DataLoader[Any]) -> bool:

@@ -1,12 +1,16 @@
 """Whether a loop trains by the loss in the model's output, which is the one that micro-batches are weighted for."""
 
-from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from memplan.errors import UsageError
 from memplan.losses import loss_in
+
+_WAYS_OUT: Final = (
+    "Pass the function that computes the whole loss to memplan.attach(accelerator, loss=lambda model, batch: ...), or, "
+    "if it needs the same memory, say what it is a mean over: normalise='samples', 'tokens' or 'shifted-tokens'."
+)
 
 
 class OutputLoss:
@@ -28,17 +32,28 @@ class OutputLoss:
     def check(self, trained: Tensor) -> None:
         """Look once. A model whose forward was not called as a module's is, is not seen.
 
+        What the loop adds of the parameters alone, a penalty, may be weighted as the rest is.
+
         Raises:
-            UsageError: the loss is not made of the one in the output.
+            UsageError: the loss is not made of the one in the output, or not of that alone.
         """
         made_by = self._made_by
         self.forget()
-        if made_by is not None and not _reaches(trained.grad_fn, made_by):
+        if made_by is None:
+            return
+        beside = _nodes(trained.grad_fn, made_by)
+        if made_by not in beside:
             raise UsageError(
                 f"accelerator.backward got another loss than the one in the output of {self._model}, by which the plan "
-                "was made and the parts of a split batch are weighted. Pass the function that computes it to "
-                "memplan.attach(accelerator, loss=lambda model, batch: ...), or, if it needs the same memory, say what "
-                "it is a mean over: normalise='samples', 'tokens' or 'shifted-tokens'."
+                f"was made and the parts of a split batch are weighted. {_WAYS_OUT}"
+            )
+        if any(map(_is_unclear, beside)):
+            return
+        inside = _nodes(made_by)
+        if any(node in inside and not _is_leaf(node) for node in beside - {made_by}):
+            raise UsageError(
+                f"accelerator.backward got a loss that has more of the output of {self._model} in it than that one's "
+                f"own, and what the rest is a mean over is not known where a batch is split. {_WAYS_OUT}"
             )
 
     def forget(self) -> None:
@@ -47,14 +62,24 @@ class OutputLoss:
         self._made_by = None
 
 
-def _reaches(node: Any, other: Any) -> bool:
-    """Whether a node of autograd's graph is another one, or was made from it."""
-    seen, waiting = {None}, deque([node])
-    while waiting:  # the nearest first: a loss is seldom far from what it is made of
-        node = waiting.popleft()
-        if node is other:
-            return True
-        if node not in seen:
+def _nodes(last: Any, border: Any = None) -> set[Any]:
+    """The nodes of autograd's graph from which one was made, with itself; of those from which a border was made, only
+    what something else was made from as well."""
+    seen: set[Any] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
             seen.add(node)
-            waiting.extend(before for before, _ in node.next_functions)
-    return False
+            waiting += [] if node is border else [before for before, _ in node.next_functions]
+    return seen
+
+
+def _is_leaf(node: Any) -> bool:
+    """Whether it stands for a parameter."""
+    return hasattr(node, "variable")
+
+
+def _is_unclear(node: Any) -> bool:
+    """Whether all outputs of a model pass through it together, so that one cannot be told from the others."""
+    return "DDPSink" in type(node).__name__ or "DDPSink" in node.name()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memplan.abstract import contents, preserved, put_back
 from memplan.integrations.parts import full_precision_outputs
 from memplan.integrations.trainer_data import Rows, joined
-from memplan.means import IGNORED, as_exactly_as_it_runs, without_dropout
+from memplan.means import IGNORED, as_exactly_as_it_runs, averages_routes, without_dropout
 from memplan.recipe import Recipe
 
 _TOLERANCE: Final = 1e-4  # relative; by rounding alone sums over two rows differ by 1e-7
@@ -58,7 +58,7 @@ def coupling(trainer: Any, rows: Rows, recipe: Recipe) -> str | None:
             )
     except torch.OutOfMemoryError:  # the very reason for a plan
         return None
-    if is_coarse and getattr(getattr(model, "config", None), "output_router_logits", False):
+    if is_coarse and averages_routes(model):
         return "its router's loss is a mean over each micro-batch (output_router_logits), beside the loss of the rows"
     tolerance = (_TOLERANCE_HALF if is_coarse else _TOLERANCE) * abs(whole)
     if abs(sum(parts) - whole) <= tolerance:
