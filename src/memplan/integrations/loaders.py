@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from memplan.errors import UsageError
+from memplan.integrations.lengths import lengths_in
 from memplan.samples import Sample
 
 _LOOKED_AT: Final = 512  # rows of a data set, to find the longest: enough to see its long ones, quick to read
@@ -153,8 +154,8 @@ def is_cut_by_workers(loader: DataLoader[Any]) -> bool:
 def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
     """A batch of the longest rows that were found, and a sentence that says how it was found.
 
-    Of a data set that can be indexed, up to 512 rows in even distances are looked at; of a stream, its first batch is
-    taken. The random state and the loader stay as they were.
+    Of a data set that says how long its rows are, all are looked at; of another one that can be indexed, up to 512 rows
+    in even distances; of a stream, its first batch is taken. The random state and the loader stay as they were.
 
     Raises:
         UsageError: a stream that can be read once only, or none that has rows.
@@ -176,14 +177,22 @@ def longest_batch(loader: DataLoader[Any]) -> tuple[Sample, str]:
                     f"the data set, a {type(data).__name__}, does not say how many rows it has (no __len__), so no "
                     "batch can be made of its longest. Pass one: sample=..."
                 )
-            count = len(data)
-            looked_at = range(0, count, -(-count // _LOOKED_AT)) if count else range(0)
-            found = sorted(((row, at) for at, row in _rows(data, looked_at)), key=lambda r: (-_elements(r[0]), r[1]))
-            rows = [row for row, _ in found[:size]]
-            said = f"planned for a batch of the longest of {len(found):,} rows looked at, of {count:,}"
+            rows, looked_at = _longest(data, size)
+            said = f"planned for a batch of the longest of {looked_at:,} rows looked at, of {len(data):,}"
         if not rows:
             raise UsageError("the data set has no rows, so there is nothing to train on")
         return collated(collate, rows), said
+
+
+def _longest(data: Any, size: int) -> tuple[list[Any], int]:
+    """So many of its longest rows, and how many were looked at."""
+    count = len(data)
+    lengths = lengths_in(data)
+    if lengths is not None:
+        return [row for _, row in _rows(data, lengths.longest(size))], count
+    looked_at = range(0, count, -(-count // _LOOKED_AT)) if count else range(0)
+    found = sorted(((row, at) for at, row in _rows(data, looked_at)), key=lambda r: (-_elements(r[0]), r[1]))
+    return [row for row, _ in found[:size]], len(found)
 
 
 def _rows(data: Any, places: Iterable[int]) -> Iterator[tuple[int, Any]]:

@@ -5,7 +5,7 @@ all rows can be read off a column, the batch has the longest of them, and the sh
 comes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from memplan.data import Data
 from memplan.errors import UsageError
+from memplan.integrations.lengths import Lengths, lengths_in
 from memplan.integrations.loaders import batch_size_of, collated, same_chance
 from memplan.samples import Sample
 from memplan.world import largest
@@ -58,7 +59,7 @@ def rows_of(trainer: Any) -> Rows:
         BadSample: the collator makes something else than tensors whose first dimension is the batch.
     """
     with same_chance(), _loader_of(trainer) as loader:
-        lengths = _lengths(trainer)
+        lengths = lengths_in(trainer.train_dataset, getattr(trainer.args, "length_column_name", "length"))
         rows = _chosen(loader.dataset, lengths, trainer.args.per_device_train_batch_size)
         first, last = rows[0], rows[-1]
         collate = loader.collate_fn
@@ -141,7 +142,7 @@ def _check_follows(trainer: Any, loader: Any) -> None:
         )
 
 
-def _chosen(data: Any, lengths: "_Lengths | None", batch: int) -> list[Any]:
+def _chosen(data: Any, lengths: Lengths | None, batch: int) -> list[Any]:
     """At least two rows, the longest first and the shortest last."""
     if isinstance(data, IterableDataset):
         stream = iter(data)
@@ -160,49 +161,7 @@ def _chosen(data: Any, lengths: "_Lengths | None", batch: int) -> list[Any]:
     return rows if len(rows) > 1 else rows * 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Lengths:
-    """Tokens of every row, and of its labels, which may be others (of a decoder)."""
-
-    inputs: Sequence[int]
-    labels: Sequence[int]
-
-    def chosen(self) -> tuple[int, int, int]:
-        """The rows with the longest inputs, the longest labels, and the shortest inputs."""
-        places = range(len(self.inputs))
-        longest = (max(places, key=lengths.__getitem__) for lengths in (self.inputs, self.labels))
-        return (*longest, min(places, key=self.inputs.__getitem__))  # type: ignore[return-value]  # three
-
-
-def _lengths(trainer: Any) -> _Lengths | None:
-    """From a column of lengths or of token ids, where reading it takes no work on the rows; else None."""
-    data = trainer.train_dataset
-    columns = getattr(data, "column_names", None)
-    if isinstance(data, list | tuple) and data and all(isinstance(r, Mapping) and "input_ids" in r for r in data):
-        inputs = [len(row["input_ids"]) for row in data]
-        labels = [len(row["labels"]) if isinstance(row.get("labels"), list) else 0 for row in data]
-        return _Lengths(inputs, labels)
-    if isinstance(data, IterableDataset) or not columns or data.format["type"] == "custom":  # a transform's rows
-        return None
-    named = getattr(trainer.args, "length_column_name", "length")
-    found = [int(n) for n in data[named]] if named in columns else _column_lengths(data, "input_ids")
-    if not found:
-        return None
-    return _Lengths(found, _column_lengths(data, "labels") or found)
-
-
-def _column_lengths(data: Any, column: str) -> list[int] | None:
-    """Of the lists in a column of a `datasets.Dataset`, by their offsets."""
-    if column not in data.column_names:
-        return None
-    tables = data.select_columns(column).with_format("arrow").iter(batch_size=1000)
-    chunks = [chunk for table in tables for chunk in table[column].chunks]
-    if not all(hasattr(chunk, "value_lengths") for chunk in chunks):  # numbers: a class for each row
-        return None
-    return [n for chunk in chunks for n in chunk.value_lengths().to_pylist()]
-
-
-def _data(trainer: Any, lengths: _Lengths) -> Data:
+def _data(trainer: Any, lengths: Lengths) -> Data:
     args = trainer.args
     packed_to = max(lengths.inputs) if getattr(args, "packing", False) else None
     multiple = getattr(trainer.data_collator, "pad_to_multiple_of", None) or 1
