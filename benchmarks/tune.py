@@ -58,7 +58,8 @@ memplan report plan.json measured.json
 
 Made by `python benchmarks/tune.py --write`, on the CPU. Every plan of a workload is run in rounds with all others on
 one live model (the sweep), each lap beside one of no plan; the median of these ratios counts. By that clock the plan
-that `memplan.tune` took may be at most 2 % slower than the best, for at most a third of the runs. The noise is twice
+that `memplan.tune` took may be at most 2 % slower than the best, when it has run at most a third of the plans (those
+that are close to each other more than once). The noise is twice
 the median deviation of no plan against itself: smaller differences mean nothing, and a plan that is slower by more than
 2 % and by less than the noise is an open case. On a card, where trials run in a process of their own, this is not yet
 measured.
@@ -75,12 +76,11 @@ def compare(name: str, rounds: int) -> Answer:
     whole_bytes = memplan.predict(model, batch).peak_bytes
     budget_bytes = (memplan.plan(model, "cpu", **asked).smallest_bytes + whole_bytes) // 2
     tuned = memplan.tune(model, f"cpu:{budget_bytes}B", **asked)
-    taken = next(trial for trial in tuned.trials if trial.measured == tuned.measured)
     return {
         "about": "the tests' 4-layer Llama, 4 x 64 tokens" if name == TINY else workloads.SMALL[name].about,
         "threads": torch.get_num_threads(),
         "budget_bytes": budget_bytes,
-        "taken": str(taken.number),
+        "taken": str(tuned.number),
         "gap": tuned.gap,
         **swept(name, {str(trial.number): trial.plan for trial in tuned.trials}, rounds),
         "plans": {

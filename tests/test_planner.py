@@ -448,3 +448,4 @@ def test_levers_wanted_first_are_joined_by_others_only_where_they_have_to_be() -
     assert (names(alone), alone.variant) == ({"keep", "offload-1"}, "keep")
     joined = planned(search(RICH, TIGHT - 39 * MIB, first, micro_batch=8, link_bytes_s=slow, host_bytes=GIB))
     assert names(joined) - {"keep", "offload-1"}
+    assert (alone.levers, joined.levers) == (("offload",), first.levers)

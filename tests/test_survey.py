@@ -125,6 +125,18 @@ def test_a_plan_for_the_card_agrees(
         assert offer.least_bytes <= plan.budget_bytes
 
 
+def test_a_card_that_is_uncertain_would_be_used_as_leanly_as_it_can(
+    model: nn.Module, sample: Tensor, roomy: Offer
+) -> None:
+    """As a plan for it is; a faster one would be the likelier to fail."""
+    card = with_room("rtx-3090", roomy.least_bytes)
+    (offer,) = survey(model, [card], SAMPLES, sample=sample)
+    plan = memplan.plan(model, card, sample=sample, effective_batch=SAMPLES, strategy=STRATEGY)
+    assert offer.verdict == plan.verdict == Verdict.UNCERTAIN
+    assert (offer.micro_batch, offer.recomputed) == (plan.micro_batch, len(plan.recomputed))
+    assert offer.recomputed
+
+
 def test_a_card_below_what_is_always_there_costs_one_trace(
     model: nn.Module, sample: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

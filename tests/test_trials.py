@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from optuna.trial import TrialState
 from tuners import BUDGET_BYTES, COUNT, MADE_FOR, candidate, measured
 
 from memplan.errors import PlanMismatch, UsageError
+from memplan.plan_record import Verdict
 from memplan.storages import reached, storage_of
 from memplan.trials import NEAR, Candidate, Trials
 
@@ -133,6 +135,25 @@ def test_what_cannot_be_run_is_not_possible() -> None:
     assert [one.number for one in trials.possible(trials.all)] == [fits.number, running.number, waiting.number]
 
 
+def test_more_are_run_until_one_has_kept_the_budget() -> None:
+    queue = [candidate(1 + 0.001 * number) for number in range(6)]
+    trials = trials_of(*queue)
+    ran = []
+    while (trial := trials.claim(2, until_found=True)) is not None:
+        ran.append(trial.number)
+        over = BUDGET_BYTES + (1 if trial.number < 3 else -1)
+        trials.measured(trial, measured(trial.plan, 1.0, peak_bytes=over))
+    assert ran == [0, 1, 2, 3]
+    strict = trials_of(*queue)
+    assert run_all(strict, lambda _: 1.0, 2, BUDGET_BYTES + 1) == [0, 1]
+
+
+def test_what_may_need_more_than_the_budget_comes_last() -> None:
+    unsure = Candidate(4, 1.0, "balanced", "any", tuners.plan_of(0.9, verdict=Verdict.UNCERTAIN))
+    trials = trials_of(unsure, candidate(1.0), candidate(0.999))
+    assert run_all(trials, lambda one: one.plan.step_s, 2) == [1, 2]
+
+
 def test_the_budget_is_the_whole_one() -> None:
     budget = tuners.plan_of(1.0).budget.model_copy(update={"margin_bytes": BUDGET_BYTES // 4})
     smaller = Candidate(4, 0.75, "balanced", "any", tuners.plan_of(1.0, budget=budget))
@@ -167,6 +188,66 @@ def test_a_trial_of_a_worker_that_is_gone_is_run_again_once(kind: str, tmp_path:
     assert hasty.claim(ALL) is None
     assert [one.state for one in hasty.all] == ["fail"]
     assert "nothing was heard of its worker" in hasty.all[0].why
+
+
+def test_a_worker_s_trial_is_no_other_s_for_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that has claimed it and said nothing yet, only the storage's clock is known."""
+    storage = storage_of(None)
+    first, second = (trials_of(candidate(1.0), storage=storage) for _ in range(2))
+    monkeypatch.setattr(Trials, "alive", lambda *_: None)
+    assert first.claim(ALL) is not None
+    (trial,) = storage.get_all_trials(0, deepcopy=False)
+    trial.datetime_start = trial.datetime_start - timedelta(hours=2)
+    second._take_up()
+    assert [one.state for one in second.all] == ["running"]
+
+
+@in_every_storage
+def test_a_worker_that_ends_between_copy_and_end_loses_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_of(KINDS[kind](tmp_path))
+    trials = trials_of(candidate(1.0), storage=storage)
+    trial = trials.claim(ALL)
+    assert trial is not None
+    with monkeypatch.context() as patched:
+
+        def ended(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(storage, "set_trial_state_values", ended)
+        with pytest.raises(KeyboardInterrupt):
+            trials.give_back(trial)
+    assert [(one.number, one.state) for one in trials.all] == [(1, "waiting")]
+    trials.give_back(trial)  # once more, as another worker would: of two copies one counts
+    assert run_all(trials_of(storage=storage), lambda _: 1.0) == [1]
+    assert [one.number for one in trials.all] == [1]
+
+
+def test_a_queue_that_was_not_finished_is_no_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, add = tmp_path / "tune.log", optuna.Study.add_trial
+
+    def interrupted(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if len(study.trials) == 1:
+            raise KeyboardInterrupt
+        add(study, trial)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Study, "add_trial", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trials_of(candidate(1.0), candidate(1.1), storage=file)
+    assert len(trials_of(candidate(1.0), candidate(1.1), storage=file).all) == 2
+
+
+def test_waiting_for_another_process_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memplan.trials._SILENT_S", 0.0)
+    storage = storage_of(None)
+    first, second = (trials_of(candidate(1.0), storage=storage) for _ in range(2))
+    trial = first.claim(ALL)
+    assert trial is not None
+    monkeypatch.setattr("time.sleep", lambda _: caplog.records and first.measured(trial, measured(trial.plan, 1.0)))
+    assert second.claim(ALL) is None
+    assert "waiting for trial 0, which another process is running; if it says nothing for 5 min 30 s" in caplog.text
 
 
 def test_a_study_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -351,12 +432,13 @@ def share(storage: str) -> None:
 @pytest.mark.slow  # starts two processes
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_the_trial_of_a_killed_process_is_taken_up(kind: str, tmp_path: Path) -> None:
+    """At once, since it was one of this machine."""
     storage = str(KINDS[kind](tmp_path))
     with worker(storage, 300.0, "hang") as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "0\n"
         first.kill()
-    second = worker(storage, 1.0)
+    second = worker(storage, 1e6)
     printed, _ = second.communicate(timeout=300)
     assert sorted(map(int, printed.split())) == list(range(1, COUNT + 1))  # the last is the first one's again
     assert [one.state for one in trials_of(storage=storage).all] == ["complete"] * COUNT

@@ -76,7 +76,10 @@ def test_the_best_is_measured_within_the_budget(first: tuple[Path, Tuned]) -> No
     assert states(found).count("waiting") == len(found.trials) - 1 >= 2
     assert {trial.micro_batch for trial in found.trials} == {1, 2}
     assert found.measured.peak_bytes <= found.plan.budget.usable_bytes
-    assert found.measured == next(trial.measured for trial in found.trials if trial.plan == found.plan)
+    taken = found.trials[found.number]
+    assert taken.measured is not None
+    assert found.measured == taken.measured.model_copy(update={"budget_bytes": found.plan.budget_bytes})
+    assert found.plan.decisions == taken.plan.decisions
     assert found.gap == 1  # one run says nothing of the others
     text = found.describe()
     assert f"measured 1 of {len(found.trials)} plans" in text
@@ -220,6 +223,19 @@ def test_the_plan_found_is_for_the_card_here() -> None:
     assert trial is not None
     trials.measured(trial, tuners.measured(trial.plan, 1.0))
     assert found_in(trials, "cuda:1").plan.budget.gpu == "cuda:1"
+
+
+def test_the_plan_found_has_the_whole_budget() -> None:
+    """It was made for a share, and what it leaves is spare."""
+    budget = tuners.plan_of(1.0).budget.model_copy(update={"margin_bytes": 100 + (tuners.BUDGET_BYTES - 100) // 4})
+    trials = trials_of(Candidate(4, 0.75, "balanced", "any", tuners.plan_of(1.0, budget=budget, peak_bytes=600)))
+    trial = trials.claim(1)
+    assert trial is not None
+    trials.measured(trial, tuners.measured(trial.plan, 1.0, peak_bytes=600))
+    found = found_in(trials)
+    assert (found.plan.budget.margin_bytes, found.plan.budget_bytes) == (100, 900)
+    assert found.measured.budget_bytes == 900
+    assert found.number == 0
 
 
 def test_a_study_of_another_model_is_refused(study: Path) -> None:

@@ -140,6 +140,7 @@ class Plan(Record):
     samples_per_s: float
     slowdown: float = Field(description="step time against no recomputation at the same micro-batch, minus 1")
     gap: float = Field(description="relative distance of the step time to the proven lower bound")
+    levers: tuple[str, ...] = Field((), description="of the plans that were compared, for which the bound is proven")
     shadow_price: float = Field(description="seconds per step that one GiB more would save")
     times: str = Field(
         description='"measured" on this device, "estimate" from the card\'s figures, "nominal" where there are none'

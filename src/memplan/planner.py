@@ -26,7 +26,7 @@ from memplan.problem import Problem
 from memplan.simulator import Timeline
 from memplan.sizes import ladder
 from memplan.solvers import SOLVERS, Solution, Solver
-from memplan.strategy import Strategy
+from memplan.strategy import Lever, Strategy
 from memplan.task import Profile, Size, Solved, Task
 from memplan.tradeoff import Point, frontier, shadow_price
 
@@ -63,6 +63,11 @@ class Outcome:
     @cached_property
     def _ways(self) -> list[Size]:
         return self._task.sizes(self.micro_batch, self.accumulation)
+
+    @property
+    def levers(self) -> tuple[Lever, ...]:
+        """By which the plans were made that were compared: the strategy's, or those that it wants tried first."""
+        return self._task.strategy.levers
 
     @property
     def samples_per_s(self) -> float:

@@ -289,6 +289,7 @@ class Session:
             samples_per_s=outcome.samples_per_s,
             slowdown=outcome.slowdown,
             gap=outcome.gap,
+            levers=outcome.levers,
             shadow_price=outcome.shadow_price_s_per_gib,
             times=origin_of(self.gpu, times),
             smallest_bytes=smallest_bytes,

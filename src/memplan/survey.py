@@ -133,7 +133,7 @@ class _Group:
         )
         if not offer.fits:
             return offer
-        taken = sized.taken(card, fits if verdict is Verdict.FITS else possible)
+        taken = sized.taken(card, fits if verdict is Verdict.FITS else 0)
         decisions = decisions_of(taken)
         rate = None if is_nominal(card) else taken.samples_per_s
         how = {
@@ -204,7 +204,7 @@ class _Sized:
         return _needs(_with_libraries(self.group.leanest_trace, self.libraries))
 
     def taken(self, card: Gpu, room_bytes: int) -> Outcome:
-        """The fastest plan for so much room, which is enough for the leanest."""
+        """The fastest plan for so much room; the leanest, where that is less than it takes."""
         asked = max(int(room_bytes / (1 + self.group.excess)), self.leanest.timeline.peak_bytes)
         profile = replace(self.profile, times=estimated(self.levels, Rates.of(card)))
         return _found(profile, asked, STRATEGY, self.group.samples)

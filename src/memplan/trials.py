@@ -1,28 +1,28 @@
 """`Trials`: plans that wait to be measured, in an Optuna study that any number of processes work on together.
 
 Each trial is one plan, queued once by whoever made the study. A worker claims a trial by its state, which every storage
-changes for one worker only; so none is lost and none is run twice. A sign of life lies in the trial itself, since
-Optuna's heartbeats are known to databases alone.
+changes for one worker only; so none is lost and none is run twice. Which process works on it, and its last sign of
+life, lie in the trial itself, since Optuna's heartbeats are known to databases alone.
 """
 
+import logging
 import time
-import zlib
-from base64 import b85decode, b85encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from memplan.errors import PlanMismatch, UsageError
-from memplan.plan_record import Measured, Plan
+from memplan.plan_record import Measured, Plan, Verdict
+from memplan.queued import MADE_FOR, PLAN, QUEUED, WHOLE, fill, queued, unpacked
 from memplan.storages import reached
 from memplan.units import format_bytes, format_seconds
+from memplan.workers import has_ended, this_worker
 
 NEAR: Final = 0.01  # share of a step's time: what could be faster by no more than this is not tried
 
@@ -40,12 +40,15 @@ _SEEN: Final = 2  # trials without which nothing is let go: one alone may have m
 _PACE: Final = 30  # times the predicted step: longer than any worker is silent while it measures
 _POLL_S: Final = 0.2
 _FILLING_S: Final = 60.0  # for which a study may be there and its queue not yet
+_SILENT_S: Final = 15.0  # of waiting for others, after which that is said
 
-_MADE_FOR, _QUEUED, _WHOLE = "memplan made for", "memplan queued", "memplan budget_bytes"  # attributes of the study
-_PLAN, _MEASURED, _WHY, _HEARD = "plan", "measured", "why", "heard"  # and of a trial
+_MEASURED, _WHY, _HEARD, _WORKER = "measured", "why", "heard", "worker"  # attributes of a trial
 _AGAIN, _LOST = "again", "lost"  # the number of the trial that this one stands for, and whether its worker was gone
 
 _FORMAT: Final = 2  # of what a study keeps
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,12 @@ class Trials:
     ) -> None:
         self._storage, self._name, self._patience_s = storage, name, patience_s
         self._plans: dict[int, Plan] = {}
+        self._seen_s: dict[int, float] = {}  # number -> since when a trial runs of which nothing was heard
         made_for = {**made_for, "format": _FORMAT}
         self._study = self._found() or self._made(made_for, candidates)
         self._check(made_for)
         self._id = storage.get_study_id_from_name(name)
-        self.budget_bytes: int = self._attributes()[_WHOLE]
+        self.budget_bytes: int = self._attributes()[WHOLE]
 
     # -- the study -----------------------------------------------------------------------------------------------
 
@@ -135,27 +139,24 @@ class Trials:
                 study = optuna.create_study(study_name=self._name, storage=self._storage, direction="maximize")
             except DuplicatedStudyError:
                 return optuna.load_study(study_name=self._name, storage=self._storage)
-            study.set_user_attr(_MADE_FOR, dict(made_for))
-            study.set_user_attr(_WHOLE, max(one.whole_bytes for one in queue))
-            settings = [one.settings for one in queue]
-            distributions: dict[str, BaseDistribution] = {
-                name: CategoricalDistribution(sorted({some[name] for some in settings})) for name in settings[0]
-            }
-            for one in queue:
-                study.add_trial(_waiting(one.settings, distributions, {_PLAN: _packed(one.plan)}))
-            study.set_user_attr(_QUEUED, len(queue))
+            try:
+                fill(study, made_for, queue)
+            except BaseException:  # nobody could go on with a part of the queue
+                with suppress(Exception):  # what ended this may end that too
+                    optuna.delete_study(study_name=self._name, storage=self._storage)
+                raise
         return study
 
     def _check(self, made_for: Mapping[str, object]) -> None:
         end = time.monotonic() + _FILLING_S
-        while _QUEUED not in (known := self._attributes()):
+        while QUEUED not in (known := self._attributes()):
             if time.monotonic() > end:
                 raise UsageError(
                     f"the study {self._name!r} was begun and has no queue: whoever made it was ended just then, or it "
                     "is not memplan's. Delete it (optuna.delete_study), or name another one"
                 )
             time.sleep(_POLL_S)
-        then = known[_MADE_FOR]
+        then = known[MADE_FOR]
         other = [name for name, value in made_for.items() if then.get(name) != value]
         if other:
             said = ", ".join(f"{name} {then.get(name)!r}, not {made_for[name]!r}" for name in other)
@@ -175,13 +176,21 @@ class Trials:
         """Every candidate's trial, the latest of those that were taken up again."""
         with self._reached():
             trials = self._study.get_trials(deepcopy=False)
-        left = {trial.user_attrs[_AGAIN] for trial in trials if _AGAIN in trial.user_attrs}
-        return tuple(self._read(trial) for trial in trials if trial.number not in left)
+        stands_for: dict[int, int] = {}  # of two workers that took a trial up at once the first one's copy counts
+        for trial in trials:
+            if _AGAIN in trial.user_attrs:
+                stands_for.setdefault(trial.user_attrs[_AGAIN], trial.number)
+        copies = set(stands_for.values())
+        return tuple(
+            self._read(trial)
+            for trial in trials
+            if trial.number not in stands_for and (_AGAIN not in trial.user_attrs or trial.number in copies)
+        )
 
     def _read(self, trial: FrozenTrial) -> Trial:
         number, attributes = trial.number, trial.user_attrs
         if number not in self._plans:
-            self._plans[number] = _unpacked(attributes[_PLAN])
+            self._plans[number] = unpacked(attributes[PLAN])
         measured = Measured.model_validate_json(attributes[_MEASURED]) if trial.state is TrialState.COMPLETE else None
         state, why = trial.state.name.lower(), attributes.get(_WHY, "")
         return Trial(
@@ -207,15 +216,18 @@ class Trials:
 
     # -- one worker ----------------------------------------------------------------------------------------------
 
-    def claim(self, most: int) -> Trial | None:
+    def claim(self, most: int, *, until_found: bool = False) -> Trial | None:
         """The most promising of those that wait, for this worker alone; None when all is done.
 
-        Those that cannot win are let go. Where none waits but others are at work, their end is awaited.
+        Those that cannot win are let go. Where none waits but others are at work, their end is awaited. Plans that may
+        need more than the budget come last.
 
         Args:
             most: trials that are run at all, those of other workers counted. Workers that begin their last one at the
                 same moment may each run one beyond.
+            until_found: more are run for as long as none has kept the budget.
         """
+        begun, is_said = time.monotonic(), False
         while True:
             self._take_up()
             trials = self.all
@@ -225,14 +237,34 @@ class Trials:
                 if best is not None and scale.possible_s(one) * (1 + NEAR) >= _step_s(best) and self._claimed(one):
                     self._end(one, TrialState.PRUNED, _slower(scale.expected_s(one), best))
                     waiting.remove(one)
-            if sum(one.began for one in trials) < most:
-                claimed = next((one for one in sorted(waiting, key=scale.expected_s) if self._claimed(one)), None)
+            if sum(one.began for one in trials) < most or (until_found and best is None):
+                order = sorted(waiting, key=lambda one: (one.plan.verdict is Verdict.UNCERTAIN, scale.expected_s(one)))
+                claimed = next((one for one in order if self._claimed(one)), None)
                 if claimed is not None:
+                    self._note(claimed, _WORKER, this_worker())
                     self.alive(claimed)
                     return claimed
-            if not any(one.state == "running" for one in self.all):
+            running = [one for one in self.all if one.state == "running"]
+            if not running:
                 return None
+            if not is_said and time.monotonic() - begun > _SILENT_S:
+                is_said = True
+                self._say_awaited(running)
             time.sleep(_POLL_S)
+
+    def _say_awaited(self, running: Sequence[Trial]) -> None:
+        numbers = ", ".join(str(one.number) for one in running)
+        longest_s = max(self._may_be_silent_s(one.plan) for one in running)
+        _log.warning(
+            "memplan: waiting for trial %s, which another process is running; if it says nothing for %s it is taken "
+            "to be gone, and the trial is run here",
+            numbers,
+            format_seconds(longest_s),
+        )
+
+    def _may_be_silent_s(self, plan: Plan) -> float:
+        """How long a worker that is well may say nothing."""
+        return self._patience_s + _PACE * plan.step_s
 
     def alive(self, trial: Trial) -> None:
         """Say that the trial is being worked on."""
@@ -281,20 +313,28 @@ class Trials:
         with self._reached():
             running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in running:
-            begun = 0.0 if trial.datetime_start is None else trial.datetime_start.timestamp()
-            silent_s = time.time() - trial.user_attrs.get(_HEARD, begun)
-            if silent_s > self._patience_s + _PACE * self._read(trial).plan.step_s:
+            if has_ended(trial.user_attrs.get(_WORKER)):
+                self._again(trial, "its process has ended", lost=True)
+                continue
+            now = time.monotonic()  # of this process: others' clocks are in other time zones, or wrong
+            unheard_s = now - self._seen_s.setdefault(trial.number, now)
+            silent_s = time.time() - trial.user_attrs[_HEARD] if _HEARD in trial.user_attrs else unheard_s
+            if silent_s > self._may_be_silent_s(self._read(trial).plan):
                 self._again(trial, f"nothing was heard of its worker for {silent_s:.0f} s", lost=True)
 
     def _again(self, trial: FrozenTrial, why: str, *, lost: bool) -> None:
-        """End a trial, and let a copy of it wait; but what has cost two workers is left alone."""
+        """Let a copy of a trial wait, and end it; but what has cost two workers is left alone.
+
+        In this order: whatever ends this process between the two, there is a trial to go on with.
+        """
         one, was_lost = self._read(trial), trial.user_attrs.get(_LOST, False)
         self._note(one, _WHY, why)
-        with self._reached(), suppress(UpdateFinishedTrialError):  # by another worker, which has seen to it
-            self._storage.set_trial_state_values(self._trial_id(one), TrialState.FAIL)
-            if not (lost and was_lost):
-                attributes = {_PLAN: trial.user_attrs[_PLAN], _AGAIN: one.number, _LOST: lost or was_lost}
-                self._study.add_trial(_waiting(trial.params, trial.distributions, attributes))
+        with self._reached():
+            if not (lost and was_lost) and any(each.number == one.number for each in self.all):
+                attributes = {PLAN: trial.user_attrs[PLAN], _AGAIN: one.number, _LOST: lost or was_lost}
+                self._study.add_trial(queued(trial.params, trial.distributions, attributes))
+            with suppress(UpdateFinishedTrialError):  # by another worker, which has seen to it
+                self._storage.set_trial_state_values(self._trial_id(one), TrialState.FAIL)
 
     def _trial_id(self, trial: Trial) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
@@ -325,21 +365,6 @@ class Scale:
             return trial.measured.step_s
         off = OFF if trial.micro_batch in self._least else OFF_ELSEWHERE
         return self.expected_s(trial) * (1 - off) if self._seen >= _SEEN else 0.0
-
-
-def _packed(plan: Plan) -> str:
-    """A plan as a text for a database, of which some take no more than 64 KiB: 126 blocks make 150, packed 14 KiB."""
-    return b85encode(zlib.compress(plan.model_dump_json().encode())).decode()
-
-
-def _unpacked(text: str) -> Plan:
-    return Plan.model_validate_json(zlib.decompress(b85decode(text)))
-
-
-def _waiting(
-    params: dict[str, Any], distributions: dict[str, BaseDistribution], attributes: dict[str, Any]
-) -> FrozenTrial:
-    return create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=attributes)
 
 
 def _slower(expected_s: float, best: Trial) -> str:

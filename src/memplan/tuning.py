@@ -58,8 +58,10 @@ class Tuned:
     """What `tune` found.
 
     Attributes:
-        plan: the fastest of those that were measured within the budget, for the device that `tune` ran on.
+        plan: the fastest of those that were measured within the budget, for the device that `tune` ran on. Its budget
+            is the whole one.
         measured: what it took. Its seconds are of one scale with the other trials'.
+        number: of its trial.
         trials: every candidate, also those that were not run.
         gap: share of the step's time that another plan could save at most, if predictions are no further off than
             `trials.OFF`. The planner's bound is proven of predictions; what they are off by is measured, not proven.
@@ -69,6 +71,7 @@ class Tuned:
 
     plan: Plan
     measured: Measured
+    number: int
     trials: tuple[Trial, ...]
     gap: float
 
@@ -95,7 +98,7 @@ class Tuned:
                 f" (predicted {format_seconds(trial.plan.step_s)})"
             )
         rate = format_rate(self.plan.effective_batch / self.measured.step_s, "samples")
-        lines += [f"taken: {format_seconds(self.measured.step_s)} per step, {rate}, as measured", ""]
+        lines += [f"taken: {self.number}, {format_seconds(self.measured.step_s)} per step, {rate}, as measured", ""]
         return "\n".join([*lines, self.plan.describe()])
 
 
@@ -134,7 +137,8 @@ def tune(
         effective_batch: samples per optimizer step.
         strategies: names, files or records, as for `memplan.plan`.
         budget_shares: of the usable memory, each above 0 and at most 1.
-        n_trials: plans that are run at most; by default a third of them, and at least 2.
+        n_trials: plans that are run at most; by default a third of them, at least 2, and as many more as it takes until
+            one has kept the budget.
         storage: where the study is kept: None for memory, a file ending in .log or .journal, a database's URL, or
             "grpc://host:port".
         study: its name there.
@@ -185,8 +189,9 @@ def tune(
         )
         most = n_trials or max(_LEAST, len(trials.all) // _PART)
         with Bench(model, recipe, session.sample, live_device) as bench:
-            while (trial := trials.claim(most)) is not None:
-                part(sum(one.began for one in trials.all), most, "trial")
+            while (trial := trials.claim(most, until_found=n_trials is None)) is not None:
+                begun = sum(one.began for one in trials.all)
+                part(begun, max(begun, most), "trial")
                 try:
                     _try(trial, trials, bench)
                 except BaseException:
@@ -343,11 +348,15 @@ def _tuned(trials: Trials, live: Live, device: Device) -> Tuned:
     if best is None or best.measured is None:
         why = next((trial.why for trial in every if trial.why), "none was run")
         raise ModelFailed(f"none of {len(every)} plans could be measured within the budget: {why}")
-    plan = at_home(best.plan, device).model_copy()
+    plan = at_home(best.plan, device)
+    unused_bytes = best.whole_bytes - plan.budget_bytes  # of the whole, of which the plan was made for a share
+    margin = {"margin_bytes": plan.budget.margin_bytes - unused_bytes}
+    plan = plan.model_copy(update={"budget": plan.budget.model_copy(update=margin)})
     plan._live = live
     scale = Scale(every)
     possible_s = min(scale.possible_s(trial) * (1 - trial.plan.gap) for trial in trials.possible(every))
-    return Tuned(plan, best.measured, every, max(0.0, 1 - possible_s / best.measured.step_s))
+    measured = best.measured.model_copy(update={"budget_bytes": plan.budget_bytes})
+    return Tuned(plan, measured, best.number, every, max(0.0, 1 - possible_s / measured.step_s))
 
 
 def _order(trial: Trial) -> tuple[bool, float]:

@@ -66,6 +66,11 @@ def test_a_row_says_how_a_card_would_be_used_and_how_fast_with_the_band() -> Non
 def test_cards_that_do_not_fit_are_one_line_with_what_it_takes() -> None:
     text = " ".join(shown(*OFFERS).split())
     assert "lora does not fit a-12, a-16: the leanest plan takes 18.00 GiB, beside CUDA's context and a margin" in text
+    unlike = refused("a-8", 8, least_bytes=19 * 2**30), refused("a-12", 12, least_bytes=18 * 2**30)
+    fitting = an_offer("a-24", 24, least_bytes=17 * 2**30)
+    assert "a-8, a-12: the leanest plan takes 18.00 GiB to 19.00 GiB, beside" in " ".join(
+        shown(*unlike, fitting).split()
+    )
     only_bounds = " ".join(shown(refused("a-12", 12, is_bound=True)).split())
     assert "a-12: weights and optimizer state alone are 18.00 GiB, beside" in only_bounds
     assert "lora: none of these" in only_bounds

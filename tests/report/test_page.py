@@ -176,6 +176,8 @@ class TestAnswers:
             "need 30.00 GiB. By these times no plan of the strategy's levers for this batch and budget is more than "
             "0.10% faster; that is proven."
         )
+        first = full_plan(levers=("offload", "select"))
+        assert "no plan by offload, select for this batch and budget" in sentence_of(first, 1)
         assert sentence_of(full_plan(slowdown=0.0), 1).startswith("no time")
         assert "(from measured blocks)" in sentence_of(full_plan(times="measured"), 1)
         assert "is any faster" in sentence_of(full_plan(gap=0.0), 1)
@@ -213,8 +215,10 @@ class TestAnswers:
     def test_what_more_memory_would_change(self) -> None:
         assert sentence_of(full_plan(), 3) == (
             "30.0 ms per GiB One GiB more would save 2.4 % of a step. "
-            "The fastest for this batch needs 23.00 GiB and saves 10.9 %."
+            "The fastest for micro-batches of 2 needs 23.00 GiB and saves 10.9 %."
         )
+        on_card = sentence_of(full_plan(fits_bytes=20 * GIB), 3)
+        assert on_card.startswith("about 30.0 ms per GiB One GiB more would save about 2.4 % of a step, by its tensors")
         steps = (
             point("rrskk", 21 * GIB, 1.234, chosen=True),
             point("rskkk", 23 * GIB, 1.11),
@@ -224,7 +228,7 @@ class TestAnswers:
             full_plan(frontier=steps), 3
         )
         alone = full_plan(shadow_price=0.0, frontier=(point("rrskk", GIB, 1.234, chosen=True),))
-        assert sentence_of(alone, 3).startswith("nothing No plan for this batch is faster")
+        assert sentence_of(alone, 3).startswith("nothing No plan for micro-batches of 2 is faster")
         assert sentence_of(full_plan(shadow_price=0.0), 3).startswith("up to 10.9 % less time The fastest")
 
 

@@ -55,9 +55,9 @@ def _what_it_costs(plan: Plan) -> Answer:
         within = "budget" if speed_counts else "so little memory"
         if plan.fits_bytes is not None:  # what an allocator takes beside them is no part of the proof
             within = "so few bytes of tensors"
+        by = f"by {', '.join(plan.levers)}" if plan.levers else "of the strategy's levers"
         sentences.append(
-            f"By these times no plan of the strategy's levers for this batch and {within} is {_at_all(plan.gap)} "
-            "faster; that is proven."
+            f"By these times no plan {by} for this batch and {within} is {_at_all(plan.gap)} faster; that is proven."
         )
         if plan.fits_bytes is not None:
             sentences.append(
@@ -105,7 +105,8 @@ def _what_more_would_change(plan: Plan) -> Answer:
         )
     faster = [point for point in plan.frontier if point.step_s < plan.step_s]
     if plan.shadow_price <= 0 and not faster:
-        return Answer(question, "nothing", ("No plan for this batch is faster, however much memory there is.",))
+        said = f"No plan for micro-batches of {plan.micro_batch} is faster, however much memory there is."
+        return Answer(question, "nothing", (said,))
     short, sentences = "", []
     if faster:
         saved, needs = format_percent(1 - faster[-1].step_s / plan.step_s), format_bytes(faster[-1].peak_bytes)
@@ -115,8 +116,10 @@ def _what_more_would_change(plan: Plan) -> Answer:
             sentences.append(
                 f"The next of the plans below needs {format_bytes(faster[0].peak_bytes)}, saves {next_saved}."
             )
-        sentences.append(f"The fastest for this batch needs {needs} and saves {saved}.")
+        sentences.append(f"The fastest for micro-batches of {plan.micro_batch} needs {needs} and saves {saved}.")
     if plan.shadow_price > 0:
-        short = f"{format_seconds(plan.shadow_price)} per GiB"
-        sentences.insert(0, f"One GiB more would save {format_percent(plan.shadow_price / plan.step_s)} of a step.")
+        saved = format_percent(plan.shadow_price / plan.step_s)
+        about, beside = ("", "") if plan.fits_bytes is None else ("about ", ", by its tensors alone")
+        short = f"{about}{format_seconds(plan.shadow_price)} per GiB"
+        sentences.insert(0, f"One GiB more would save {about}{saved} of a step{beside}.")
     return Answer(question, short, tuple(sentences))

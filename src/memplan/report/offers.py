@@ -90,9 +90,9 @@ def _others(offers: Sequence[Offer]) -> list[RenderableType]:
     out = ranked(offer for offer in offers if not offer.fits)
     if not out:
         return []
-    checked = [offer.least_bytes for offer in offers if not offer.is_bound]
+    checked = {offer.least_bytes for offer in out if not offer.is_bound}  # libraries keep more on some cards
     if checked:
-        takes = f"the leanest plan takes {format_bytes(min(checked))}"
+        takes = f"the leanest plan takes {' to '.join(map(format_bytes, dict.fromkeys((min(checked), max(checked)))))}"
     else:
         takes = f"weights and optimizer state alone are {format_bytes(max(offer.least_bytes for offer in out))}"
     names = ", ".join(offer.gpu for offer in out)
