@@ -86,10 +86,9 @@ def test_switched_off_it_neither_reads_nor_writes(cache_folder: Path, monkeypatc
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "\xff\x00" * 9,
-        lambda text: text.replace('"schema_version":1', '"schema_version":99'),
         lambda text: text.replace('"predicted_bytes":1000', '"predicted_bytes":-1'),
     ],
-    ids=["cut off", "empty", "no text", "another version", "an impossible value"],
+    ids=["cut off", "empty", "no text", "an impossible value"],
 )
 def test_what_is_damaged_is_set_aside_with_a_word(
     damage: Any, cache_folder: Path, caplog: pytest.LogCaptureFixture
@@ -104,6 +103,30 @@ def test_what_is_damaged_is_set_aside_with_a_word(
     caplog.clear()
     assert cache.runs_of(key()) == (RUN,)
     assert caplog.text == ""
+
+
+def test_what_another_version_keeps_is_left_to_it(cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.remember(key(), RUN)
+    cache.remember(key(model="GPT"), RUN)
+    (theirs,) = (cache_folder / "runs" / key(model="GPT").digest).iterdir()
+    theirs.write_text(theirs.read_text().replace('"schema_version":1', '"schema_version":99'))
+    assert cache.all_runs() == {key(): (RUN,)}
+    assert theirs.is_file()
+    assert not caplog.text
+
+
+def test_a_run_that_comes_while_the_cache_is_cleared_stays(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.remember(key(), RUN)
+    own, later = Path.unlink, RUN.model_copy(update={"step_s": 2.5})
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        own(path, missing_ok=missing_ok)
+        monkeypatch.setattr(Path, "unlink", own)
+        cache.remember(key(), later)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert cache.clear() == 1
+    assert cache.runs_of(key()) == (later,)
 
 
 def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(

@@ -121,7 +121,8 @@ def clear() -> int:
             for file in each.iterdir():
                 file.unlink(missing_ok=True)
                 count += file.suffix == ".json"
-            each.rmdir()
+            if not any(each.iterdir()):  # else another process has kept a run meanwhile
+                each.rmdir()
     except OSError as error:
         raise UsageError(f"cannot clear the cache: {error}. Remove the folder yourself, or name another.") from error
     return count
@@ -158,7 +159,7 @@ def _inside(place: Path | None, is_wanted: Callable[[Path], bool]) -> list[Path]
 
 
 def _entries(own: Path) -> Iterator[tuple[Key, Run]]:
-    """What one folder holds, in order; what cannot be read is set aside."""
+    """What one folder holds, in order; what is damaged is set aside, and what another version wrote passed over."""
     for path in _inside(own, lambda file: file.suffix == ".json"):
         try:
             entry = _Entry.model_validate_json(path.read_bytes())
@@ -167,7 +168,8 @@ def _entries(own: Path) -> Iterator[tuple[Key, Run]]:
         except OSError as error:
             _warn_once(f"cannot read what was measured, in {path}: {error.strerror}")
         except ValidationError as error:
-            _set_aside(path, error.errors()[0]["msg"])
+            if all(one["loc"] != ("schema_version",) for one in error.errors()):
+                _set_aside(path, error.errors()[0]["msg"])
         else:
             yield entry.key, entry.run
 
@@ -176,9 +178,9 @@ def _set_aside(path: Path, why: str) -> None:
     try:
         path.replace(path.with_suffix(".bad"))
     except OSError:  # then it is passed over
-        _warn_once(f"passed over {path}, which is damaged or of another version of memplan ({why})")
+        _warn_once(f"passed over {path}, which is damaged ({why})")
         return
-    _log.warning("memplan's cache: %s was damaged or of another version of memplan (%s), and is set aside", path, why)
+    _log.warning("memplan's cache: %s was damaged (%s), and is set aside", path, why)
 
 
 @cache

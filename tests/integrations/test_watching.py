@@ -32,3 +32,15 @@ def test_an_address_given_out_again_was_freed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_of([], monkeypatch) is None
+
+
+def test_on_a_card_other_tensors_than_the_step_s_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As averaged weights are, or another model. The card is made up: its allocator's figures are these."""
+    model = nn.Linear(100, 3)  # 1,200 and 12 bytes, in blocks of 512
+    figures = {"memory_allocated": 1536 + 512 + 4096, "max_memory_allocated": 1536 + 512 + 4096 + 1024}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda _: None)
+    watch = Watch(torch.device("cuda"))
+    watch.count(model, [])
+    assert watch.stop() == 1536 + 512 + 1024

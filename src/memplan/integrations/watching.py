@@ -9,6 +9,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
+from memplan.allocator.settings import BLOCK_BYTES
 from memplan.fitting import Fit
 from memplan.meter import Allocations, allocator_record
 from memplan.units import format_budget, format_bytes
@@ -81,25 +82,29 @@ def _reported(fit: Fit, peak_bytes: int) -> dict[str, float]:
 class Watch:
     """The most that tensors need from `count` to `stop`, weights, gradients and optimizer state included.
 
-    On a card that is the allocator's own figure, for all tensors there. On the CPU it is read from the record of
-    torch's allocator, as in `CpuDevice`. It tells of a free only if it was there at the allocation, so it is to be made
-    a step before, for the gradients of that one. What else is there when counting begins is left out, such as what a
-    loop holds of the step before, and buckets of DistributedDataParallel.
+    On a card that is the allocator's own figure. On the CPU it is read from the record of torch's allocator, as in
+    `CpuDevice`. It tells of a free only if it was there at the allocation, so it is to be made a step before, for the
+    gradients of that one. What else is there when counting begins is left out, such as averaged weights, another model,
+    what a loop holds of the step before, and buckets of DistributedDataParallel.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.counts = self._is_over = False
         self._device, self._open = device, ExitStack()
         self._alive: dict[int, int] = {}  # when counting began: bytes by address
+        self._others_bytes = 0  # on a card then: what is no weight, gradient or state
         self._record = self._recording()
 
     def count(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         """From here on."""
         self.counts = True
         self._open.close()
+        own = _own(model, optimizers)
         if self._device.type == "cpu":
-            self._alive = _own(model, optimizers)
+            self._alive = own
         elif hasattr(torch.accelerator, "reset_peak_memory_stats"):
+            blocks = sum(-(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES for n_bytes in own.values())
+            self._others_bytes = max(0, torch.accelerator.memory_allocated(self._device) - blocks)
             torch.accelerator.reset_peak_memory_stats(self._device)
         self._record = self._recording()
 
@@ -110,8 +115,9 @@ class Watch:
             return None
         self._is_over = True
         if self._device.type != "cpu":
-            measures = hasattr(torch.accelerator, "max_memory_allocated")
-            return int(torch.accelerator.max_memory_allocated(self._device)) if measures else None
+            if not hasattr(torch.accelerator, "max_memory_allocated"):
+                return None
+            return int(torch.accelerator.max_memory_allocated(self._device)) - self._others_bytes
         now = peak = sum(self._alive.values())
         for address, change in self._record:
             # What else the loop has kept since the first step is not the step's; an address given out again was freed,
