@@ -13,7 +13,7 @@ from guarding import texts
 import memplan
 from memplan.errors import PlanMismatch, UsageError
 from memplan.samples import Sample
-from memplan.world import largest, least_share, odd_ranks, of_first, on_all, said_of
+from memplan.world import Rooms, largest, odd_ranks, of_first, on_all, rooms_of_all
 
 RANK = Path(__file__).with_name("world_rank.py")
 BOUND_S = 240  # nothing may hang
@@ -65,21 +65,25 @@ def test_a_plan_for_a_cluster_is_not_applied_by_a_process_alone(world: memplan.W
 
 
 def test_without_ranks_everything_is_its_own() -> None:
-    assert (of_first(3), on_all(lambda: 4), odd_ranks("a"), least_share(lambda: 5)) == (3, 4, [], 1.0)
+    assert (of_first(3), on_all(lambda: 4), odd_ranks("a"), rooms_of_all(lambda: 5)) == (3, 4, [], Rooms())
     sample = Sample.of(tiny.tokens(2, 3))
     assert largest(sample, "it is long") == (sample, ("it is long",))
 
 
 def test_a_plan_says_if_it_is_for_a_rank_with_less_memory() -> None:
-    assert said_of(1.0) == ()
-    assert said_of(0.75) == ("planned for 75.0% of the first rank's memory, which is what the rank with the least has",)
+    assert Rooms().said() == Rooms(most=1.01).said() == ()
+    less, more = Rooms(least=0.75, most=2.0), Rooms(most=2.0)
+    assert (less.share, more.share) == (0.75, 1.0)
+    (words,) = less.said()
+    assert words == "planned for 75.0% of the first rank's memory, which is what the rank with the least has"
+    assert more.said() == ("planned for the first rank's memory, which is the least; another rank has 200.0% of it",)
 
 
 @pytest.mark.slow
 def test_what_two_ranks_tell_each_other(heard: Heard) -> None:
     first, second = heard
     for own in heard:
-        assert (own["first"], own["share"], own["odd"], own["alike"]) == ("from 0", 0.75, [1], [])
+        assert (own["first"], own["least"], own["odd"], own["alike"]) == ("from 0", 0.75, [1], [])
     assert (first["all"], second["all"]) == (0, 1)
     words = "the loader has no batch size"
     assert second["failed"] == f"UsageError: {words}"

@@ -19,7 +19,7 @@ import memplan
 from memplan import fitting, pipeline
 from memplan.errors import MemoryTaken, MemplanError, UsageError
 from memplan.samples import Sample
-from memplan.world import World, largest, least_share, odd_ranks, of_first, on_all
+from memplan.world import World, largest, odd_ranks, of_first, on_all, rooms_of_all
 
 WORLD = World(replicas=2)
 SHORT, LONG = 8, 16  # tokens of the first rank's rows and of the second's
@@ -132,7 +132,7 @@ def main() -> None:
 
     heard = {
         "first": of_first(f"from {rank}"),
-        "share": least_share(lambda: (100, 75)[rank]),
+        "least": rooms_of_all(lambda: (100, 75)[rank]).least,
         "odd": odd_ranks(f"model {rank}"),
         "alike": odd_ranks("model"),
         "all": on_all(lambda: rank),

@@ -25,7 +25,7 @@ from memplan.recipe import Recipe
 from memplan.samples import Sample, sample_for
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
-from memplan.world import World, largest, least_share, on_all, on_any, said_of
+from memplan.world import World, largest, on_all, on_any, rooms_of_all
 
 __all__ = ["apply", "autofit", "plan", "predict"]
 
@@ -279,14 +279,14 @@ class _Planner:
     def of_all(self) -> "_Planner":
         """For the least memory and the largest sample that a rank has. To be called on every rank."""
         own, strategy = self.session, self.strategy
-        share = least_share(lambda: room_of(own.gpu, own.device))
+        rooms = rooms_of_all(lambda: room_of(own.gpu, own.device))
         sample, said = largest(own.sample)
         return replace(
             self,
             session=replace(own, sample=sample),
-            strategy=replace(strategy, budget_share=strategy.budget_share * share),
+            strategy=replace(strategy, budget_share=strategy.budget_share * rooms.share),
             data=self.data if sample is own.sample else None,
-            said=(*said_of(share), *said),
+            said=(*rooms.said(), *said),
         )
 
 

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 from pydantic import TypeAdapter
@@ -17,6 +17,8 @@ from memplan.units import format_bytes
 
 _Said = TypeVar("_Said")
 _Made = TypeVar("_Made", Plan, list[Plan])
+
+_MIXED: Final = 1.02  # of the first rank's memory: more is another card, or one that others use less
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,35 @@ def of_first(own: _Said) -> _Said:
     return _gathered(own)[0]
 
 
-def least_share(room_bytes: Callable[[], int]) -> float:
-    """Of the room that the first rank has, what the rank with the least has. To be asked on every rank."""
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """The memory that the ranks with the least and with the most have, as shares of what the first one has."""
+
+    least: float = 1.0
+    most: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Of its own, what the first rank may plan for."""
+        return min(1.0, self.least)
+
+    def said(self) -> tuple[str, ...]:
+        """What a plan for the least has to say; nothing where all have about as much."""
+        if self.least < 1.0:
+            whose = "which is what the rank with the least has"
+            return (f"planned for {self.least:.1%} of the first rank's memory, {whose}",)
+        if self.most > _MIXED:
+            return (f"planned for the first rank's memory, which is the least; another rank has {self.most:.1%} of it",)
+        return ()
+
+
+ALONE: Final = Rooms()
+
+
+def rooms_of_all(room_bytes: Callable[[], int]) -> Rooms:
+    """Of the memory that is here, and on the other ranks. To be asked on every rank."""
     rooms = _gathered(on_all(room_bytes))
-    return min(1.0, min(rooms) / rooms[0])
+    return Rooms(min(rooms) / rooms[0], max(rooms) / rooms[0])
 
 
 def largest(own: Sample, *said: str) -> tuple[Sample, tuple[str, ...]]:
@@ -164,13 +191,6 @@ def largest(own: Sample, *said: str) -> tuple[Sample, tuple[str, ...]]:
     sample: Sample = on_all(lambda: pickle.loads(sent[0]))
     than = f"{format_bytes(row_bytes)} each, on the first rank {format_bytes(found[0][0])}"
     return sample, (*words, f"planned for the batch of rank {rank}, whose rows are the largest: {than}")
-
-
-def said_of(share: float) -> tuple[str, ...]:
-    """What a plan has to say of a share of the first rank's memory; nothing of all of it."""
-    if share == 1.0:
-        return ()
-    return (f"planned for {share:.1%} of the first rank's memory, which is what the rank with the least has",)
 
 
 def _packed(sample: Sample) -> bytes:

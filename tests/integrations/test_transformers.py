@@ -87,6 +87,25 @@ def test_micro_batches_may_be_larger_than_the_trainer_s_own(make: Any) -> None:
     check_same(run(several, lambda t: memplan.autofit(t, **WHOLE, micro_batch=8)), run(several))
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (None, 2), (2, None)])
+def test_a_run_goes_on_under_another_plan(tmp_path: Path, before: int | None, after: int | None) -> None:
+    """From the middle of the second epoch, with a plan or without one."""
+
+    def trained(folder: Path, micro_batch: int | None, resume: str | None = None, **changes: Any) -> nn.Module:
+        made = trainer(folder, small(), save_strategy="steps", save_steps=7, **changes)
+        if micro_batch is not None:
+            memplan.autofit(made, **WHOLE, micro_batch=micro_batch)
+        made.train(resume_from_checkpoint=resume)
+        assert made.state.global_step == 10
+        return made.model
+
+    trained(tmp_path / "first", before)
+    resumed = trained(tmp_path / "second", after, str(tmp_path / "first" / "checkpoint-7"))
+    whole = trained(tmp_path / "whole", None)
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    assert max(float((mine - other).detach().abs().max()) for mine, other in pairs) <= 1e-5
+
+
 def test_a_real_run_needs_what_was_predicted_in_half_precision_too(make: Any, cache_folder: Path) -> None:
     alike = [row for row in rows(64) if len(row["input_ids"]) >= 16]
     alike = [{name: ids[:16] for name, ids in row.items()} for row in alike] * 2

@@ -43,7 +43,7 @@ from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
 from memplan.strategy import Strategy
-from memplan.world import World, largest, least_share, of_first, on_all, on_any
+from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
 
 _PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAN_FILE, _STEPS_FILE = "memplan.json", "memplan_steps.txt"  # beside what `save_state` writes
@@ -144,7 +144,7 @@ class Attachment:
                 own_rows=batch_size,
                 own_batches=own_batches,
                 can_split=count is not None,
-                share=self._least_room(),
+                rooms=self._rooms(),
                 strategy=strategy,
                 left_out=left_out,
             )
@@ -323,12 +323,12 @@ class Attachment:
     def _can_try(self, model: nn.Module, sample: Sample) -> bool:
         return can_try(model, sample, self._accelerator.device)
 
-    def _least_room(self) -> float:
-        """Of the memory that the first rank has, what the one with the least has."""
+    def _rooms(self) -> Rooms:
+        """The memory that other ranks have, if it matters."""
         if self._accelerator.num_processes == 1 or self._wishes.settings.plan is not None:
-            return 1.0
+            return ALONE
         place = place_of(self._wishes.settings, self._accelerator.device)
-        return least_share(lambda: room_of(*resolve_gpu(place)))
+        return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

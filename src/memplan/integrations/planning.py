@@ -17,7 +17,7 @@ from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
 from memplan.strategy import Lever, Strategy, load_strategy
-from memplan.world import World, said_of
+from memplan.world import ALONE, Rooms, World
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
@@ -43,7 +43,7 @@ def plan_for(
     own_rows: int,
     own_batches: int,
     can_split: bool,
-    share: float = 1.0,
+    rooms: Rooms = ALONE,
     strategy: str | Path | Strategy | None = None,
     left_out: tuple[str, ...] = (),
 ) -> Plan:
@@ -53,7 +53,7 @@ def plan_for(
         device: what the settings' "auto" stands for.
         own_rows: samples in one of the loop's own batches.
         can_split: whether parts of a batch may be computed by themselves.
-        share: of the memory that is here, what the plan may use: another rank may have less.
+        rooms: of the memory that is here, how much other ranks have.
         strategy: in the place of the settings'.
         left_out: what it leaves out of that one, for the plan to say.
 
@@ -74,7 +74,7 @@ def plan_for(
     for_engine, said = _for_engine(wanted, recipe)
     asked = replace(
         for_engine,
-        budget_share=wanted.budget_share * share,
+        budget_share=wanted.budget_share * rooms.share,
         risk=wanted.risk if settings.risk is None else settings.risk,
     )
     session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
@@ -82,7 +82,7 @@ def plan_for(
     if plan.verdict is Verdict.DOES_NOT_FIT:
         whole = () if can_split else (f"the batch of {own_rows} is not split: {_WHOLE}",)
         raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out, *said)), plan.smallest_bytes)
-    return plan.assuming(*said_of(share), *left_out, *said)
+    return plan.assuming(*rooms.said(), *left_out, *said)
 
 
 def place_of(settings: Settings, device: torch.device) -> str:
