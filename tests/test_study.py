@@ -164,6 +164,18 @@ def test_a_lever_that_fails_its_proof_is_not_offered(monkeypatch: pytest.MonkeyP
     assert "lm_head" not in plan.decisions
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_plan_says_if_what_it_does_was_not_tried_on_the_model(place: str) -> None:
+    model, batch = tiny.llama(layers=2, use_cache=False)
+
+    def says(strategy: memplan.Strategy) -> bool:
+        plan = memplan.plan(model.to(place), "cpu:1GiB", sample=batch, micro_batch=2, strategy=strategy)
+        return any("was not tried on this model" in line for line in plan.assumptions)
+
+    assert says(memplan.Strategy("all", levers=("recompute",), every_block="recompute")) == (place == "meta")
+    assert not says(memplan.Strategy("none", levers=()))
+
+
 class Stateful(nn.Module):
     """A block that changes something of its own in every forward."""
 

@@ -59,6 +59,15 @@ def shifted_tokens_in(batch: Any) -> Tensor:
     return (_labels(batch)[..., 1:] != IGNORED).sum()
 
 
+_LOSSES: Final = {
+    "ForCausalLM": SHIFTED,
+    "ForMaskedLM": TOKENS,
+    "ForTokenClassification": TOKENS,
+    "ForSequenceClassification": SAMPLES,
+    "ForImageClassification": SAMPLES,
+    "ForVideoClassification": SAMPLES,
+    "ForAudioClassification": SAMPLES,
+}
 _COUNTS: Final[dict[str, Count]] = {SHIFTED: shifted_tokens_in, TOKENS: tokens_in, SAMPLES: rows_in}
 
 
@@ -126,6 +135,19 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         if abs(values(batch)[0][0] - whole) > tolerance:
             raise Undecided("the loss is another one each time, as one that draws random numbers")
         return None
+
+
+def by_name(model: nn.Module) -> str | None:
+    """By which count the loss of one of transformers' own models is a mean, as the name of the loss tells; else None.
+
+    For where it cannot be tried. Source: `LOSS_MAPPING` in transformers/loss/loss_utils.py. Models for generation under
+    a condition are left out, since some of them shift their labels and some do not.
+    """
+    unwrapped = getattr(model, "get_base_model", None)  # PEFT's
+    base = unwrapped() if callable(unwrapped) else model
+    if type(base).__module__.partition(".")[0] != "transformers":
+        return None
+    return _LOSSES.get(str(getattr(base, "loss_type", None)))
 
 
 def averages_routes(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from memplan.optimizer_step import IN_BACKWARD
 from memplan.plan_record import Budget, Plan, Verdict
 from memplan.planner import NoPlan, Outcome, search
 from memplan.prediction import Prediction
-from memplan.problem import KEEP
+from memplan.problem import KEEP, RECOMPUTE
 from memplan.profile import Profile
 from memplan.progress import shown
 from memplan.recipe import AFTER_STEP, Recipe
@@ -37,11 +38,16 @@ from memplan.roofline import StepTimes, is_nominal, origin_of
 from memplan.room import Room
 from memplan.samples import Sample
 from memplan.strategy import Strategy
-from memplan.study import Study
+from memplan.study import Planned, Study
 from memplan.summary import frontier_of, layers_of, module_at, peak_of, reason_for, saved_of, timeline_of
 from memplan.trace import Trace
 from memplan.training_run import usage_of
 from memplan.units import format_budget, format_bytes
+
+_UNTRIED: Final = (
+    "what the plan does leaves loss and gradients as they are: that was not tried on this model, which is not on the "
+    "device, or takes too long there"
+)
 
 # Share of the datasheet's rate that pinned copies reach: 53.1 of 64 GB/s in torchtitan's pool. Not measured by memplan.
 LINK_EFFICIENCY = 0.8
@@ -311,7 +317,7 @@ class Session:
                 trace,
                 (
                     *self._refusals(study, strategy),
-                    *_said_of(planned.stepping),
+                    *_said_of(planned, study),
                     *self._learned.describe(times.how),
                     *doubted(times.doubt),
                 ),
@@ -370,8 +376,11 @@ class Session:
         return tuple(lines)
 
 
-def _said_of(stepping: str) -> tuple[str, ...]:
-    return (ASSUMPTION,) if stepping == IN_BACKWARD else ()
+def _said_of(planned: Planned, study: Study) -> tuple[str, ...]:
+    """What a plan rests on for what it does."""
+    tried = {RECOMPUTE, *study.head.values()}  # the other levers prove themselves when they run
+    untried = not study.can_time and not tried.isdisjoint(planned.decisions.values())
+    return (*((ASSUMPTION,) if planned.stepping == IN_BACKWARD else ()), *((_UNTRIED,) if untried else ()))
 
 
 def _name(dtype: torch.dtype | None) -> str | None:

@@ -237,7 +237,7 @@ class Study:
 
     def _graphs(self) -> dict[str, tuple[BlockGraph, Sequence[float]]]:
         """With seconds from the device itself where the model is there, else from the card's figures."""
-        if self._can_time:
+        if self.can_time:
             assert self.device is not None
             try:
                 sample = self.sample.resized(self.points[0])
@@ -283,7 +283,7 @@ class Study:
 
     def _disproof(self, option: Mapping[str, str], working: Sequence[str], *, asks: bool = True) -> str | None:
         """What differs in a real step on two samples, where the model can run one, in which only some blocks work."""
-        if not self._can_time:
+        if not self.can_time:
             return None
         assert self.device is not None
         sample = self.sample.resized(2).to(self.device.torch_device)  # of one sample, batch norm makes nothing
@@ -372,7 +372,7 @@ class Study:
 
     def _times(self, levels: Mapping[int, Mapping[str, Sequence[Level]]]) -> StepTimes:
         estimate = estimated(levels, self.rates)
-        if not self.blocks or not self._can_time:
+        if not self.blocks or not self.can_time:
             return estimate
         assert self.device is not None
         stage("timing")
@@ -388,7 +388,7 @@ class Study:
         return cpu_rates() if self.gpu.kind == "cpu" else Rates.of(self.gpu)
 
     @cached_property
-    def _can_time(self) -> bool:
+    def can_time(self) -> bool:
         """Whether the weights are on the device that is planned for, and a step there does not take for ever."""
         places = {p.device.type for p in self.model.parameters()}
         if self.device is None or places != {self.device.torch_device.type}:

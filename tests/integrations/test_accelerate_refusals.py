@@ -174,10 +174,10 @@ def test_a_loss_over_the_batch_is_not_split(accelerator: Accelerator) -> None:
     assert (accelerator.memplan.plan.micro_batch, accelerator.memplan.plan.accumulation) == (BATCH, 1)
 
 
-def test_a_loss_that_takes_too_long_to_try_is_taken_for_a_mean_and_the_plan_says_so(
+def test_a_loss_that_takes_too_long_to_try_is_taken_for_the_mean_that_its_name_says(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a large model that is not on its card yet."""
+    """As of a large model that is not on its card yet; one that nothing is known of is kept whole."""
     monkeypatch.setattr(means, "_QUICK", 0)
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     model = parts()[0]
@@ -186,6 +186,10 @@ def test_a_loss_that_takes_too_long_to_try_is_taken_for_a_mean_and_the_plan_says
     sample = Sample.of(padded([Texts(4)[at] for at in range(4)]))
     assert made._count_name(model, Recipe(), sample) == SHIFTED
     assert not made._can_try(model, sample)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert made._count_name(adapted, Recipe(), sample) == SHIFTED
+    assert made._count_name(Contrastive(), Recipe(), sample) is None
+    assert made._count_name(model, Recipe(loss=lambda *_: torch.zeros(())), sample) is None
     monkeypatch.setattr(means, "_QUICK", 10**12)
     assert made._can_try(model, sample)
     assert made._count_name(Contrastive(), Recipe(), sample) is None
@@ -228,6 +232,25 @@ def test_accumulation_across_epochs() -> None:
         plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
         with pytest.raises(UsageError, match="across the ends of epochs"):
             attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
+
+
+def test_a_stream_whose_rest_would_be_left_out_by_larger_batches() -> None:
+    class Rows(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([Texts(20)[at] for at in range(20)])
+
+    for drop_last in (True, False):
+        with fresh_accelerate():
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            attach(accelerator, plan=scripts.plan_file("llama", 8, 8))
+            model = parts()[0]
+            loader = DataLoader(Rows(), batch_size=4, collate_fn=padded, drop_last=drop_last)
+            objects = model, torch.optim.AdamW(model.parameters()), loader
+            if drop_last:
+                with pytest.raises(UsageError, match="more rows would be left out"):
+                    accelerator.prepare(*objects)
+            else:
+                assert accelerator.prepare(*objects)
 
 
 def test_a_stateful_loader(accelerator: Accelerator) -> None:

@@ -143,7 +143,7 @@ def test_two_forwards_before_two_backwards(option: str) -> None:
             assert differences(both(model, batch), wanted) == []
 
 
-@pytest.mark.parametrize("option", [SAVED])
+@pytest.mark.parametrize("option", [SAVED, BOUNDARY])
 @pytest.mark.parametrize("name", ["bert", "plain"])
 def test_a_retained_graph_runs_backward_again(name: str, option: str) -> None:
     def twice(model: nn.Module, batch: tiny.Batch) -> Results:

@@ -22,7 +22,7 @@ from memplan.integrations.counting import length_of, said_of, steps_in
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, asking, drive, grouped
-from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch
+from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, refuse_joined_stream
 from memplan.integrations.parts import Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, refuse_copied
@@ -36,7 +36,7 @@ from memplan.integrations.scripts import (
 from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
-from memplan.means import SAMPLES, SHIFTED, SUM, Count, Undecided, can_try, counter, has_tokens, mean_over
+from memplan.means import SAMPLES, SUM, Count, Undecided, averages_routes, by_name, can_try, counter, mean_over
 from memplan.plan_record import Plan
 from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
@@ -152,9 +152,10 @@ class Attachment:
         if self._wishes.settings.plan is not None:
             refuse_copied(plan, accelerator)
             said = ()  # it was made for another sample
-        if self._wishes.count is None and not is_batch_coupled(model) and not self._can_try(model, sample):
-            said += (_UNTRIED,)
+        if not (is_fixed or self._wishes.count or is_batch_coupled(model) or self._can_try(model, sample)):
+            said += (_UNTRIED if count is None else _BY_NAME,)
         plan = plan.assuming(*said)
+        refuse_joined_stream(loader, own_batches, plan.accumulation)
         live = optimizers[0] if len(optimizers) == 1 else None
         self.fit = on_all(partial(apply, model, plan, live), Fit.undo)
         try:
@@ -314,7 +315,7 @@ class Attachment:
         if is_batch_coupled(model):
             return None
         if not self._can_try(model, sample):  # the plan says that it was not tried
-            return SHIFTED if has_tokens(sample.content) else SAMPLES
+            return by_name(model) if recipe.loss is None and not averages_routes(model) else None
         with suppress(Undecided):
             found = mean_over(model, recipe, sample)
             return None if found == SUM else found
@@ -358,9 +359,14 @@ _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
+_TOO_LONG: Final = "trying it would take too long where the weights are"
+_BY_NAME: Final = (
+    f"the loss is taken to be the mean that its name in transformers says: {_TOO_LONG}. Where it is another, pass "
+    "normalise=, or micro_batch= with the script's own batch"
+)
 _UNTRIED: Final = (
-    "the loss is taken to be a mean over label tokens, or over samples where there are none: trying it would take too "
-    "long where the weights are. Where it is another, pass normalise=, or micro_batch= with the script's own batch"
+    f"the batch is not divided, since nothing says what its loss is a mean over, and {_TOO_LONG}. If it is one, say "
+    "over what: normalise='samples', 'tokens' or 'shifted-tokens'"
 )
 
 

@@ -24,7 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from memplan.blocks import is_batch_coupled
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
-from memplan.integrations.loaders import batch_size_of, cut, is_cut_by_workers, longest_batch
+from memplan.integrations.loaders import (
+    batch_size_of,
+    cut,
+    is_cut_by_workers,
+    longest_batch,
+    refuse_joined_stream,
+)
 from memplan.integrations.part_log import PartLog
 from memplan.integrations.parts import Split, nothing_to_learn
 from memplan.integrations.planning import plan_for
@@ -95,6 +101,7 @@ class MemplanCallback(Callback):
             )
         if plan.micro_batch != own_rows:
             _refuse_divided(trainer, loader)
+        refuse_joined_stream(loader, own_batches, plan.accumulation)
         self.plan = plan.assuming(said)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         fit = apply(pl_module, plan)
