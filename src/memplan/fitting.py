@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from weakref import WeakKeyDictionary
@@ -346,15 +346,12 @@ def training_step(model: nn.Module, micro: Sample, recipe: Recipe, device: Devic
         for parameter in trainable:
             parameter.grad = None
 
-    in_backward = recipe.stepping == IN_BACKWARD
-    before = [p.register_post_accumulate_grad_hook(_zero_gradient) for p in trainable] if in_backward else []
-    unstep = stepping.install(model, optimizer, recipe.stepping, recipe.accumulation)
-    try:
+    with ExitStack() as undone:
+        if recipe.stepping == IN_BACKWARD:
+            for parameter in trainable:
+                undone.callback(parameter.register_post_accumulate_grad_hook(_zero_gradient).remove)
+        undone.callback(stepping.install(model, optimizer, recipe.stepping, recipe.accumulation))
         yield step
-    finally:
-        for handle in before:
-            handle.remove()
-        unstep()
 
 
 def _zero_gradient(parameter: torch.Tensor) -> None:

@@ -22,17 +22,16 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memplan import optimizers
-from memplan.device import Device, resolve_gpu
+from memplan.device import Device
 from memplan.errors import MemoryTaken, UsageError
 from memplan.fitting import Fit, apply, reapply
 from memplan.out_of_memory import Diagnosis, Where, diagnose
 from memplan.plan_record import Plan
 from memplan.ranks import OthersRanOut, Replicas, Word, Words, check_whole
-from memplan.rewind import Before, CarefulStep, forget, outcome
+from memplan.rewind import Before, CarefulStep, device_of, forget, outcome
 from memplan.rungs import Ladders, nothing_smaller
 from memplan.units import format_bytes
 
@@ -82,7 +81,7 @@ class Guard:
         check_whole(fit.model, replica, fit.plan.replicas)
         self.fit, self.falls, self.timed = fit, list[str](), False
         self._optimizer = optimizers.unwrapped(optimizer)
-        self._device: Device = _device_of(fit.model)
+        self._device: Device = device_of(fit.model)
         self._generators, self._before = generators, Before(fit.model, generators)
         self._replicas = None if replica is None else Replicas(replica, patience_s)
         if self._replicas is not None:
@@ -95,7 +94,7 @@ class Guard:
         self._last: tuple[Word, int] = (Word.WELL, 0)  # how the step before went, in which bucket
         self._since: list[Callable[[], object]] = []  # the micro-steps since the optimizer's last step
         self._rows: int | None = None  # what an evaluation has come down to
-        self._cut_short = False  # the evaluation under way, by a rank that ran out in a part of it
+        self._cut_short, self._parts = False, 0  # the evaluation under way, in one of the parts so far
         if self._replicas is not None:
             self._replicas.keep_apart()
 
@@ -252,8 +251,10 @@ class Guard:
         before = Before(self.fit.model, self._generators)  # a step may be under way, with a note of its own
         before.note()
         while True:
-            now, self._cut_short = min(rows, self._rows or rows), False
+            now, self._cut_short, self._parts = min(rows, self._rows or rows), False, 0
             result, failure = outcome(partial(run, now))
+            if failure is not None and self._parts and not self._cut_short:
+                raise failure  # others may be waiting for this rank where no word reaches them
             if not self._cut_short:
                 self._tell_of(failure)
             if not self._words.ranks(Word.RAN_OUT):
@@ -269,13 +270,15 @@ class Guard:
     def evaluate_part(self, run: Callable[[], _Result]) -> _Result:
         """What `run` returns, which is a part of the `run` of `evaluate`, behind which ranks wait for each other.
 
-        Each has to have as many. Where memory runs out on one of them, none comes past here: all begin anew.
+        Each has to have as many. Where memory runs out on one of them, none comes past here: all begin anew. What goes
+        wrong outside of the parts is raised on that rank alone.
         """
+        self._parts += 1
         result, failure = outcome(run)
         self._tell_of(failure)
         if self._words.ranks(Word.RAN_OUT):
             self._cut_short = True
-            raise failure or OthersRanOut
+            raise failure or OthersRanOut("another rank ran out of memory in its part of the evaluation")
         assert result is not None
         return result[0]
 
@@ -390,11 +393,3 @@ class Guard:
     def _note(self, text: str) -> None:
         self.falls.append(text)
         _log.warning("memplan: %s", text)
-
-
-def _device_of(model: nn.Module) -> Device:
-    place = str(next(model.parameters()).device)
-    device = resolve_gpu(place)[1]
-    if device is None:
-        raise UsageError(f"the weights are on {place}: the guard is for a model on a CPU or a CUDA device")
-    return device

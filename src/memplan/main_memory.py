@@ -19,7 +19,7 @@ def limit_bytes(cgroup: Path = CGROUP, own_groups: Path = OWN_GROUPS) -> int | N
     """
     files = {cgroup / "memory.max", cgroup / "memory/memory.limit_in_bytes"}  # a container may see its own as the root
     for line in _read(own_groups).splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not controllers:
             files |= {group / "memory.max" for group in _with_outer(cgroup, path)}
         elif "memory" in controllers.split(","):
@@ -46,6 +46,6 @@ def share_bytes(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""

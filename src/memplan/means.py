@@ -4,6 +4,7 @@ A loss that is a mean over samples is split by samples, one that is a mean over 
 that is neither, such as one that compares the samples of a batch with each other, is not to be split.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -138,16 +139,18 @@ def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
 
 
 def by_name(model: nn.Module) -> str | None:
-    """By which count the loss of one of transformers' own models is a mean, as the name of the loss tells; else None.
+    """By which count the loss of one of transformers' own models is a mean, as the name of its class tells; else None.
 
-    For where it cannot be tried. Source: `LOSS_MAPPING` in transformers/loss/loss_utils.py. Models for generation under
-    a condition are left out, since some of them shift their labels and some do not.
+    For where it cannot be tried. Models for generation under a condition are left out, since some of them shift their
+    labels and some do not, and so are causal ones that do not call transformers' `loss_function`, which shifts.
     """
     unwrapped = getattr(model, "get_base_model", None)  # PEFT's
-    base = unwrapped() if callable(unwrapped) else model
-    if type(base).__module__.partition(".")[0] != "transformers":
+    kind = type(unwrapped() if callable(unwrapped) else model)
+    if kind.__module__.partition(".")[0] != "transformers" or getattr(model, "_loss_function", None) is not None:
         return None
-    return _LOSSES.get(str(getattr(base, "loss_type", None)))
+    found = next((count for name, count in _LOSSES.items() if kind.__name__.endswith(name)), None)
+    calls = inspect.unwrap(kind.forward).__code__.co_names
+    return None if found == SHIFTED and "loss_function" not in calls else found
 
 
 def averages_routes(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from memplan import optimizers
-from memplan.device import Device
+from memplan.device import Device, resolve_gpu
 from memplan.errors import UsageError
 from memplan.levers import stepping
 from memplan.optimizer_step import SINGLE, tensors_in
@@ -119,6 +119,15 @@ def _is_foreign(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.partition(".")[0] == "bitsandbytes"  # kernels without temporaries
 
 
+def device_of(model: nn.Module) -> Device:
+    """That the weights are on. Raises UsageError for one that no guard knows."""
+    place = str(next(model.parameters()).device)
+    device = resolve_gpu(place)[1]
+    if device is None:
+        raise UsageError(f"the weights are on {place}: the guard is for a model on a CPU or a CUDA device")
+    return device
+
+
 class CarefulStep:
     """Stands in for an optimizer's `step`: it is taken whole, or in part and said so, whatever memory does.
 
@@ -199,11 +208,20 @@ class CarefulStep:
                 if failed is not None and failed.copied:
                     failed.error.add_note(_left(self.taken, of, some))
                     raise failed.error
-                if failed is not None:  # without memplan it would have been stepped so
-                    self.taken += len(some)
-                    _step_these(self._optimizer, some)
+                if failed is not None:
+                    self._step_uncopied(some, of)
         finally:
             unset()
+
+    def _step_uncopied(self, some: Sequence[Parameter], of: int) -> None:
+        """As it would have been stepped without memplan."""
+        before, self.taken = self.taken, self.taken + len(some)
+        try:
+            _step_these(self._optimizer, some)
+        except Exception as error:  # what raises is the optimizer's own code
+            if diagnose(error) is not None:
+                error.add_note(f"{_left(before, of, some)} It may be half changed: load the last checkpoint.")
+            raise
 
 
 @dataclass(frozen=True, slots=True)

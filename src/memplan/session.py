@@ -23,7 +23,7 @@ from memplan.gpus import Gpu
 from memplan.kernels import backend_for
 from memplan.laps import doubted
 from memplan.levers.host_memory import usable_bytes as usable_host_bytes
-from memplan.levers.offload import measured_link
+from memplan.levers.offload import BOUNDARY, measured_link
 from memplan.levers.stepping import ASSUMPTION
 from memplan.optimizer_step import IN_BACKWARD
 from memplan.plan_record import Budget, Plan, Verdict
@@ -378,7 +378,7 @@ class Session:
 
 def _said_of(planned: Planned, study: Study) -> tuple[str, ...]:
     """What a plan rests on for what it does."""
-    tried = {RECOMPUTE, *study.head.values()}  # the other levers prove themselves when they run
+    tried = {RECOMPUTE, BOUNDARY, *study.head.values()}  # the other levers prove themselves when they run
     untried = not study.can_time and not tried.isdisjoint(planned.decisions.values())
     return (*((ASSUMPTION,) if planned.stepping == IN_BACKWARD else ()), *((_UNTRIED,) if untried else ()))
 

@@ -167,7 +167,13 @@ class Trials:
 
     def _attributes(self) -> dict[str, Any]:
         with self._reached():
-            return self._study.user_attrs
+            try:
+                return self._study.user_attrs
+            except KeyError as error:
+                raise UsageError(
+                    f"the study {self._name!r} is gone: whoever made it was interrupted before it had its plans. Start "
+                    "again"
+                ) from error
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -237,7 +243,8 @@ class Trials:
                 if best is not None and scale.possible_s(one) * (1 + NEAR) >= _step_s(best) and self._claimed(one):
                     self._end(one, TrialState.PRUNED, _slower(scale.expected_s(one), best))
                     waiting.remove(one)
-            if sum(one.began for one in trials) < most or (until_found and best is None):
+            is_last = all(one.state != "running" for one in trials)
+            if sum(one.began for one in trials) < most or (until_found and best is None and is_last):
                 order = sorted(waiting, key=lambda one: (one.plan.verdict is Verdict.UNCERTAIN, scale.expected_s(one)))
                 claimed = next((one for one in order if self._claimed(one)), None)
                 if claimed is not None:

@@ -9,9 +9,9 @@ from typing import Final
 
 import psutil
 
-_SAME_S: Final = 1.0  # within which two processes of one number cannot both have begun
+_SAME_S: Final = 30.0  # by which a clock may be set while a process runs, and sooner than a number comes again
 
-Worker = Sequence[object]  # host, namespace of its process numbers, number, when it began; as JSON has it
+Worker = Sequence[object]  # host, namespace of its process numbers, boot, number, when it began; as JSON has it
 
 
 def this_worker() -> list[object]:
@@ -21,9 +21,10 @@ def this_worker() -> list[object]:
 
 def has_ended(worker: Worker | None) -> bool:
     """Whether a process is known to have ended. Of one of another machine or container, nothing is known here."""
-    if worker is None or list(worker[:2]) != _machine():
+    here = _machine()
+    if worker is None or list(worker[: len(here)]) != here:
         return False
-    _, _, number, began = worker
+    number, began = worker[len(here) :]
     assert isinstance(number, int)
     assert isinstance(began, float)
     try:
@@ -37,8 +38,9 @@ def has_ended(worker: Worker | None) -> bool:
 
 
 def _machine() -> list[object]:
-    """Numbers of processes are of a namespace, of which each container on a machine has one."""
-    namespace = ""
+    """Numbers of processes are of a namespace, which each container has for itself; machines may share a name."""
+    namespace = booted = ""
     with suppress(OSError):  # where there are none
         namespace = str(Path("/proc/self/ns/pid").readlink())
-    return [socket.gethostname(), namespace]
+        booted = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return [socket.gethostname(), namespace, booted]

@@ -86,15 +86,16 @@ def evaluated(folder: Path, *faults: int) -> dict[str, Any]:
     asked = {"eval_dataset": trainers.dataset(24), "per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
     made = trainers.trainer(folder, model, train_dataset=trainers.dataset(32), ddp_backend="gloo", **asked)
     fit = memplan.autofit(made, "cpu:1GiB", micro_batch=4, strategy=KEEP)
-    own, seen = made.prediction_step, []
+    own, seen = made.compute_loss, []
 
-    def prediction_step(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        seen.append(len(inputs["input_ids"]))
-        if len(seen) in faults:
-            out_of_memory()
+    def compute_loss(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            seen.append(len(inputs["input_ids"]))
+            if len(seen) in faults:
+                out_of_memory()
         return own(model, inputs, *args, **kwargs)
 
-    made.prediction_step = prediction_step
+    made.compute_loss = compute_loss
     torch.manual_seed(1 + RANK)
     run = trainers.Run.of(made)
     return {
@@ -102,7 +103,7 @@ def evaluated(folder: Path, *faults: int) -> dict[str, Any]:
         "logged": run.logged,
         "rows": seen,
         "changed": len(fit.plan.changed),
-        "put back": made.prediction_step is prediction_step,
+        "put back": made.compute_loss is compute_loss,
     }
 
 

@@ -67,6 +67,21 @@ def test_labels_of_a_decoder_count_too() -> None:
     assert lengths_in(data).longest(2) == [1, 2]  # type: ignore[union-attr]  # the last line says so
 
 
+def test_rows_of_tensors_count_and_nested_ones_are_looked_at_by_others() -> None:
+    ones = torch.ones(7, dtype=torch.int64)
+    assert lengths_in([{"input_ids": ones, "labels": ones[:5]}]) == Lengths([7], [5])
+    assert lengths_in([{"input_ids": ones[None]}]) is None
+    assert lengths_in([{"input_ids": [[1, 2], [3]]}]) is None
+    assert lengths_in(datasets.Dataset.from_dict({"input_ids": [[[1, 2], [3]]]})) is None
+
+
+def test_a_data_set_of_another_kind_that_has_columns() -> None:
+    class Table(torch.utils.data.Dataset[Any]):
+        column_names = ("input_ids",)
+
+    assert lengths_in(Table()) is None
+
+
 def test_a_column_of_lengths_that_is_named() -> None:
     data = datasets.Dataset.from_dict({"input_ids": [[1], [1, 2]], "length": [7, 8]})
     assert lengths_in(data, "length").inputs == [7, 8]  # type: ignore[union-attr]  # it has one

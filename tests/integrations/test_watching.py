@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from memplan.integrations.watching import Watch
+from memplan.integrations.watching import Watch, _own
 
 
 def peak_of(record: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> int | None:
     """With nothing but what the record says."""
     monkeypatch.setattr("memplan.integrations.watching.allocator_record", lambda: nullcontext(record))
-    watch = Watch(torch.device("cpu"))
-    watch.count(nn.Identity(), [])
+    watch = Watch(torch.device("cpu"), nn.Identity(), [])
+    watch.count()
     return watch.stop()
 
 
@@ -35,12 +35,20 @@ def test_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_card_other_tensors_than_the_step_s_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As averaged weights are, or another model. The card is made up: its allocator's figures are these."""
+    """As averaged weights are, or another model; but not what the loop lets go of. The card's figures are made up."""
     model = nn.Linear(100, 3)  # 1,200 and 12 bytes, in blocks of 512
-    figures = {"memory_allocated": 1536 + 512 + 4096, "max_memory_allocated": 1536 + 512 + 4096 + 1024}
-    for name, value in figures.items():
-        monkeypatch.setattr(torch.accelerator, name, lambda _, value=value: value)
+    own, kept, output, more = 1536 + 512, 4096, 8192, 10000
+    allocated = iter([own + kept, own + kept + output])
+    monkeypatch.setattr("memplan.integrations.watching._own", lambda *_: {1: 1200, 2: 12})
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda _: next(allocated))
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: own + kept + more)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda _: None)
-    watch = Watch(torch.device("cuda"))
-    watch.count(model, [])
-    assert watch.stop() == 1536 + 512 + 1024
+    watch = Watch(torch.device("cuda"), model, [])
+    watch.count()
+    assert watch.stop() == own + more
+
+
+def test_what_is_on_another_device_is_not_the_step_s() -> None:
+    model = nn.Linear(100, 3)
+    assert sum(_own(model, [], torch.device("cpu")).values()) == 1212
+    assert not _own(model, [], torch.device("cuda"))

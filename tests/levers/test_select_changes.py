@@ -142,6 +142,20 @@ def test_settings_in_containers_and_of_numpy_are_seen(change: Callable[[Block], 
     assert all(same(again, wanted) for again in found)
 
 
+def test_a_block_that_is_another_one_in_every_step_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(select, "_OFTEN", 3)
+    block = made()
+    block.seen = {"steps": 0}
+    install(block, rows())
+    for step in range(5):
+        block.seen["steps"] = step
+        gradients(block, rows())
+    assert len(caplog.records) == 1
+    assert "b is captured anew in every forward" in caplog.text
+
+
 def test_the_kinds_of_call_that_were_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "_MOST_KINDS", 2)
     block = made()

@@ -22,12 +22,11 @@ from memplan.integrations.counting import length_of, said_of, steps_in
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, asking, drive, grouped
-from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, refuse_joined_stream
+from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, may_be_joined
 from memplan.integrations.parts import Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
-from memplan.integrations.replicas import for_replicas, refuse_copied
+from memplan.integrations.replicas import for_replicas, ranks_in, refuse_copied
 from memplan.integrations.scripts import (
-    REPLICATED,
     is_dealt_out,
     model_and_loader,
     own_batch_size,
@@ -105,6 +104,7 @@ class Attachment:
             self.fit.undo()
         if self._group is not None:
             self._group.let_go()
+            self._accelerator.gradient_accumulation_steps = self._group.split.micro_batches  # which still come
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
         self._accelerator.gradient_state = GradientState()
@@ -121,7 +121,7 @@ class Attachment:
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         if self.plan is not None:
-            return self._joined(self._own["prepare"](*objects, **options))
+            return self._joined(objects, options)
         accelerator = self._accelerator
         model, at, batch_size = on_all(partial(_model_and_batch, accelerator, objects))
         refuse_other_batches(batch_size)
@@ -144,6 +144,7 @@ class Attachment:
                 own_rows=batch_size,
                 own_batches=own_batches,
                 can_split=count is not None,
+                can_join=may_be_joined(loader),
                 rooms=self._rooms(),
                 strategy=strategy,
                 left_out=left_out,
@@ -155,7 +156,6 @@ class Attachment:
         if not (is_fixed or self._wishes.count or is_batch_coupled(model) or self._can_try(model, sample)):
             said += (_UNTRIED if count is None else _BY_NAME,)
         plan = plan.assuming(*said)
-        refuse_joined_stream(loader, own_batches, plan.accumulation)
         live = optimizers[0] if len(optimizers) == 1 else None
         self.fit = on_all(partial(apply, model, plan, live), Fit.undo)
         try:
@@ -214,8 +214,15 @@ class Attachment:
         grouped(prepared[at], group, own_length)
         return prepared
 
-    def _joined(self, prepared: Any) -> Any:
+    def _joined(self, objects: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What is prepared after the plan was made. Optimizers among it keep in step with the rest."""
+        accelerator, plan = self._accelerator, self._planned
+        own_batches = accelerator.gradient_accumulation_steps
+        try:
+            accelerator.gradient_accumulation_steps = plan.accumulation  # as DeepSpeed's config says, which is compared
+            prepared = self._own["prepare"](*objects, **options)
+        finally:
+            accelerator.gradient_accumulation_steps = own_batches
         for optimizer in prepared if isinstance(prepared, tuple) else (prepared,):
             if self._group is not None and isinstance(optimizer, AcceleratedOptimizer):
                 self._group.optimizers.append(optimizer)
@@ -239,8 +246,9 @@ class Attachment:
         if not group.weight:  # its loss is a mean over nothing, which is no number
             through_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
             loss = _nothing_to_learn(loss, group.models, through_all)
-        by = group.split.micro_batches if is_deepspeed(self._accelerator) else group.split.own_batches
-        factor = group.weight * by  # by which the engine, or Accelerate, divides
+        by_engine = is_deepspeed(self._accelerator)  # or Accelerate, by the number that it has now
+        divisor = group.split.micro_batches if by_engine else self._accelerator.gradient_accumulation_steps
+        factor = group.weight * divisor
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
         if watches:
             group.note_gradients()
@@ -273,7 +281,7 @@ class Attachment:
         group.skipped = steps_in(num_batches, plan, group.split.own_rows, self._counted_rows, self._taken_steps)
         skipped = self._own["skip_first_batches"](loader, group.skipped * plan.accumulation)
         own_length: int | None = getattr(loader, "own_length", None)
-        left = None if own_length is None else own_length - group.skipped * group.split.own_batches
+        left = None if own_length is None else max(0, own_length - group.skipped * group.split.own_batches)
         return grouped(skipped, group, left)
 
     # -- planning ------------------------------------------------------------------------------------------------
@@ -291,7 +299,7 @@ class Attachment:
             _PRECISIONS.get(accelerator.mixed_precision),
             keeps_output=True,
             clips=True,
-            **_ranks(accelerator),
+            **ranks_in(accelerator),
         )
         return as_the_engine_runs(recipe, accelerator, model) if is_deepspeed(accelerator) else recipe
 
@@ -381,16 +389,3 @@ def _nothing_to_learn(loss: Tensor, models: list[nn.Module], through_all: bool) 
     if through_all:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
         return loss.nan_to_num() * 0.0
     return nothing_to_learn(models)
-
-
-def _ranks(accelerator: Accelerator) -> dict[str, Any]:
-    """What DistributedDataParallel or FSDP2 make of a step."""
-    if is_sharded(accelerator):
-        return {"shards": accelerator.num_processes}
-    if accelerator.distributed_type not in REPLICATED or accelerator.num_processes == 1:
-        return {}
-    handler = accelerator.ddp_handler
-    return {
-        "replicas": accelerator.num_processes,
-        "bucket_view": bool(handler is not None and handler.gradient_as_bucket_view),
-    }

@@ -1,8 +1,8 @@
-"""What a script counts: its own batches before it loops, and the micro-batches that it is handed from then on.
+"""What a script counts: its own batches before it trains, and the micro-batches that it is handed from then on.
 
 Scripts make numbers of steps and of epochs out of `len(loader)`, and divide by it what they have added up in an epoch.
-The first is done before the loop begins, the second behind it. So a prepared loader has its own length until it hands
-out its first micro-batch.
+The first is done before the loop begins, the second behind it. So a prepared loader has its own length until the first
+micro-batch is trained on.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def length_of(loader: Any) -> int | None:
     """Batches of a loader; None for a stream that does not say."""
     try:
         return len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -26,7 +26,7 @@ def said_of(plan: Plan, split: Split) -> tuple[str, ...]:
         return ()
     return (
         f"the loop gets micro-batches of {plan.micro_batch}, {plan.accumulation} to a step, and what it counts are "
-        "those; len(loader) is of the script's own batches until the first is handed out, and of micro-batches then",
+        "those; len(loader) is of the script's own batches until the first is trained on, and of micro-batches then",
     )
 
 

@@ -122,7 +122,7 @@ def check_engine(accelerator: Accelerator) -> None:
         asked["even_batches=False"] = "ranks may have other numbers of micro-batches, and wait for each other in each"
     if stage == _WEIGHTS and accelerator.state.deepspeed_plugin.transformer_moe_cls_names is not None:
         asked["transformer_moe_cls_names"] = "weights are counted as gathered module by module"
-    if accelerator.parallelism_config is not None:
+    if getattr(accelerator, "parallelism_config", None) is not None:
         asked["parallelism_config"] = "all ranks are counted to have samples of their own"
     for what, why in asked.items():
         raise UsageError(f"{what} is not counted with DeepSpeed: {why}. Leave it out, also of the DeepSpeed config.")

@@ -75,7 +75,10 @@ def refuse_uncounted(accelerator: Accelerator) -> None:
             not accelerator.even_batches,
             "ranks may have other numbers of micro-batches, in each of which they wait for each other",
         ),
-        "parallelism_config": (accelerator.parallelism_config is not None, "all processes are to share the weights"),
+        "parallelism_config": (
+            getattr(accelerator, "parallelism_config", None) is not None,
+            "all processes are to share the weights",
+        ),
     }
     for what, (is_asked, why) in asked.items():
         if is_asked:

@@ -53,7 +53,7 @@ class Group:
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients in place, as counted after the last backward.
         is_left: whether the loop has left the loader in the middle of a step.
-        has_begun: whether the loader was ever iterated.
+        has_begun: whether a micro-batch was ever trained on.
     """
 
     split: Split
@@ -166,6 +166,7 @@ class Group:
                 "fix the script's own batch with micro_batch=."
             )
         self.backwards += 1
+        self.has_begun = True
 
     def check_gradients(self) -> None:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""
@@ -228,14 +229,13 @@ class _Grouped:
     _non_blocking: bool
 
     def __len__(self) -> int:
-        """Of the script's own batches until the first micro-batch is handed out, and of those then: see `counting`."""
+        """Of the script's own batches until one is trained on, and of micro-batches then: see `counting`."""
         if self.own_length is None or self.group.has_begun:
             return super().__len__()  # type: ignore[misc,no-any-return]  # of the class that this is mixed into
         return self.own_length
 
     def __iter__(self) -> Iterator[Any]:
         group, device = self.group, self.__dict__.get("device")
-        group.has_begun = True
         if device is not None:
             self.device = None  # what is fetched ahead waits on the host, where it can be counted at once
         inner = super().__iter__()  # type: ignore[misc]  # of the class that this is mixed into

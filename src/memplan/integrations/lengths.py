@@ -32,21 +32,28 @@ def lengths_in(data: Any, column: str | None = None) -> Lengths | None:
     Args:
         column: that has lengths, if there is one.
     """
-    columns = getattr(data, "column_names", None)
-    if isinstance(data, list | tuple) and data and all(isinstance(r, Mapping) and "input_ids" in r for r in data):
-        inputs = [len(row["input_ids"]) for row in data]
-        labels = [len(row["labels"]) if isinstance(row.get("labels"), list) else 0 for row in data]
-        return Lengths(inputs, labels)
-    if isinstance(data, IterableDataset) or not columns or data.format["type"] == "custom":  # a transform's rows
+    if isinstance(data, list | tuple) and data and all(isinstance(row, Mapping) and "input_ids" in row for row in data):
+        inputs = [_length(row["input_ids"]) for row in data]
+        if None in inputs:
+            return None
+        return Lengths(inputs, [_length(row.get("labels")) or 0 for row in data])  # type: ignore[arg-type]  # no None is in it
+    columns, form = getattr(data, "column_names", None), getattr(data, "format", None)
+    if (
+        isinstance(data, IterableDataset) or not columns or form is None or form["type"] == "custom"
+    ):  # a transform's rows
         return None
-    found = (
-        [int(n) for n in data[column]]
-        if column is not None and column in columns
-        else _column_lengths(data, "input_ids")
-    )
+    named = column is not None and column in columns
+    found = [int(n) for n in data[column]] if named else _column_lengths(data, "input_ids")
     if not found:
         return None
     return Lengths(found, _column_lengths(data, "labels") or found)
+
+
+def _length(row: Any) -> int | None:
+    """Of a list of numbers, or a tensor or array of one dimension."""
+    if isinstance(row, list | tuple):
+        return None if row and isinstance(row[0], list | tuple) else len(row)
+    return len(row) if getattr(row, "ndim", None) == 1 else None
 
 
 def _column_lengths(data: Any, column: str) -> list[int] | None:
@@ -56,5 +63,7 @@ def _column_lengths(data: Any, column: str) -> list[int] | None:
     tables = data.select_columns(column).with_format("arrow").iter(batch_size=1000)
     chunks = [chunk for table in tables for chunk in table[column].chunks]
     if not all(hasattr(chunk, "value_lengths") for chunk in chunks):  # numbers: a class for each row
+        return None
+    if any(hasattr(chunk.values, "value_lengths") for chunk in chunks):  # lists of lists
         return None
     return [n for chunk in chunks for n in chunk.value_lengths().to_pylist()]

@@ -29,7 +29,7 @@ from memplan.integrations.loaders import (
     cut,
     is_cut_by_workers,
     longest_batch,
-    refuse_joined_stream,
+    may_be_joined,
 )
 from memplan.integrations.part_log import PartLog
 from memplan.integrations.parts import Split, nothing_to_learn
@@ -98,10 +98,10 @@ class MemplanCallback(Callback):
                 own_rows=own_rows,
                 own_batches=own_batches,
                 can_split=by is not None,
+                can_join=may_be_joined(loader),
             )
         if plan.micro_batch != own_rows:
             _refuse_divided(trainer, loader)
-        refuse_joined_stream(loader, own_batches, plan.accumulation)
         self.plan = plan.assuming(said)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         fit = apply(pl_module, plan)

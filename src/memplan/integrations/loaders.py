@@ -146,19 +146,9 @@ def cut(loader: DataLoader[Any], own_batches: int, micro_batch: int) -> DataLoad
         ) from error
 
 
-def refuse_joined_stream(loader: DataLoader[Any], own_batches: int, micro_batches: int) -> None:
-    """Where a stream's last rows are to be left out by the loader's own batches, and it would be by larger ones.
-
-    Args:
-        own_batches: in a step.
-        micro_batches: in a step; fewer, where they are larger.
-    """
-    if isinstance(loader.dataset, IterableDataset) and loader.drop_last and micro_batches % own_batches:
-        raise UsageError(
-            f"a stream with drop_last=True leaves out what makes no whole batch, and the plan's {micro_batches} "
-            f"micro-batches of a step are not those of its {own_batches}: more rows would be left out. Fix the "
-            "script's own batch with micro_batch=, or leave drop_last out."
-        )
+def may_be_joined(loader: DataLoader[Any]) -> bool:
+    """Whether batches of several of the loader's own leave out no other rows: of a stream with drop_last they would."""
+    return not (isinstance(loader.dataset, IterableDataset) and loader.drop_last)
 
 
 def is_cut_by_workers(loader: DataLoader[Any]) -> bool:

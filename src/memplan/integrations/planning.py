@@ -43,6 +43,7 @@ def plan_for(
     own_rows: int,
     own_batches: int,
     can_split: bool,
+    can_join: bool,
     rooms: Rooms = ALONE,
     strategy: str | Path | Strategy | None = None,
     left_out: tuple[str, ...] = (),
@@ -53,6 +54,7 @@ def plan_for(
         device: what the settings' "auto" stands for.
         own_rows: samples in one of the loop's own batches.
         can_split: whether parts of a batch may be computed by themselves.
+        can_join: whether several of the loop's own batches may be computed together.
         rooms: of the memory that is here, how much other ranks have.
         strategy: in the place of the settings'.
         left_out: what it leaves out of that one, for the plan to say.
@@ -63,7 +65,7 @@ def plan_for(
     effective = own_rows * own_batches
     if settings.plan is not None:
         plan = Plan.load(settings.plan)
-        _check_batch(plan, effective, own_rows, can_split)
+        _check_batch(plan, effective, own_rows, can_split, can_join)
         _check_world(plan, recipe)
         _check_engine(plan, recipe)
         return plan
@@ -79,6 +81,8 @@ def plan_for(
     )
     session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
     plan = session.plan(asked, effective, micro_batch)
+    if not can_join and plan.accumulation % own_batches:
+        plan = session.plan(asked, effective, own_rows)  # which is less, and fits as well
     if plan.verdict is Verdict.DOES_NOT_FIT:
         whole = () if can_split else (f"the batch of {own_rows} is not split: {_WHOLE}",)
         raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out, *said)), plan.smallest_bytes)
@@ -123,11 +127,17 @@ def _check_world(plan: Plan, recipe: Recipe) -> None:
         raise PlanMismatch(f"the plan is for {planned}, this run is {here}. Plan with world=memplan.{here}.")
 
 
-def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool) -> None:
+def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool, can_join: bool) -> None:
     if plan.effective_batch != effective:
         raise PlanMismatch(
             f"the plan is for {plan.effective_batch} samples per optimizer step, the script has {effective} on each "
             "process. Plan for that batch, or change the script's."
+        )
+    if not can_join and plan.accumulation % (effective // own_rows):
+        raise PlanMismatch(
+            f"the plan has micro-batches of {plan.micro_batch}, and the script's own are of {own_rows}, of a stream "
+            "with drop_last=True: by larger ones more rows would be left out at its end. Plan for this run, without a "
+            "file, or leave drop_last out."
         )
     if not can_split and plan.micro_batch != own_rows:
         raise PlanMismatch(f"the plan splits a batch of {own_rows} into {plan.micro_batch}: {_WHOLE}")

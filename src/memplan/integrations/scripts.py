@@ -56,7 +56,7 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
         )
     if is_sharded(accelerator):
         refuse_uncounted(accelerator)
-    elif accelerator.parallelism_config is not None:
+    elif getattr(accelerator, "parallelism_config", None) is not None:
         raise UsageError(
             "parallelism_config has ranks divide the model, which is not planned for. Leave it out, so that each has "
             "all of it."

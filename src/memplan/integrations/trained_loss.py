@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from memplan.errors import UsageError
@@ -27,7 +28,8 @@ class OutputLoss:
 
     def _see(self, _model: nn.Module, _inputs: object, output: object) -> None:
         loss = loss_in(output)
-        self._made_by = loss.grad_fn if isinstance(loss, Tensor) else None
+        if torch.is_grad_enabled():
+            self._made_by = loss.grad_fn if isinstance(loss, Tensor) else None
 
     def check(self, trained: Tensor) -> None:
         """Look once. A model whose forward was not called as a module's is, is not seen.

@@ -93,17 +93,18 @@ class GuardedSteps:
         return loss
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """In smaller batches from where memory runs out; ranks gather behind each batch what they have found."""
+        """In smaller batches from where memory runs out. Ranks wait for each other around each batch's loss."""
         trainer, guard = self._trainer, self._guard
         keeps_loaders = bool(trainer.args.dataloader_persistent_workers)
         asked = args[0] if args else kwargs.get("eval_dataset")
         several = isinstance(trainer.eval_dataset if asked is None else asked, dict)  # each comes by here again
-        if guard is None or keeps_loaders or several:
+        waits = type(trainer).prediction_step is not Trainer.prediction_step and trainer.args.world_size > 1
+        if guard is None or keeps_loaders or several or waits:
             return self._own_evaluate(*args, **kwargs)
-        predict = trainer.prediction_step
+        compute_loss = trainer.compute_loss
 
         def together(*args: Any, **kwargs: Any) -> Any:
-            return guard.evaluate_part(partial(predict, *args, **kwargs))
+            return guard.evaluate_part(partial(compute_loss, *args, **kwargs))
 
         def run(rows: int) -> Any:
             trainer.args.per_device_eval_batch_size = rows
@@ -111,7 +112,7 @@ class GuardedSteps:
                 return self._own_evaluate(*args, **kwargs)
 
         own_rows = trainer.args.per_device_eval_batch_size
-        take_out = _put_in(trainer, "prediction_step", together)
+        take_out = _put_in(trainer, "compute_loss", together)
         try:
             return guard.evaluate(run, own_rows)
         finally:

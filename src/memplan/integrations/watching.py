@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 from weakref import ReferenceType, ref
 
 import torch
@@ -13,6 +13,8 @@ from memplan.allocator.settings import BLOCK_BYTES
 from memplan.fitting import Fit
 from memplan.meter import Allocations, allocator_record
 from memplan.units import format_budget, format_bytes
+
+_MEASURES: Final = hasattr(torch.accelerator, "max_memory_allocated")  # not before torch 2.9
 
 _log = logging.getLogger("memplan")
 
@@ -38,9 +40,9 @@ class SecondStep:
             return
         if self._watch is None:
             self._give_way()
-            self._watch = Watch(device)
+            self._watch = Watch(device, model, optimizers)
         if done == 1 and not self._watch.counts:
-            self._watch.count(model, optimizers)
+            self._watch.count()
 
     def _give_way(self) -> None:
         """One run is watched at a time: what is left of one that has failed, and is kept by its traceback, ends."""
@@ -85,28 +87,38 @@ class Watch:
     On a card that is the allocator's own figure. On the CPU it is read from the record of torch's allocator, as in
     `CpuDevice`. It tells of a free only if it was there at the allocation, so it is to be made a step before, for the
     gradients of that one. What else is there when counting begins is left out, such as averaged weights, another model,
-    what a loop holds of the step before, and buckets of DistributedDataParallel.
+    what a loop holds of the step before, and buckets of DistributedDataParallel. On a card that is what was there when
+    this was made as well, since what a loop holds of the step before it lets go of in the next.
+
+    Args:
+        model, optimizers: the step's own.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, model: nn.Module, optimizers: Sequence[Any]) -> None:
         self.counts = self._is_over = False
         self._device, self._open = device, ExitStack()
+        self._step = model, optimizers
         self._alive: dict[int, int] = {}  # when counting began: bytes by address
-        self._others_bytes = 0  # on a card then: what is no weight, gradient or state
+        self._others_bytes = self._others_on_card()
         self._record = self._recording()
 
-    def count(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+    def count(self) -> None:
         """From here on."""
         self.counts = True
         self._open.close()
-        own = _own(model, optimizers)
         if self._device.type == "cpu":
-            self._alive = own
-        elif hasattr(torch.accelerator, "reset_peak_memory_stats"):
-            blocks = sum(-(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES for n_bytes in own.values())
-            self._others_bytes = max(0, torch.accelerator.memory_allocated(self._device) - blocks)
+            self._alive = _own(*self._step, self._device)
+        elif _MEASURES:
+            self._others_bytes = min(self._others_bytes, self._others_on_card())
             torch.accelerator.reset_peak_memory_stats(self._device)
         self._record = self._recording()
+
+    def _others_on_card(self) -> int:
+        """What is there now and no weight, gradient or state, in blocks of torch's allocator."""
+        if self._device.type == "cpu" or not _MEASURES:
+            return 0
+        blocks = (-(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES for n_bytes in _own(*self._step, self._device).values())
+        return max(0, int(torch.accelerator.memory_allocated(self._device)) - sum(blocks))
 
     def stop(self) -> int | None:
         """The peak in bytes; None where nothing was counted or could be, and by a second call."""
@@ -115,9 +127,7 @@ class Watch:
             return None
         self._is_over = True
         if self._device.type != "cpu":
-            if not hasattr(torch.accelerator, "max_memory_allocated"):
-                return None
-            return int(torch.accelerator.max_memory_allocated(self._device)) - self._others_bytes
+            return int(torch.accelerator.max_memory_allocated(self._device)) - self._others_bytes if _MEASURES else None
         now = peak = sum(self._alive.values())
         for address, change in self._record:
             # What else the loop has kept since the first step is not the step's; an address given out again was freed,
@@ -135,10 +145,11 @@ class Watch:
         return []
 
 
-def _own(model: nn.Module, optimizers: Sequence[Any]) -> dict[int, int]:
-    """Bytes by address of weights, buffers, gradients and optimizer states."""
+def _own(model: nn.Module, optimizers: Sequence[Any], device: torch.device) -> dict[int, int]:
+    """Bytes by address of weights, buffers, gradients and optimizer states, on a kind of device."""
     kept = [state for optimizer in optimizers for state in optimizer.state.values()]
     states = [value for state in kept for value in state.values() if isinstance(value, torch.Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states, *gradients)]
+    tensors = (*model.parameters(), *model.buffers(), *states, *gradients)
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}

@@ -16,6 +16,7 @@ set or dict that is one: in another object that a module refers to, in a closure
 `tolist`.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ _LONGEST = 64  # entries of one that is looked into: more are no settings
 _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps in each, and is looked at by itself
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MOST_KINDS = 64  # of calls of one block that are remembered
+_OFTEN = 100  # forwards in a row that were new, beyond what lengths bring about
+_TOLD = "told of captures"  # among what blocks share
+
+_log = logging.getLogger(__name__)
 
 
 def install(block: nn.Module, path: str, dropped: Sequence[str], proved: set[object] | None = None) -> Undo:
@@ -81,6 +86,7 @@ class Selected(StandIn):
         self._forget()
 
     def _forget(self) -> None:
+        self._anew = 0  # calls in a row that were captured
         self._known: dict[object, tuple[Captured, tuple[Part, ...]]] = {}
         self._look()
 
@@ -100,7 +106,7 @@ class Selected(StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._known, self._proved = {}, set()  # the block may not be whole yet
-        self._attributes, self._contained = [], []
+        self._attributes, self._contained, self._anew = [], [], 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
@@ -112,10 +118,13 @@ class Selected(StandIn):
         kind = str(spec), self._kind(leaves, inputs)
         known = self._known.get(kind)
         if known is None:
+            self._anew += 1
+            if self._anew == _OFTEN and _TOLD not in self._proved:
+                self._tell_of_captures()
             self._look()  # there may be other modules now
             kind = str(spec), self._kind(leaves, inputs)
             return self._captured(kind, inputs, args, kwargs)
-        self._known[kind] = self._known.pop(kind)  # the latest, which is the last to be forgotten
+        self._anew, self._known[kind] = 0, self._known.pop(kind)  # the latest, which is the last to be forgotten
         captured, parts = known
         expected = captured.saved
         saved: list[Saved] = []
@@ -137,6 +146,15 @@ class Selected(StandIn):
             del self._known[kind]
             self._warn("saves other tensors than in its last forward, on a call that looks the same")
         return out
+
+    def _tell_of_captures(self) -> None:
+        self._proved.add(_TOLD)  # by one block for all
+        _log.warning(
+            "memplan: %s is captured anew in every forward, which takes about the time of that forward again: its calls, "
+            "or an attribute of its modules (a number, or one in a list or dict), are others each time. Keep what "
+            "changes in a tensor, pad to fewer lengths, or plan without 'select'",
+            self.path,
+        )
 
     def _captured(self, kind: object, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward for the first time on this kind of call."""

@@ -92,7 +92,7 @@ def _others(offers: Sequence[Offer]) -> list[RenderableType]:
         return []
     checked = {offer.least_bytes for offer in out if not offer.is_bound}  # libraries keep more on some cards
     if checked:
-        takes = f"the leanest plan takes {' to '.join(map(format_bytes, dict.fromkeys((min(checked), max(checked)))))}"
+        takes = f"the leanest plan takes {' to '.join(dict.fromkeys(map(format_bytes, (min(checked), max(checked)))))}"
     else:
         takes = f"weights and optimizer state alone are {format_bytes(max(offer.least_bytes for offer in out))}"
     names = ", ".join(offer.gpu for offer in out)
