@@ -150,8 +150,8 @@ class Selected(StandIn):
     def _tell_of_captures(self) -> None:
         self._proved.add(_TOLD)  # by one block for all
         _log.warning(
-            "memplan: %s is captured anew in every forward, which takes about the time of that forward again: its calls, "
-            "or an attribute of its modules (a number, or one in a list or dict), are others each time. Keep what "
+            "memplan: %s is captured anew in every forward, which takes about the time of that forward again: its "
+            "calls, or an attribute of its modules (a number, or one in a list or dict), are others each time. Keep what "
             "changes in a tensor, pad to fewer lengths, or plan without 'select'",
             self.path,
         )
