@@ -43,7 +43,8 @@ more. Where two are close, they are run again in turn.
 Started again with the same storage (`--storage tune.log` on the command line) it goes on; another batch of the same
 shapes belongs to the same study. Started on several machines, or cards of one kind, it shares the work: each process
 runs plans on the card that its model is on, and gets the plan that is found as one for that card. The trial of a
-process that was killed is taken up by the others. The storage is Optuna's: a journal on a shared file system
+process that was killed is taken up by the others, at once on the same machine, elsewhere when it has said nothing for
+longer than its steps should take. The storage is Optuna's: a journal on a shared file system
 ("tune.log"), a database ("postgresql://...", "sqlite:///tune.db") or a proxy ("grpc://host:13000"). A journal whose
 last line was cut short, by a full disk or a killed process, is gone on with; only what that line was to say is lost.
 

@@ -151,8 +151,8 @@ class Selected(StandIn):
         self._proved.add(_TOLD)  # by one block for all
         _log.warning(
             "memplan: %s is captured anew in every forward, which takes about the time of that forward again: its "
-            "calls, or an attribute of its modules (a number, or one in a list or dict), are others each time. Keep what "
-            "changes in a tensor, pad to fewer lengths, or plan without 'select'",
+            "calls, or an attribute of its modules (a number, or one in a list or dict), are others each time. Keep "
+            "what changes in a tensor, pad to fewer lengths, or plan without 'select'",
             self.path,
         )
 
