@@ -16,6 +16,7 @@ micro-batch on, the gradients are already inside the constants. All times are se
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import inf, isfinite
 
 from memplan.link import FORWARD_SHARE, staging_bytes, waits_s
@@ -49,6 +50,7 @@ def lever_of(name: str) -> Lever | None:
     raise ValueError(f"{name!r} is no option: names are {KEEP!r} or begin with one of {starts}")
 
 
+@cache
 def levers_of(name: str) -> frozenset[Lever]:
     """The levers of a name whose parts are joined by "+", as in "chunked-512+optimizer-single"."""
     return frozenset(lever for part in name.split("+") if (lever := lever_of(part)) is not None)

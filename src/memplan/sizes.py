@@ -9,15 +9,16 @@ from memplan.strategy import Strategy
 
 def allowed(problem: Problem, strategy: Strategy) -> Problem:
     """The problem with the options that the strategy allows; a block without such an option keeps all it has."""
-    return replace(problem, blocks=tuple(_only(block, strategy) for block in problem.blocks))
+    levers = frozenset(strategy.levers)
 
+    def only(block: Block) -> Block:
+        if strategy.every_block is not None:
+            options = tuple(option for option in block.options if option.name == strategy.every_block)
+        else:
+            options = tuple(option for option in block.options if levers_of(option.name) <= levers)
+        return replace(block, options=options or block.options)
 
-def _only(block: Block, strategy: Strategy) -> Block:
-    if strategy.every_block is not None:
-        options = tuple(option for option in block.options if option.name == strategy.every_block)
-    else:
-        options = tuple(option for option in block.options if levers_of(option.name) <= set(strategy.levers))
-    return replace(block, options=options or block.options)
+    return replace(problem, blocks=tuple(map(only, problem.blocks)))
 
 
 def fastest(problem: Problem) -> Choice:

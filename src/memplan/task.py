@@ -96,10 +96,16 @@ class Task:
         return tuple(variant for variant in self.profile.variants if levers_of(variant) <= levers)
 
     def sizes(self, micro_batch: int, accumulation: int) -> list[Size]:
-        return [self.size(micro_batch, accumulation, variant) for variant in self.variants]
+        plain = self._plain(micro_batch, accumulation)
+        return [self._sized(plain, micro_batch, accumulation, variant) for variant in self.variants]
 
     def size(self, micro_batch: int, accumulation: int, variant: str) -> Size:
-        plain = self.profile.problem(micro_batch, accumulation, self.budget_bytes, self.profile.variants[0])
+        return self._sized(self._plain(micro_batch, accumulation), micro_batch, accumulation, variant)
+
+    def _plain(self, micro_batch: int, accumulation: int) -> Problem:
+        return self.profile.problem(micro_batch, accumulation, self.budget_bytes, self.profile.variants[0])
+
+    def _sized(self, plain: Problem, micro_batch: int, accumulation: int, variant: str) -> Size:
         every = plain
         if variant != self.profile.variants[0]:
             every = self.profile.problem(micro_batch, accumulation, self.budget_bytes, variant)

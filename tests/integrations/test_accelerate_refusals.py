@@ -234,23 +234,30 @@ def test_accumulation_across_epochs() -> None:
             attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
 
 
-def test_a_stream_whose_rest_would_be_left_out_by_larger_batches() -> None:
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_stream_whose_rest_would_be_left_out_by_larger_batches(drop_last: bool) -> None:
     class Rows(IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter([Texts(20)[at] for at in range(20)])
 
-    for drop_last in (True, False):
-        with fresh_accelerate():
-            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-            attach(accelerator, plan=scripts.plan_file("llama", 8, 8))
-            model = parts()[0]
-            loader = DataLoader(Rows(), batch_size=4, collate_fn=padded, drop_last=drop_last)
-            objects = model, torch.optim.AdamW(model.parameters()), loader
-            if drop_last:
-                with pytest.raises(UsageError, match="more rows would be left out"):
-                    accelerator.prepare(*objects)
-            else:
-                assert accelerator.prepare(*objects)
+    def prepared(**settings: Any) -> Accelerator:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        attach(accelerator, **settings)
+        model = parts()[0]
+        loader = DataLoader(Rows(), batch_size=4, collate_fn=padded, drop_last=drop_last)
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+        return accelerator
+
+    with fresh_accelerate():
+        found = prepared(gpu="cpu:1GiB", strategy="largest-batch").memplan.plan
+        assert (found.micro_batch, found.accumulation) == ((4, 2) if drop_last else (8, 1))
+    with fresh_accelerate():
+        file = scripts.plan_file("llama", 8, 8)
+        if drop_last:
+            with pytest.raises(PlanMismatch, match="more rows would be left out"):
+                prepared(plan=file)
+        else:
+            prepared(plan=file)
 
 
 def test_a_stateful_loader(accelerator: Accelerator) -> None:
