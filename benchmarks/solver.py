@@ -37,7 +37,7 @@ CHAINS = """\
 |---|--:|--:|--:|--:|--:|---|
 """
 SEARCHES = """\
-| search over 12 micro-batches, 128 blocks, 24 options | CPU time | gap | taken |
+| search over 12 micro-batches in 4 variants, 128 blocks, 24 options | CPU time | gap | taken |
 |---|--:|--:|--:|
 """
 
