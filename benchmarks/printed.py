@@ -5,6 +5,7 @@ cache of their own; nothing is left out of what they print. `memplan fit` is tim
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 COLUMNS = 100
 
 BIG, SMALL = "llama-3-8b", "W1"
+OTHERS = ("W2", "W3", "W4", "W5", "mistral-7b", "qwen3-14b", "llama-3-70b", "llama-3.1-405b")
 
 HEAD = f"""# What the commands print
 
@@ -41,6 +43,7 @@ class Part:
     commands: tuple[str, ...]
 
 
+_TRAINED = "--seq-len 2048 --effective-batch 16 --gpu rtx-4090"
 MODEL = f"{BIG} --method lora --dtype bfloat16"
 LORA = f"{MODEL} --seq-len 2048 --effective-batch 16"
 PARTS = (
@@ -58,6 +61,25 @@ PARTS = (
     ),
     Part("As a page", "See [Read a plan](report.md).", ("report lora-24.json --svg pictures",)),
     Part(
+        "Other models",
+        "The first lines of each: GPT-2, BERT, ViT, ResNet-50 and LoRA on the small Llama for CPUs of little memory, four "
+        "large ones for cards. Their folders hold a config.json each.",
+        tuple(
+            f"plan {asked} 2>&1 | head -20"
+            for asked in (
+                "W2 --gpu cpu:2.6GB --seq-len 512 --effective-batch 2",
+                "W3 --gpu cpu:2.2GB --seq-len 256 --effective-batch 8",
+                "W4 --gpu cpu:1.5GB --effective-batch 8",
+                "W5 --gpu cpu:800MB --effective-batch 8",
+                f"{SMALL} --method lora --gpu cpu:700MB --seq-len 512 --effective-batch 4",
+                f"mistral-7b --method lora --dtype bfloat16 {_TRAINED}",
+                f"qwen3-14b --method qlora --dtype bfloat16 {_TRAINED}",
+                f"llama-3-70b --method qlora --dtype bfloat16 {_TRAINED.replace('rtx-4090', 'h100-sxm')}",
+                "llama-3.1-405b --dtype bfloat16 --seq-len 4096 --effective-batch 4 --gpu h100-sxm --shards 1024",
+            )
+        ),
+    ),
+    Part(
         "Tuned by measuring",
         "Short samples, so that a step takes seconds. See [Tune by measuring](tune.md).",
         (f"tune {SMALL} --gpu cpu:1.15GB --seq-len 128 --effective-batch 4 --optimizer adamw-fused --save tuned.json",),
@@ -68,10 +90,18 @@ PARTS = (
 
 
 def folder(place: Path) -> None:
-    """The two models' configurations."""
-    workloads.BIG[BIG].config().save_pretrained(place / BIG)
-    model, _ = workloads.build(SMALL)
-    model.config.save_pretrained(place / SMALL)
+    """The models' configurations."""
+    for name in (BIG, SMALL, *OTHERS):
+        if name in workloads.BIG:
+            config = workloads.BIG[name].config()
+        else:
+            model, _ = workloads.build(name)
+            config = model.config
+            config.architectures = [type(model).__name__]
+        config.save_pretrained(place / name)
+        file = place / name / "config.json"
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
+        file.write_text(json.dumps(kept))  # as on the hub, without what is left open
 
 
 def printed(command: str, place: Path) -> tuple[str, float]:
