@@ -62,8 +62,8 @@ PARTS = (
     Part("As a page", "See [Read a plan](report.md).", ("report lora-24.json --svg pictures",)),
     Part(
         "Other models",
-        "The first lines of each: GPT-2, BERT, ViT, ResNet-50 and LoRA on the small Llama for CPUs of little memory, four "
-        "large ones for cards. Their folders hold a config.json each.",
+        "The first lines of each: GPT-2, BERT, ViT, ResNet-50 and LoRA on the small Llama for CPUs of little memory, "
+        "four large ones for cards. Their folders hold a config.json each.",
         tuple(
             f"plan {asked} 2>&1 | head -20"
             for asked in (
