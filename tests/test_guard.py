@@ -196,11 +196,12 @@ def test_an_optimizer_that_finds_no_room_at_all_has_changed_nothing() -> None:
 
 
 def test_a_parameter_for_whose_copy_there_is_no_room_is_stepped_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = rewind._Copies
+    copies, refused = rewind._Copies, []
 
     class NoRoom(copies):  # type: ignore[misc,valid-type]  # a class by another name
         def __init__(self, optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> None:
-            if any(parameter.dim() > 1 for parameter in params):
+            if len(refused) < 4:  # of the first step's only part, and of three parameters alone
+                refused.append(len(params))
                 out_of_memory()
             super().__init__(optimizer, params)
 
@@ -208,6 +209,7 @@ def test_a_parameter_for_whose_copy_there_is_no_room_is_stepped_without(monkeypa
     ours = loop()
     ours.train(batches())
     check_as_unfaulted(ours)
+    assert refused[1:] == [1, 1, 1]
     assert ours.guard is not None
     assert not ours.guard.falls
 

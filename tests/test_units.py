@@ -10,6 +10,7 @@ from memplan.units import (
     format_percent,
     format_rate,
     format_seconds,
+    format_within,
     parse_bytes,
 )
 
@@ -79,6 +80,20 @@ def test_what_is_no_size_is_refused_with_the_way_out(text: str, what_is_wrong: s
 def test_needs_are_rounded_up_and_budgets_down(n_bytes: int, need: str, budget: str) -> None:
     assert format_bytes(n_bytes) == need
     assert format_budget(n_bytes) == budget
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "budget_bytes", "text"),
+    [
+        (1_498_700_000, 1_499_000_000, "1.39 GiB"),  # which are 1.3958 and 1.3960
+        (1_499_000_001, 1_499_000_000, "1.40 GiB"),
+        (1_400_000_000, 1_499_000_000, "1.31 GiB"),
+        (1024, 1024, "1.00 KiB"),
+        (0, 0, "0 B"),
+    ],
+)
+def test_what_is_within_a_budget_does_not_read_as_above_it(n_bytes: int, budget_bytes: int, text: str) -> None:
+    assert format_within(n_bytes, budget_bytes) == text
 
 
 @given(st.integers(min_value=1, max_value=2**60))

@@ -253,7 +253,7 @@ class Guard:
         while True:
             now, self._cut_short, self._parts = min(rows, self._rows or rows), False, 0
             result, failure = outcome(partial(run, now))
-            if failure is not None and self._parts and not self._cut_short:
+            if failure is not None and self._replicas is not None and self._parts and not self._cut_short:
                 raise failure  # others may be waiting for this rank where no word reaches them
             if not self._cut_short:
                 self._tell_of(failure)

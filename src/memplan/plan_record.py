@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
 from memplan.records import Record, write_whole
-from memplan.units import format_budget, format_bytes, format_rate, format_seconds
+from memplan.units import format_budget, format_bytes, format_rate, format_seconds, format_within
 
 SCHEMA_VERSION = 3
 
@@ -190,6 +190,10 @@ class Plan(Record):
         """What has to be within the budget: on a card what its allocator has to reserve, on a CPU the peak."""
         return self.peak_bytes if self.fits_bytes is None else self.fits_bytes
 
+    def beside_budget(self, n_bytes: int) -> str:
+        """A need as text, which does not read as above the budget where it is within it."""
+        return format_within(n_bytes, self.budget_bytes)
+
     @property
     def unplanned_needs_bytes(self) -> int:
         """What stands beside `needs_bytes` if nothing were done in the same batch; on a card an estimate.
@@ -312,7 +316,7 @@ class Plan(Record):
             f" - {format_bytes(b.margin_bytes)} margin",
             f"  batch     {self.micro_batch} x {self.accumulation} accumulated = {self.effective_batch} per step",
             f"  blocks    {count_text(self)}",
-            f"  peak      {format_bytes(self.peak_bytes)} in {self.peak_phase}, {room}; "
+            f"  peak      {self.beside_budget(self.peak_bytes)} in {self.peak_phase}, {room}; "
             f"{'' if self.fits_bytes is None else 'about '}{format_bytes(self.unplanned_needs_bytes)} without a plan",
             f"  time      {format_seconds(self.step_s)} per step ({self.basis}), "
             f"{format_rate(self.samples_per_s, 'samples')}, "
@@ -320,7 +324,7 @@ class Plan(Record):
         ]
         if self.fits_bytes is not None:
             lines.append(
-                f"  card      {format_bytes(self.fits_bytes)} reserved by the allocator, fragmentation included"
+                f"  card      {self.beside_budget(self.fits_bytes)} reserved by the allocator, fragmentation included"
             )
         if self.host_bytes > 0:
             lines.append(f"  host      {format_bytes(self.host_bytes)} of pinned memory")

@@ -59,6 +59,12 @@ def format_budget(n_bytes: int) -> str:
     return _in_binary_units(n_bytes, round_up=False)
 
 
+def format_within(n_bytes: int, budget_bytes: int) -> str:
+    """A need beside its budget: as `format_bytes`, but where it is within the budget never above that one's text."""
+    text = format_bytes(n_bytes)
+    return format_budget(budget_bytes) if 0 < n_bytes <= budget_bytes < parse_bytes(text) else text
+
+
 def _in_binary_units(n_bytes: int, *, round_up: bool) -> str:
     sign, magnitude = ("-", -n_bytes) if n_bytes < 0 else ("", n_bytes)
     if magnitude < 1024:

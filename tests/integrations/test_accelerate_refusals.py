@@ -234,6 +234,7 @@ def test_accumulation_across_epochs() -> None:
             attach(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_stream_whose_rest_would_be_left_out_by_larger_batches(drop_last: bool) -> None:
     class Rows(IterableDataset[Any]):

@@ -34,7 +34,7 @@ def _what_fits(plan: Plan) -> Answer:
         short = f"{format_bytes(plan.smallest_bytes - plan.budget_bytes)} too much"
         least = f"The least that a plan of the strategy {plan.strategy!r} needs is {format_bytes(plan.smallest_bytes)}."
         return Answer("What fits?", short, (least, f"The budget is {format_budget(plan.budget_bytes)}."))
-    needs = f"It needs {format_bytes(plan.needs_bytes)}; the budget is {format_budget(plan.budget_bytes)}."
+    needs = f"It needs {plan.beside_budget(plan.needs_bytes)}; the budget is {format_budget(plan.budget_bytes)}."
     room = f"{format_budget(spare)} are spare." if spare >= 0 else f"{plan.budget.beyond(-spare)}."
     return Answer("What fits?", f"{batch} samples", (samples, needs, room))
 

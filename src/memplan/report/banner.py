@@ -29,7 +29,7 @@ def banner(
     rows = [
         (
             "needs",
-            f"{format_bytes(plan.needs_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
+            f"{plan.beside_budget(plan.needs_bytes)} of {format_budget(plan.budget_bytes)}, with nothing recomputed "
             f"{format_bytes(plan.unplanned_needs_bytes)}",
         ),
         ("batch", f"{batch} ({was}); same steps, same learning rates"),

@@ -79,7 +79,7 @@ def timeline_svg(plan: Plan, measured: Measured | None = None, *, width: int = 1
         drawn.append(_plain_label(frame, plain, plan))
     for row, entries in enumerate(legend):
         drawn += _key_row(entries, frame.height - _LINE * (len(legend) - row) + 4)
-    peak = f"peak {format_bytes(plan.peak_bytes)} in {plan.peak_phase}, budget {format_budget(plan.budget_bytes)}"
+    peak = f"peak {plan.beside_budget(plan.peak_bytes)} in {plan.peak_phase}, budget {format_budget(plan.budget_bytes)}"
     return _svg(frame, "timeline", f"Memory over one training step: {peak}", drawn)
 
 

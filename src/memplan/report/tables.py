@@ -97,7 +97,7 @@ def _budget(plan: Plan) -> RenderableType:
     about = "" if plan.fits_bytes is None else "about "
     if plan.fits_bytes is not None:
         beside_peak = ()
-        on_card["reserved"] = Text.assemble((format_bytes(plan.fits_bytes), "bold"), " by the allocator, ", spare)
+        on_card["reserved"] = Text.assemble((plan.beside_budget(plan.fits_bytes), "bold"), " by the allocator, ", spare)
     facts: dict[str, str | Text] = {
         "total": format_budget(budget.total_bytes),
         "- other processes": format_bytes(budget.others_bytes),
@@ -105,7 +105,7 @@ def _budget(plan: Plan) -> RenderableType:
         "- margin": format_bytes(budget.margin_bytes),
         "= budget": Text(format_budget(plan.budget_bytes), style="bold"),
         "predicted peak": Text.assemble(
-            (format_bytes(plan.peak_bytes), "bold"), f" in {plan.peak_phase}", *beside_peak
+            (plan.beside_budget(plan.peak_bytes), "bold"), f" in {plan.peak_phase}", *beside_peak
         ),
         **on_card,
         "without a plan": f"{about}{format_bytes(plan.unplanned_needs_bytes)} at the same micro-batch",
