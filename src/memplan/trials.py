@@ -47,7 +47,6 @@ _AGAIN, _LOST = "again", "lost"  # the number of the trial that this one stands 
 
 _FORMAT: Final = 2  # of what a study keeps
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -186,12 +185,8 @@ class Trials:
         for trial in trials:
             if _AGAIN in trial.user_attrs:
                 stands_for.setdefault(trial.user_attrs[_AGAIN], trial.number)
-        copies = set(stands_for.values())
-        return tuple(
-            self._read(trial)
-            for trial in trials
-            if trial.number not in stands_for and (_AGAIN not in trial.user_attrs or trial.number in copies)
-        )
+        counted = (t for t in trials if stands_for.get(t.user_attrs.get(_AGAIN, -1), t.number) == t.number)
+        return tuple(self._read(trial) for trial in counted if trial.number not in stands_for)
 
     def _read(self, trial: FrozenTrial) -> Trial:
         number, attributes = trial.number, trial.user_attrs
@@ -243,8 +238,8 @@ class Trials:
                 if best is not None and scale.possible_s(one) * (1 + NEAR) >= _step_s(best) and self._claimed(one):
                     self._end(one, TrialState.PRUNED, _slower(scale.expected_s(one), best))
                     waiting.remove(one)
-            is_last = all(one.state != "running" for one in trials)
-            if sum(one.began for one in trials) < most or (until_found and best is None and is_last):
+            none_runs = all(one.state != "running" for one in trials)
+            if sum(one.began for one in trials) < most or (until_found and best is None and none_runs):
                 order = sorted(waiting, key=lambda one: (one.plan.verdict is Verdict.UNCERTAIN, scale.expected_s(one)))
                 claimed = next((one for one in order if self._claimed(one)), None)
                 if claimed is not None:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,7 @@ def has_ended(worker: Worker | None) -> bool:
         return False
 
 
+@cache
 def _machine() -> list[object]:
     """Numbers of processes are of a namespace, which each container has for itself; machines may share a name."""
     namespace = booted = ""

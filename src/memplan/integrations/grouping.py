@@ -53,7 +53,6 @@ class Group:
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients in place, as counted after the last backward.
         is_left: whether the loop has left the loader in the middle of a step.
-        has_begun: whether a micro-batch was ever trained on.
     """
 
     split: Split
@@ -80,7 +79,11 @@ class Group:
     moved_before: set[int] = field(default_factory=set)
     changes: int | None = None
     is_left: bool = False
-    has_begun: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a micro-batch was trained on."""
+        return bool(self.steps or self.backwards)
 
     @property
     def in_epoch(self) -> int:
@@ -166,7 +169,6 @@ class Group:
                 "fix the script's own batch with micro_batch=."
             )
         self.backwards += 1
-        self.has_begun = True
 
     def check_gradients(self) -> None:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""

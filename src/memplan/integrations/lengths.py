@@ -38,9 +38,9 @@ def lengths_in(data: Any, column: str | None = None) -> Lengths | None:
             return None
         return Lengths(inputs, [_length(row.get("labels")) or 0 for row in data])  # type: ignore[arg-type]  # no None is in it
     columns, form = getattr(data, "column_names", None), getattr(data, "format", None)
-    if (
-        isinstance(data, IterableDataset) or not columns or form is None or form["type"] == "custom"
-    ):  # a transform's rows
+    if isinstance(data, IterableDataset) or not columns or form is None:
+        return None
+    if form["type"] == "custom":  # a transform makes the rows
         return None
     named = column is not None and column in columns
     found = [int(n) for n in data[column]] if named else _column_lengths(data, "input_ids")

@@ -27,8 +27,8 @@ class OutputLoss:
         self._hook = model.register_forward_hook(self._see)
 
     def _see(self, _model: nn.Module, _inputs: object, output: object) -> None:
-        loss = loss_in(output)
         if torch.is_grad_enabled():
+            loss = loss_in(output)
             self._made_by = loss.grad_fn if isinstance(loss, Tensor) else None
 
     def check(self, trained: Tensor) -> None:

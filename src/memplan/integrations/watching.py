@@ -9,7 +9,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
-from memplan.allocator.settings import BLOCK_BYTES
+from memplan.allocator import Settings
 from memplan.fitting import Fit
 from memplan.meter import Allocations, allocator_record
 from memplan.units import format_budget, format_bytes
@@ -117,7 +117,7 @@ class Watch:
         """What is there now and no weight, gradient or state, in blocks of torch's allocator."""
         if self._device.type == "cpu" or not _MEASURES:
             return 0
-        blocks = (-(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES for n_bytes in _own(*self._step, self._device).values())
+        blocks = map(Settings().rounded, _own(*self._step, self._device).values())
         return max(0, int(torch.accelerator.memory_allocated(self._device)) - sum(blocks))
 
     def stop(self) -> int | None:
