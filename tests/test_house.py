@@ -70,6 +70,8 @@ FLOORS = {
     "blocks": 9,
     "buckets": 9,
     "inplace": 9,
+    "division": 9,
+    "assumptions": 9,
     "means": 9,
     "micro_steps": 9,
     "notes": 9,

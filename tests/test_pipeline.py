@@ -18,7 +18,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 import memplan
 from memplan.device import CpuDevice, resolve_gpu
 from memplan.errors import AlreadyApplied, BadBatch, DoesNotFit, MemoryTaken, ModelFailed
-from memplan.pipeline import A_SUM, MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE, UNTRIED
 from memplan.plan_record import Plan, Verdict
 from memplan.recipe import Recipe
 from memplan.samples import Sample
@@ -384,112 +383,6 @@ def test_what_a_loss_checkpoints_is_no_block() -> None:
         return made
 
     assert memplan.plan(model, "cpu:1GiB", sample=batch, loss=loss).verdict is Verdict.FITS
-
-
-class Contrastive(nn.Module):
-    """Its loss compares the rows of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = x
-        for block in self.blocks:
-            y = block(y)
-        return {"loss": nn.functional.cross_entropy(y.mean(1) @ x.mean(1).t(), torch.arange(len(x)))}
-
-
-class TestLossesOfParts:
-    """A loss is tried whole and in parts before a batch is divided."""
-
-    @staticmethod
-    def found(made: tiny.Made, **asked: Any) -> Plan:
-        """For a budget in which the whole batch does not fit without a plan."""
-        model, batch = made
-        whole = memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=8, micro_batch=8)
-        budget = (whole.unplanned_bytes + whole.smallest_bytes) // 2
-        return memplan.plan(model, f"cpu:{budget}B", sample=batch, effective_batch=8, **asked)
-
-    @staticmethod
-    def pairs() -> tiny.Made:
-        return Contrastive(), {"x": torch.randn(8, 16, 64)}
-
-    def test_one_that_compares_rows_is_not_divided(self) -> None:
-        plan = self.found(self.pairs())
-        assert (plan.micro_batch, plan.accumulation) == (8, 1)
-        assert plan.verdict is not Verdict.DOES_NOT_FIT
-        assert NO_MEAN in plan.assumptions
-
-    def test_what_is_asked_for_is_done_and_said(self) -> None:
-        plan = self.found(self.pairs(), micro_batch=2)
-        assert (plan.micro_batch, plan.accumulation) == (2, 4)
-        assert NO_MEAN_OF_THESE in plan.assumptions
-
-    def test_a_mean_over_tokens_is_said(self) -> None:
-        plan = self.found(tiny.llama(layers=2, rows=4, length=32, use_cache=False), micro_batch=2)
-        assert MEAN_OVER_TOKENS in plan.assumptions
-
-    def test_a_mean_over_samples_needs_no_words(self) -> None:
-        plan = self.found(tiny.vit(layers=2, rows=4), micro_batch=2)
-        assert not {NO_MEAN, NO_MEAN_OF_THESE, MEAN_OVER_TOKENS} & set(plan.assumptions)
-
-    def test_one_that_sets_rows_against_a_running_mean_of_them_is_not_divided(self) -> None:
-        class Centred(Contrastive):
-            def __init__(self) -> None:
-                super().__init__()
-                self.register_buffer("running", torch.zeros(64))
-
-            def forward(self, x: Tensor) -> dict[str, Tensor]:
-                for block in self.blocks:
-                    x = block(x)
-                with torch.no_grad():
-                    self.running.mul_(0.5).add_(x.mean((0, 1)), alpha=0.5)
-                return {"loss": (x - self.running).square().mean()}
-
-        plan = self.found((Centred(), {"x": torch.randn(8, 16, 64)}))
-        assert (plan.micro_batch, plan.accumulation) == (8, 1)
-        assert NO_MEAN in plan.assumptions
-
-    def test_a_sum_over_rows_is_divided_and_said(self) -> None:
-        model, batch = tiny.vit(layers=2, rows=4)
-
-        def total(module: nn.Module, rows: Any) -> Tensor:
-            made: Tensor = module(**rows).loss * len(rows["labels"])
-            return made
-
-        asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "loss": total}
-        assert A_SUM in memplan.plan(model, "cpu:1GiB", **asked).assumptions
-
-    def test_a_loss_that_draws_random_numbers_may_be_divided(self) -> None:
-        class Noisy(Contrastive):
-            def forward(self, x: Tensor) -> dict[str, Tensor]:
-                y = x
-                for block in self.blocks:
-                    y = block(y)
-                return {"loss": (y - torch.randn_like(y)).square().mean()}
-
-        plan = self.found((Noisy(), {"x": torch.randn(8, 16, 64)}), micro_batch=2)
-        assert UNTRIED in plan.assumptions
-
-    def test_a_model_that_needs_autocast_is_tried_with_it(self) -> None:
-        class Halves(Contrastive):
-            def forward(self, x: Tensor) -> dict[str, Tensor]:
-                y = self.blocks[0](x)
-                assert y.dtype is torch.bfloat16, "only halves"
-                return super().forward(x)
-
-        model, batch = Halves(), {"x": torch.randn(8, 16, 64)}
-        asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "autocast": torch.bfloat16}
-        assert NO_MEAN_OF_THESE in memplan.plan(model, "cpu:1GiB", **asked).assumptions
-
-    def test_what_cannot_be_tried_is_planned_as_it_was(self) -> None:
-        model, batch = on_meta(self.pairs())
-        assert not {NO_MEAN, NO_MEAN_OF_THESE} & set(self.found((model, batch), micro_batch=2).assumptions)
-        model = Contrastive()
-        model.register_forward_pre_hook(lambda module, _: None if module.training else 1 / 0)
-        plan = self.found((model, batch), micro_batch=2)
-        assert not {NO_MEAN, NO_MEAN_OF_THESE} & set(plan.assumptions)
 
 
 def test_batch_norms_that_are_frozen_stay_frozen_and_may_be_split() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 import memplan
 from memplan import tuning
+from memplan.division import Division
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, PlanMismatch, UsageError
 from memplan.fitting import Fit, Live
 from memplan.plan_record import Budget, Measured, Plan
@@ -273,8 +274,12 @@ class Planner:
 
     def __init__(self, option: str) -> None:
         self.model, self.option, self.asked = nn.Linear(1, 1), option, list[tuple[int, float]]()
+        self.division = Division()
 
-    def plan(self, strategy: Strategy, effective_batch: int, micro_batch: int) -> Plan:
+    def micro_batches(self, effective_batch: int) -> list[int]:
+        return [size for size in range(1, effective_batch + 1) if effective_batch % size == 0]
+
+    def solve(self, strategy: Strategy, effective_batch: int, micro_batch: int) -> Plan:
         assert effective_batch == 8
         self.asked.append((micro_batch, strategy.budget_share))
         usable = int(tuners.BUDGET_BYTES * strategy.budget_share)

@@ -154,6 +154,25 @@ def plain(layers: int = 4, rows: int = 8, width: int = 16) -> Made:
     return Plain(layers, width).train(), batch
 
 
+class Contrastive(nn.Module):
+    """Its loss compares the rows of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        return {"loss": nn.functional.cross_entropy(y.mean(1) @ x.mean(1).t(), torch.arange(len(x)))}
+
+
+def contrastive(rows: int = 8) -> Made:
+    torch.manual_seed(0)
+    return Contrastive().train(), {"x": torch.randn(rows, 16, 64)}
+
+
 WORKLOADS: dict[str, Callable[[], Made]] = {
     "llama": llama,
     "gpt2": gpt2,

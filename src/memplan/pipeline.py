@@ -18,7 +18,6 @@ from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTak
 from memplan.fitting import Fit, Live, apply, check_bare
 from memplan.gpus import Gpu
 from memplan.losses import Loss
-from memplan.means import SAMPLES, SUM, can_try, mean_over
 from memplan.plan_record import Plan, Verdict
 from memplan.prediction import Prediction
 from memplan.recipe import Recipe
@@ -222,25 +221,6 @@ def _fitting(plan: Plan) -> Plan:
     return plan
 
 
-UNTRIED = (
-    "the loss is taken to be a mean over samples, so that a batch may be divided: trying it on four rows told nothing, "
-    "as of a loss that draws random numbers"
-)
-NO_MEAN = (
-    "the batch is not divided: the loss of four rows was neither a mean nor the sum of the losses of its parts, so it "
-    "compares the rows of a batch with each other"
-)
-NO_MEAN_OF_THESE = (
-    "the loss of four rows was neither a mean nor the sum of the losses of its parts: divided as asked, a step trains "
-    "something else than the whole batch would"
-)
-A_SUM = "the loss is a sum over rows: the losses of micro-batches are added up, not averaged"
-MEAN_OVER_TOKENS = (
-    "the loss is a mean over label tokens, so a loop that divides each micro-batch's loss by the accumulation gives "
-    "rows of few labels more weight than the whole batch would; memplan.attach and the Trainer weigh them by tokens"
-)
-
-
 @dataclass(frozen=True, slots=True)
 class _Planner:
     """Makes the plan, and makes it again for the memory that is free then, from what was traced already."""
@@ -253,28 +233,8 @@ class _Planner:
     said: tuple[str, ...] = ()
 
     def __call__(self) -> Plan:
-        found = self.session.plan(self.strategy, self.effective_batch, self.micro_batch)
-        found = self._as_divided(found).assuming(*self.said)
+        found = self.session.plan(self.strategy, self.effective_batch, self.micro_batch).assuming(*self.said)
         return found if self.data is None else found.assuming(self.data.describe(found.micro_batch))
-
-    def _as_divided(self, found: Plan) -> Plan:
-        """With what a loop that divides the batch has to know of the loss; undivided where parts would train another.
-
-        Tried where the model can be run; a micro-batch that is asked for stays.
-        """
-        model, device = self.session.model, self.session.device
-        place = None if device is None else device.torch_device
-        is_known = getattr(self.session.recipe.loss, "is_tried", False)  # to whoever has made it
-        if found.accumulation == 1 or is_known or not can_try(model, self.session.sample, place):
-            return found
-        try:
-            mean = mean_over(model, self.session.recipe, self.session.sample)
-        except Exception:  # anything: it is the user's model, run in eval mode, where it may do something else
-            return found.assuming(UNTRIED)
-        if mean is None and self.micro_batch is None:
-            return self.session.plan(self.strategy, self.effective_batch, self.effective_batch).assuming(NO_MEAN)
-        said = {None: (NO_MEAN_OF_THESE,), SAMPLES: (), SUM: (A_SUM,)}
-        return found.assuming(*said.get(mean, (MEAN_OVER_TOKENS,)))
 
     def of_all(self) -> "_Planner":
         """For the least memory and the largest sample that a rank has. To be called on every rank."""

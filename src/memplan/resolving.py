@@ -55,7 +55,7 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
 
     def within(budget_bytes: int) -> Plan | None:
         try:
-            return session.within(budget_bytes).plan(chosen, plan.effective_batch, plan.micro_batch)
+            return session.within(budget_bytes).solve(chosen, plan.effective_batch, plan.micro_batch)
         except DoesNotFit:
             return None
 

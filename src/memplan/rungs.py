@@ -11,6 +11,7 @@ from torch import nn
 
 from memplan import fitting
 from memplan.device import resolve_gpu
+from memplan.division import NO_MEAN, Division
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelError, UsageError
 from memplan.fitting import Live
 from memplan.optimizer_step import IN_BACKWARD
@@ -82,13 +83,22 @@ class Together(Iterator[Plan]):
 
 def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_batch: int | None) -> Iterator[Plan]:
     assert live.sample is not None
-    session = Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu))
+    card, device = resolve_gpu(plan.budget.gpu)
+    known = Division(False, whole=(NO_MEAN,)) if NO_MEAN in plan.assumptions else None  # found out already
+    session = Session(model, live.sample, live.recipe, card, device, known)
 
-    def within(share: float) -> Plan:
+    def check_bare() -> None:
         if model in fitting._applied:
             raise AlreadyApplied("undo the plan before a smaller one is made: list(ladder(...)) comes before apply")
-        return session.plan(replace(wanted, budget_share=min(share, 1.0)), plan.effective_batch, micro_batch)
 
+    def within(share: float) -> Plan:
+        check_bare()
+        found = session.solve(replace(wanted, budget_share=min(share, 1.0)), plan.effective_batch, size)
+        return found.assuming(*session.division.said(found.accumulation))
+
+    check_bare()
+    sizes = session.micro_batches(plan.effective_batch) if micro_batch is None else [micro_batch]
+    size = sizes[0] if len(sizes) == 1 else None
     most = within(wanted.budget_share)
     whole, least = most.budget_bytes / wanted.budget_share, most.smallest_bytes
     while (beyond := plan.needs_bytes - least) > 0:

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from memplan import cache, main_memory, optimizers, packed
+from memplan import cache, main_memory, optimizers
 from memplan.advice import ways_out
 from memplan.allocator import Settings
+from memplan.assumptions import assumptions_of
 from memplan.batches import POINTS, profiled, splits
-from memplan.blocks import check_plannable, is_batch_coupled, signature, statement
+from memplan.blocks import check_plannable, is_batch_coupled, signature
 from memplan.checking import Found, Tried, best
 from memplan.corrections import Corrections, seconds_by_lever
 from memplan.device import CudaDevice, Device
+from memplan.division import Division, division_of
 from memplan.errors import DoesNotFit
 from memplan.fitting import Live, key_of
 from memplan.gpus import Gpu
@@ -32,9 +34,9 @@ from memplan.prediction import Prediction
 from memplan.problem import KEEP, RECOMPUTE
 from memplan.profile import Profile
 from memplan.progress import shown
-from memplan.recipe import AFTER_STEP, Recipe
+from memplan.recipe import Recipe
 from memplan.recorder import Recorder
-from memplan.roofline import StepTimes, is_nominal, origin_of
+from memplan.roofline import StepTimes, origin_of
 from memplan.room import Room
 from memplan.samples import Sample
 from memplan.strategy import Strategy
@@ -68,6 +70,7 @@ class Session:
     recipe: Recipe
     gpu: Gpu
     device: Device | None
+    known_division: Division | None = None
     _studies: dict[object, Study] = field(default_factory=dict, repr=False, compare=False)
     _leanest: dict[object, int] = field(default_factory=dict, repr=False, compare=False)  # bytes
 
@@ -80,6 +83,17 @@ class Session:
     @cached_property
     def recorder(self) -> Recorder:
         return Recorder(self.model, self.recipe, backend_for(self.gpu))
+
+    @cached_property
+    def division(self) -> Division:
+        """Whether the batch may be divided: what is known of it, or what trying the loss tells."""
+        place = None if self.device is None else self.device.torch_device
+        return self.known_division or division_of(self.model, self.recipe, self.sample, place)
+
+    def micro_batches(self, effective_batch: int) -> list[int]:
+        """Those by which a step trains what the whole batch would, the smallest first."""
+        sizes = [micro_batch for micro_batch, _ in splits(effective_batch, None, self._can_split)]
+        return sizes if len(sizes) == 1 or self.division.is_sound else [effective_batch]
 
     # -- predict -------------------------------------------------------------------------------------------------
 
@@ -109,8 +123,20 @@ class Session:
 
     # -- plan ----------------------------------------------------------------------------------------------------
 
-    @shown("planning")
     def plan(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
+        """As `solve`, but the batch stays whole where its parts would train something else.
+
+        With lines on what a loop that divides it has to know. A micro-batch that is asked for stays.
+        """
+        found = self.solve(strategy, effective_batch, micro_batch)
+        if found.accumulation == 1:
+            return found
+        if not self.division.is_sound and micro_batch is None:
+            found = self.solve(strategy, effective_batch, effective_batch)
+        return found.assuming(*self.division.said(found.accumulation))
+
+    @shown("planning")
+    def solve(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
         """The best plan, checked by a trace of the model as planned.
 
         "uncertain" is a plan that takes more than the budget, but not so much that it surely fails (see `risk`).
@@ -261,6 +287,7 @@ class Session:
         usage, phase = planned.usage, trace.phase_of(trace.peak_tick)
         peak_bytes, breakdown = peak_of(trace, usage)
         fits = verdict is not Verdict.DOES_NOT_FIT
+        can_split = self._can_split and (fits or outcome.micro_batch == 1 or self.division.is_sound)
         times = profile.times
         assert isinstance(times, StepTimes)
         frontier = frontier_of(outcome, study.stepping_of, planned.needs_bytes - outcome.timeline.peak_bytes)
@@ -302,9 +329,7 @@ class Session:
             frontier=frontier,
             timeline=timeline_of(trace),
             unplanned_timeline=timeline_of(unplanned),
-            ways_out=()
-            if fits
-            else ways_out(breakdown, phase, smallest_bytes, budget, outcome.micro_batch, self._can_split),
+            ways_out=() if fits else ways_out(breakdown, phase, smallest_bytes, budget, outcome.micro_batch, can_split),
             optimizer=optimizers.name_of(self.recipe.optimizer),
             autocast=_name(self.recipe.autocast),
             how=trace.how,
@@ -313,18 +338,19 @@ class Session:
             replicas=self.recipe.replicas,
             shards=self.recipe.shards,
             sample=self.sample.fields(),
-            assumptions=self._assumptions(
-                trace,
-                (
-                    *self._refusals(study, strategy),
-                    *_said_of(planned, study),
-                    *self._learned.describe(times.how),
-                    *doubted(times.doubt),
-                ),
+            assumptions=(
+                *self._assumptions(trace),
+                *self._refusals(study, strategy),
+                *_said_of(planned, study),
+                *self._learned.describe(times.how),
+                *doubted(times.doubt),
             ),
         )
         plan._live = Live(self.recipe, self.sample)
         return plan
+
+    def _assumptions(self, trace: Trace) -> tuple[str, ...]:
+        return assumptions_of(self.model, self.sample, self.recipe, self.gpu, self.device, trace)
 
     def _refusals(self, study: Study, strategy: Strategy) -> tuple[str, ...]:
         """The levers that are not offered, each with the reason. On a CPU copies to the host could not have helped, so
@@ -346,34 +372,6 @@ class Session:
         else:
             why = f"host_memory = {strategy.host_memory!r} leaves no room there"
         return (*study.refusals, f"nothing is copied to the host: {why}")
-
-    def _assumptions(self, trace: Trace, refusals: tuple[str, ...] = ()) -> tuple[str, ...]:
-        when = "after each step" if self.recipe.drops == AFTER_STEP else "between forward and backward"
-        steady = f"steady state: optimizer state exists and gradients are dropped (set_to_none) {when}"
-        lines = [statement(self.model, self.sample.tokens), steady]
-        if self.recipe.keeps_output:
-            lines.append("the model's output is kept until the next forward has returned")
-        else:
-            lines.append("only the loss is kept of the model's output; logits held through the backward come on top")
-        lines += trace.assumptions
-        if not self.model.training:
-            lines.append("the model is in eval mode; the step is taken in training mode, as Trainer does")
-        if self.gpu.kind != "cpu":
-            lines.append("a CUDA step is predicted without the card; not yet verified on one")
-            if self.gpu.is_amd:
-                lines.append(
-                    "an AMD card is planned for with CUDA's kernels and allocator: its own may need other memory"
-                )
-            if is_nominal(self.gpu):
-                lines.append("the card's speed is unknown: times are for 100 TFLOP/s and 1 TB/s, only ratios count")
-        if isinstance(self.device, CudaDevice):
-            lines += self.device.warnings()
-        if trace.how == "recorded":
-            lines.append("the step reads values, so it was run for real rather than traced")
-        lines += (*packed.statements(self.model), *refusals)
-        if not self._can_split:
-            lines.append("batch norm couples the samples of a batch, so the batch is never split")
-        return tuple(lines)
 
 
 def _said_of(planned: Planned, study: Study) -> tuple[str, ...]:

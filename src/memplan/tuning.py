@@ -19,9 +19,8 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from memplan import __version__, optimizers, pipeline
-from memplan.batches import splits
 from memplan.bench import Bench, Failure, at_home
-from memplan.blocks import is_batch_coupled, signature
+from memplan.blocks import signature
 from memplan.device import Device, resolve_gpu
 from memplan.errors import DoesNotFit, ModelFailed, NoDevice, UsageError
 from memplan.fitting import Fit, Live, apply, check_bare, key_of
@@ -122,7 +121,8 @@ def tune(
 ) -> Tuned:
     """Run the most promising plans for real steps on the device, and take the fastest that keeps the budget.
 
-    There is a plan for every micro-batch that divides the effective batch, every share of the budget, every strategy,
+    There is a plan for every micro-batch that divides the effective batch (only the whole one, where the loss or batch
+    norm sets its rows against each other), every share of the budget, every strategy,
     with and without the loss head's lever; equal ones count once. They are run in the order of what they promise, until
     none could be more than 1 % faster than the best, or `n_trials` were run. The steps train nothing, and the model is
     afterwards what it was. On a card each is run in a process of its own (not yet measured on one).
@@ -252,7 +252,7 @@ def _candidates(
     session: Session, strategies: Sequence[Strategy], shares: Sequence[float], effective_batch: int
 ) -> list[Candidate]:
     """The distinct plans that fit. Raises DoesNotFit if there is none."""
-    sizes = [micro_batch for micro_batch, _ in splits(effective_batch, None, not is_batch_coupled(session.model))]
+    sizes = session.micro_batches(effective_batch)
     found: dict[object, Candidate] = {}
     misfits: list[DoesNotFit] = []
     for way in (_Way(*one) for one in product(sizes, strategies, (ANY, AS_IT_IS))):
@@ -275,7 +275,8 @@ def _shrinking(session: Session, way: _Way, shares: Sequence[float], effective_b
         if before is not None and before.plan.needs_bytes <= before.whole_bytes * share:
             continue  # the best of more plans is among these
         try:
-            plan = session.plan(way.within(share), effective_batch, way.micro_batch)
+            plan = session.solve(way.within(share), effective_batch, way.micro_batch)
+            plan = plan.assuming(*session.division.said(plan.accumulation))
             if plan.verdict is Verdict.DOES_NOT_FIT:
                 raise DoesNotFit(plan.describe(), plan.smallest_bytes)
             if others := _levers_of(plan) - set(way.levers):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memplan.device import resolve_gpu
+from memplan.division import Division
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
@@ -79,10 +80,11 @@ def plan_for(
         budget_share=wanted.budget_share * rooms.share,
         risk=wanted.risk if settings.risk is None else settings.risk,
     )
-    session = Session(model, sample, recipe, *resolve_gpu(place_of(settings, device)))
-    plan = session.plan(asked, effective, micro_batch)
+    card, here = resolve_gpu(place_of(settings, device))
+    session = Session(model, sample, recipe, card, here, Division(can_split))
+    plan = session.solve(asked, effective, micro_batch)
     if not can_join and plan.accumulation % own_batches:
-        plan = session.plan(asked, effective, own_rows)  # which is less, and fits as well
+        plan = session.solve(asked, effective, own_rows)  # which is less, and fits as well
     if plan.verdict is Verdict.DOES_NOT_FIT:
         whole = () if can_split else (f"the batch of {own_rows} is not split: {_WHOLE}",)
         raise DoesNotFit("\n  ".join((plan.describe(), *whole, *left_out, *said)), plan.smallest_bytes)
