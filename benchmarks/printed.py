@@ -81,8 +81,8 @@ PARTS = (
     ),
     Part(
         "Tuned by measuring",
-        "Short samples, so that a step takes seconds. See [Tune by measuring](tune.md).",
-        (f"tune {SMALL} --gpu cpu:1.15GB --seq-len 128 --effective-batch 4 --optimizer adamw-fused --save tuned.json",),
+        "Samples of 256 tokens, so that a step takes seconds. See [Tune by measuring](tune.md).",
+        (f"tune {SMALL} --gpu cpu:1.4GB --seq-len 256 --effective-batch 4 --optimizer adamw-fused --save tuned.json",),
     ),
     Part("What was learned from that", "", ("cache show", "cache clear")),
     Part("The machine", "The one that printed this page has no card.", ("doctor",)),

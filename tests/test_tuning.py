@@ -236,6 +236,7 @@ def test_the_plan_found_has_the_whole_budget() -> None:
     found = found_in(trials)
     assert (found.plan.budget.margin_bytes, found.plan.budget_bytes) == (100, 900)
     assert found.measured.budget_bytes == 900
+    assert found.plan.reason == "nothing is recomputed, 300 B to spare"
     assert found.number == 0
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from memplan.errors import PlanSchema
 from memplan.prediction import Timeline
-from memplan.records import Record, write_whole
+from memplan.records import Described, Record, write_whole
 from memplan.units import format_budget, format_bytes, format_rate, format_seconds, format_within
 
 SCHEMA_VERSION = 3
@@ -68,7 +68,7 @@ class FrontierPoint(Record):
     chosen: bool = Field(description="whether it is the plan itself")
 
 
-class Measured(Record):
+class Measured(Described):
     """A real run beside its prediction."""
 
     peak_bytes: int = Field(gt=0)
@@ -110,7 +110,7 @@ class SampleField(Record):
     below: int | None = Field(None, description="integers lie in [0, below); None for floating point")
 
 
-class Plan(Record):
+class Plan(Described):
     """The answer of the planner. `decisions` and `micro_batch` x `accumulation` are what to do; the rest says why."""
 
     schema_version: int = SCHEMA_VERSION

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from pydantic import Field, model_validator
 
-from memplan.records import Record
+from memplan.records import Described, Record
 from memplan.units import format_bytes
 
 _ACTIVATIONS = "activations"
@@ -44,7 +44,7 @@ class Timeline(Record):
         return tuple(map(sum, zip(*self.bytes.values(), strict=True)))
 
 
-class Prediction(Record):
+class Prediction(Described):
     """What one steady-state step needs: optimizer state exists, gradients were dropped at the end of the last step.
 
     For a card also what a run of such steps takes from it, by a simulation of torch's caching allocator.

@@ -14,6 +14,20 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Described(Record):
+    """A record that tells in plain text what it holds. Printed, it tells that; its fields are thousands of numbers."""
+
+    def describe(self) -> str:
+        """A few lines of plain text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.describe().partition(chr(10))[0]}>"
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file aside and rename it, so that whoever looks finds all of it, or what was there before.
 

@@ -34,6 +34,7 @@ from memplan.progress import part, shown
 from memplan.session import Session
 from memplan.storages import storage_of
 from memplan.strategy import SAFE_LEVERS, Lever, Strategy, load_strategy
+from memplan.summary import reason_for
 from memplan.trials import Candidate, Scale, Trial, Trials
 from memplan.units import format_bytes, format_rate, format_seconds
 
@@ -97,7 +98,11 @@ class Tuned:
                 f" (predicted {format_seconds(trial.plan.step_s)})"
             )
         rate = format_rate(self.plan.effective_batch / self.measured.step_s, "samples")
-        lines += [f"taken: {self.number}, {format_seconds(self.measured.step_s)} per step, {rate}, as measured", ""]
+        lines += [
+            f"taken: {self.number}, {format_seconds(self.measured.step_s)} per step, {rate}, as measured",
+            "",
+            "As it was planned, with the seconds that were predicted:",
+        ]
         return "\n".join([*lines, self.plan.describe()])
 
 
@@ -351,8 +356,9 @@ def _tuned(trials: Trials, live: Live, device: Device) -> Tuned:
         raise ModelFailed(f"none of {len(every)} plans could be measured within the budget: {why}")
     plan = at_home(best.plan, device)
     unused_bytes = best.whole_bytes - plan.budget_bytes  # of the whole, of which the plan was made for a share
-    margin = {"margin_bytes": plan.budget.margin_bytes - unused_bytes}
-    plan = plan.model_copy(update={"budget": plan.budget.model_copy(update=margin)})
+    budget = plan.budget.model_copy(update={"margin_bytes": plan.budget.margin_bytes - unused_bytes})
+    reason = reason_for(plan.decisions, plan.needs_bytes, budget)
+    plan = plan.model_copy(update={"budget": budget, "reason": reason})
     plan._live = live
     scale = Scale(every)
     possible_s = min(scale.possible_s(trial) * (1 - trial.plan.gap) for trial in trials.possible(every))

@@ -17,6 +17,13 @@ def test_only_what_differs_is_named() -> None:
     assert found.categories == {}
 
 
+def test_what_only_one_rests_on_is_kept() -> None:
+    both = make_plan().assumptions
+    found = compare(make_plan(), make_plan(assumptions=(*both, "the machine was busy")))
+    assert found.assumed == ((), ("the machine was busy",))
+    assert not found.is_empty
+
+
 def test_budgets_are_compared_by_card_and_size() -> None:
     budget = make_plan().budget.model_copy(update={"gpu": "a100-40gb", "total_bytes": 40 * GIB})
     found = compare(make_plan(), make_plan(budget=budget))

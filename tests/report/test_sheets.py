@@ -136,6 +136,11 @@ class TestComparison:
         assert [cell.strip() for cell in rows[2][1:]] == ["12.0 %", "5.0 %"]
         assert "recompute, holds 16.00 MiB, 12.3 ms extra" in shown[-1]
 
+    def test_what_only_one_rests_on_is_told(self) -> None:
+        first = make_plan(assumptions=("the machine was busy", "of both"))
+        shown = lines_of(comparison_sheet(compare(first, make_plan(assumptions=("of both",))), ("old", "new")))
+        assert [line.strip() for line in shown[-2:]] == ["Assumed only in old", "the machine was busy"]
+
     def test_nothing_differs(self) -> None:
         assert lines_of(comparison_sheet(compare(make_plan(), make_plan()), ("a", "b"))) == ["The plans do not differ."]
 

@@ -59,12 +59,13 @@ class Comparison(Record):
     categories: dict[str, tuple[int, int]] = Field(description="bytes at the peak")
     blocks: tuple[Blocks, ...] = Field(description="of those that both models have")
     alone: tuple[int, int] = Field(description="blocks that only one of the models has")
+    assumed: tuple[tuple[str, ...], tuple[str, ...]] = Field(description="lines that only one of the plans rests on")
 
     @property
     def is_empty(self) -> bool:
         """Whether the plans agree in everything that is compared."""
-        differs = self.facts or self.sizes or self.times or self.categories or self.blocks or any(self.alone)
-        return self.same_model and not differs
+        tables = (self.facts, self.sizes, self.times, self.categories, self.blocks)
+        return self.same_model and not any((*tables, *self.alone, *self.assumed))
 
 
 def compare(first: Plan, second: Plan) -> Comparison:
@@ -85,7 +86,12 @@ def compare(first: Plan, second: Plan) -> Comparison:
             if path in yours and _does(first, layer) != _does(second, yours[path])
         ),
         alone=(len(mine.keys() - yours.keys()), len(yours.keys() - mine.keys())),
+        assumed=(_only_in(first.assumptions, second.assumptions), _only_in(second.assumptions, first.assumptions)),
     )
+
+
+def _only_in(lines: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(line for line in lines if line not in others)
 
 
 def head_of(plan: Plan) -> str:

@@ -77,7 +77,10 @@ def comparison_sheet(found: Comparison, names: tuple[str, str]) -> RenderableTyp
         table.add_row(label, *(f"{o}, holds {format_bytes(h)}, {format_seconds(s)} extra" for o, h, s in cells))
     if any(found.alone):
         table.add_row("blocks only here", *map(str, found.alone))
-    return Group(*parts, table)
+    parts.append(table)
+    for name, lines in zip(names, found.assumed, strict=True):
+        parts += [_title(f"Assumed only in {name}"), *_indented(lines)] if lines else []
+    return Group(*parts)
 
 
 @dataclass(frozen=True, slots=True)
