@@ -37,7 +37,7 @@ print(found.describe())
 ```
 
 `tune` asks the planner for a plan for every micro-batch, share of the budget and strategy, with and without the loss
-head's lever. It runs the most promising for a few real steps each, which train nothing, and lets go what cannot win any
+head's lever. Where the loss compares the rows of a batch, the whole batch is the only one. It runs the most promising for a few real steps each, which train nothing, and lets go what cannot win any
 more. Where two are close, they are run again in turn.
 
 Started again with the same storage (`--storage tune.log` on the command line) it goes on; another batch of the same

@@ -40,7 +40,7 @@ def test_what_is_not_enough_by_itself_comes_after_what_is_by_how_much_it_saves()
     assert third.startswith("The smallest card that is large enough is ")
 
 
-@pytest.mark.parametrize(("can_split", "how"), [(True, "more accumulation"), (False, "its rows belong together")])
+@pytest.mark.parametrize(("can_split", "how"), [(True, "more accumulation"), (False, "this one is not split")])
 def test_a_smaller_micro_batch(can_split: bool, how: str) -> None:
     first = ways(GIB, micro_batch=4, can_split=can_split)[0]
     assert first.startswith("A micro-batch of 1 (")

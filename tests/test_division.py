@@ -9,6 +9,7 @@ from tiny import Contrastive, contrastive
 from torch import Tensor, nn
 
 import memplan
+from memplan import division
 from memplan.division import A_SUM, MEAN_OVER_TOKENS, NO_MEAN, NO_MEAN_OF_THESE, UNTRIED
 from memplan.errors import DoesNotFit
 from memplan.plan_record import Plan, Verdict
@@ -122,6 +123,36 @@ def test_a_guards_smaller_plans_divide_it_no_more_than_the_first() -> None:
         assert {(plan.micro_batch, plan.accumulation) for plan in smaller} == {(8, 1)}
 
 
+def test_a_batch_that_was_divided_as_asked_is_divided_alike_by_a_guard() -> None:
+    model, batch = Contrastive(), {"x": torch.randn(2, 256, 64)}
+    wide = (nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))
+    model.blocks = nn.ModuleList(wide)
+    asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "optimizer": "sgd"}
+    first = memplan.plan(model, "cpu:1GiB", strategy=Strategy(name="keep-all", levers=()), **asked)
+    smaller = list(ladder(model, first, "recompute-only"))[1:]
+    assert {(plan.micro_batch, plan.accumulation) for plan in smaller} == {(2, 4)}
+    assert all(NO_MEAN_OF_THESE in plan.assumptions for plan in smaller)
+
+
+def test_a_guard_asks_a_loss_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out when the plan was made; when memory has run out there may be no room to try."""
+    model, batch = tiny.llama(layers=2, rows=4, length=64, use_cache=False)
+    keeping = Strategy(name="keep-all", levers=())
+    first = memplan.plan(
+        model, "cpu:1GiB", sample=batch, effective_batch=8, micro_batch=4, optimizer="sgd", strategy=keeping
+    )
+
+    def never(*_: object) -> str:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(division, "mean_over", never)
+    assert {plan.micro_batch for plan in ladder(model, first)} > {4}  # divided further
+    untried = memplan.plan(
+        model, "cpu:1GiB", sample=batch, effective_batch=8, micro_batch=8, optimizer="sgd", strategy=keeping
+    )
+    assert {plan.micro_batch for plan in ladder(model, untried)} == {8}
+
+
 def test_one_that_fits_nothing_is_not_told_to_accumulate() -> None:
     model, batch = contrastive()
     plan = memplan.plan(model, "cpu:1GiB", sample=batch, effective_batch=8)
@@ -129,7 +160,7 @@ def test_one_that_fits_nothing_is_not_told_to_accumulate() -> None:
     assert tight.verdict is Verdict.DOES_NOT_FIT
     assert NO_MEAN in tight.assumptions
     assert not any("accumulation)" in way for way in tight.ways_out)
-    assert any("its rows belong together" in way for way in tight.ways_out)
+    assert any("this one is not split" in way for way in tight.ways_out)
 
 
 def test_tuning_keeps_it_whole_and_says_so() -> None:

@@ -21,8 +21,9 @@ from memplan import tuning
 from memplan.division import Division
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelFailed, NoDevice, PlanMismatch, UsageError
 from memplan.fitting import Fit, Live
-from memplan.plan_record import Budget, Measured, Plan
+from memplan.plan_record import Budget, FrontierPoint, Measured, Plan, Verdict
 from memplan.recipe import Recipe
+from memplan.report.answers import answers
 from memplan.report.charts import frontier_svg, timeline_svg
 from memplan.storages import storage_of
 from memplan.strategy import Strategy, load_strategy
@@ -237,7 +238,23 @@ def test_the_plan_found_has_the_whole_budget() -> None:
     assert (found.plan.budget.margin_bytes, found.plan.budget_bytes) == (100, 900)
     assert found.measured.budget_bytes == 900
     assert found.plan.reason == "nothing is recomputed, 300 B to spare"
+    assert found.plan.share_bytes == found.plan.solved_bytes == 675
     assert found.number == 0
+
+
+def test_a_plan_of_a_share_is_not_told_as_one_that_wants_little() -> None:
+    """Faster ones by prediction lie between the share and the whole; the price was that of the share's last bytes."""
+    of = {"options": ("keep",), "head": "keep", "stepping": "plain"}
+    points = tuple(FrontierPoint(peak_bytes=b, step_s=s, chosen=s == 1.0, **of) for b, s in ((600, 1.0), (800, 0.9)))
+    made = tuners.plan_of(1.0, verdict=Verdict.UNCERTAIN, peak_bytes=600, frontier=points, shadow_price=0.5)
+    less = made.budget.model_copy(update={"margin_bytes": tuners.BUDGET_BYTES - 550})
+    plan = tuning._of_the_whole(made.model_copy(update={"budget": less}), 900)
+    assert (plan.verdict, plan.budget_bytes, plan.shadow_price) == (Verdict.FITS, 900, 0.0)
+    said = " ".join(sentence for answer in answers(plan) for sentence in answer.sentences)
+    assert "for this batch and 550 B of the budget" in said
+    assert "tune chose it by measurement: that others are faster is a prediction" in said
+    assert "takes as little as it can" not in said
+    assert tuning._of_the_whole(made, made.budget_bytes) is made
 
 
 def test_a_study_of_another_model_is_refused(study: Path) -> None:

@@ -73,7 +73,7 @@ def _savings(
         data += breakdown["temporaries"]
     if micro_batch > 1:
         saved = data - data // micro_batch
-        how = "more accumulation" if can_split else "a smaller batch: its rows belong together"
+        how = "more accumulation" if can_split else "a smaller batch: this one is not split"
         yield saved, f"A micro-batch of 1 ({how}) saves about {format_bytes(saved)}."
     if states > breakdown["params"]:
         saved = int(states * (1 - _EIGHT_BIT_SHARE))

@@ -17,7 +17,7 @@ from memplan.samples import Sample
 
 UNTRIED: Final = (
     "the loss is taken to be a mean over samples, so that a batch may be divided: trying it on four rows told nothing, "
-    "as of a loss that draws random numbers"
+    "as of a loss that draws random numbers, or where memory runs out"
 )
 NO_MEAN: Final = (
     "the batch is not divided: the loss of four rows was neither a mean nor the sum of the losses of its parts, so it "
@@ -39,7 +39,7 @@ class Division:
     """What is known of dividing a batch.
 
     Attributes:
-        is_sound: whether the parts of a batch make its loss; True also where that could not be tried.
+        is_sound: whether the parts of a batch make its loss; True also where that could not be found out.
         divided: lines for a plan that divides the batch.
         whole: lines for one that does not, where smaller micro-batches were asked about too.
     """
@@ -47,6 +47,11 @@ class Division:
     is_sound: bool = True
     divided: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether parts of a batch may not make its loss."""
+        return not self.is_sound or UNTRIED in self.divided
 
     def said(self, accumulation: int) -> tuple[str, ...]:
         """Lines for a plan of so many micro-batches."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from memplan.abstract import preserved, to_training
 from memplan.blocks import signature
 from memplan.corrections import Run
 from memplan.device import Device, memory_parts, resolve_gpu, room_of
+from memplan.division import Division
 from memplan.driver import driver_version
 from memplan.errors import AlreadyApplied, DoesNotFit, MemoryTaken, NoDevice, PlanMismatch, UsageError
 from memplan.gpus import Gpu
@@ -187,11 +189,13 @@ class Fit:
         return sample_in(self.plan, self.model)
 
 
+@dataclass(frozen=True, slots=True)
 class Live:
     """What a plan was made with and no file can hold: the loss, the optimizer, the sample."""
 
-    def __init__(self, recipe: Recipe, sample: Sample | None) -> None:
-        self.recipe, self.sample = recipe, sample
+    recipe: Recipe
+    sample: Sample | None
+    division: Division | None = None  # of the batch; None: it was not asked about
 
 
 def key_of(model: nn.Module, sample: Sample | None, recipe: Recipe, device: Device) -> cache.Key:

@@ -15,7 +15,7 @@ from torch import nn
 from memplan.data import Data
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTaken, NoDevice, UsageError
-from memplan.fitting import Fit, Live, apply, check_bare
+from memplan.fitting import Fit, apply, check_bare
 from memplan.gpus import Gpu
 from memplan.losses import Loss
 from memplan.plan_record import Plan, Verdict
@@ -192,7 +192,7 @@ def _fit_of_all(world: World, planner: "_Planner") -> Fit:
         planned = planner.of_all()
         session = planned.session
         found = _fitting(world.agreed(planned, session.model))
-        found._live = Live(session.recipe, session.sample)
+        found._live = session.live
         make = partial(apply, session.model, found)
         if not tries_left:
             break

@@ -118,6 +118,7 @@ class Plan(Described):
     reason: str = Field(description="one sentence behind the verdict")
     budget: Budget
     strategy: str
+    objective: str = Field("samples-per-second", description='of the strategy; "peak" leaves memory unused')
     micro_batch: int = Field(gt=0)
     accumulation: int = Field(gt=0)
     effective_batch: int
@@ -144,6 +145,10 @@ class Plan(Described):
     shadow_price: float = Field(description="seconds per step that one GiB more would save")
     times: str = Field(
         description='"measured" on this device, "estimate" from the card\'s figures, "nominal" where there are none'
+    )
+    share_bytes: int | None = Field(
+        default=None,
+        description="of the budget, what the plan was solved for where `tune` chose it by measurement; None: all",
     )
     smallest_bytes: int = Field(description="the least usable budget that any plan of this strategy would fit")
     frontier: tuple[FrontierPoint, ...] = Field((), description="from the least memory to the least time")
@@ -207,8 +212,20 @@ class Plan(Described):
         return next(kept, self.unplanned_bytes + self.needs_bytes - self.peak_bytes)
 
     @property
+    def is_for_card(self) -> bool:
+        """Whether an allocator's cache counts: what other plans of the frontier need is an estimate then."""
+        return self.fits_bytes is not None
+
+    @property
+    def solved_bytes(self) -> int:
+        """The budget that the plan was solved for."""
+        return self.budget_bytes if self.share_bytes is None else self.share_bytes
+
+    @property
     def faster_within_budget(self) -> FrontierPoint | None:
         """The fastest plan that would fit too, where the strategy wants less memory than it may have."""
+        if self.objective != "peak":
+            return None
         within = [p for p in self.frontier if p.peak_bytes <= self.budget_bytes and p.step_s < self.step_s]
         return min(within, key=lambda point: point.step_s, default=None)
 

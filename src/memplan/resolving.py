@@ -1,5 +1,6 @@
 """A plan from a file, solved again for a little less and a little more memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +52,7 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
         total_bytes = plan.budget_bytes
     recipe = Recipe(optimizer=plan.optimizer, autocast=dtype_of(plan.autocast))
     session = Session(model, sample_in(plan, model), recipe, gpu, None)
-    chosen = load_strategy(plan.strategy if strategy is None else strategy)
+    chosen = _of_its_levers(load_strategy(plan.strategy if strategy is None else strategy), plan)
 
     def within(budget_bytes: int) -> Plan | None:
         try:
@@ -61,7 +62,7 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
 
     same = within(total_bytes)
     for _ in range(_ROUNDS):
-        if same is None or not (off := plan.budget_bytes - same.budget_bytes):
+        if same is None or not (off := plan.solved_bytes - same.budget_bytes):
             break
         total_bytes += off * total_bytes // max(same.budget_bytes, 1)
         same = within(total_bytes)
@@ -71,14 +72,23 @@ def solved_again(model: nn.Module, plan: Plan, by_bytes: int, strategy: str | Pa
             f"solving again gives {needs}, and the plan has {format_bytes(plan.unplanned_bytes)}: it was made with "
             "another loss, strategy, dtype or number of cards. Leave the model out, and the file alone is explained."
         )
-    if abs(same.budget_bytes - plan.budget_bytes) > _NEAR_BYTES:
+    if abs(same.budget_bytes - plan.solved_bytes) > _NEAR_BYTES:
         raise UsageError(
             f"solving again is done within {format_bytes(same.budget_bytes)}, and the plan was made within "
-            f"{format_bytes(plan.budget_bytes)}. Leave the model out, and the file alone is explained."
+            f"{format_bytes(plan.solved_bytes)}. Leave the model out, and the file alone is explained."
         )
+    total_bytes += (plan.budget_bytes - plan.solved_bytes) * total_bytes // max(same.budget_bytes, 1)  # the whole's
     less, more, one_gib_more = within(total_bytes - by_bytes), within(total_bytes + by_bytes), None
     grown = 0 if more is None else more.budget_bytes - same.budget_bytes
-    if grown > 0 and chosen.objective != "peak":  # which would leave the GiB unused
+    if grown > 0 and plan.share_bytes is None and chosen.objective != "peak":  # which would leave the GiB unused
         one_gib_more = within(total_bytes + _GIB * by_bytes // grown)
     plans = (less, same, more, one_gib_more)
     return Again(*(None if found is None or found.verdict is Verdict.DOES_NOT_FIT else found for found in plans))
+
+
+def _of_its_levers(strategy: Strategy, plan: Plan) -> Strategy:
+    """As the plan was looked for: by the levers that it says, before the rest of the strategy's."""
+    if not plan.levers or set(plan.levers) in (set(strategy.levers), set(strategy.levers_first)):
+        return strategy
+    first = tuple(lever for lever in strategy.levers if lever in plan.levers)
+    return replace(strategy, levers_first=first)

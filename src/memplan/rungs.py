@@ -11,7 +11,6 @@ from torch import nn
 
 from memplan import fitting
 from memplan.device import resolve_gpu
-from memplan.division import NO_MEAN, Division
 from memplan.errors import AlreadyApplied, DoesNotFit, ModelError, UsageError
 from memplan.fitting import Live
 from memplan.optimizer_step import IN_BACKWARD
@@ -45,7 +44,8 @@ def ladder(
     Args:
         plan: what `memplan.plan` returned for this model, in this process; of several ranks, the plan of
             `memplan.autofit(..., world=world)`.
-        micro_batch: fixes it, so that dropout draws the same numbers under each plan.
+        micro_batch: fixes it, so that dropout draws the same numbers under each plan. None: smaller ones are taken too,
+            where the loss is known to be made of the losses of parts.
         world: the ranks that run by the same plan. The first one plans then for all, and each plan is to be asked for
             on all of them at once, as a `Guard` does.
 
@@ -83,9 +83,7 @@ class Together(Iterator[Plan]):
 
 def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_batch: int | None) -> Iterator[Plan]:
     assert live.sample is not None
-    card, device = resolve_gpu(plan.budget.gpu)
-    known = Division(False, whole=(NO_MEAN,)) if NO_MEAN in plan.assumptions else None  # found out already
-    session = Session(model, live.sample, live.recipe, card, device, known)
+    session = Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu), live.division)
 
     def check_bare() -> None:
         if model in fitting._applied:
@@ -94,11 +92,10 @@ def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_b
     def within(share: float) -> Plan:
         check_bare()
         found = session.solve(replace(wanted, budget_share=min(share, 1.0)), plan.effective_batch, size)
-        return found.assuming(*session.division.said(found.accumulation))
+        return found if micro_batch else found.assuming(*session.division.said(found.accumulation))
 
     check_bare()
-    sizes = session.micro_batches(plan.effective_batch) if micro_batch is None else [micro_batch]
-    size = sizes[0] if len(sizes) == 1 else None
+    size = micro_batch or (plan.micro_batch if session.division.is_doubtful else None)
     most = within(wanted.budget_share)
     whole, least = most.budget_bytes / wanted.budget_share, most.smallest_bytes
     while (beyond := plan.needs_bytes - least) > 0:

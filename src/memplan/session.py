@@ -90,6 +90,11 @@ class Session:
         place = None if self.device is None else self.device.torch_device
         return self.known_division or division_of(self.model, self.recipe, self.sample, place)
 
+    @property
+    def live(self) -> Live:
+        """What a plan of this session was made with, and what is known by now of dividing the batch."""
+        return Live(self.recipe, self.sample, vars(self).get("division", self.known_division))
+
     def micro_batches(self, effective_batch: int) -> list[int]:
         """Those by which a step trains what the whole batch would, the smallest first."""
         sizes = [micro_batch for micro_batch, _ in splits(effective_batch, None, self._can_split)]
@@ -133,7 +138,9 @@ class Session:
             return found
         if not self.division.is_sound and micro_batch is None:
             found = self.solve(strategy, effective_batch, effective_batch)
-        return found.assuming(*self.division.said(found.accumulation))
+        found = found.assuming(*self.division.said(found.accumulation))
+        found._live = self.live
+        return found
 
     @shown("planning")
     def solve(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
@@ -296,6 +303,7 @@ class Session:
             reason=reason or reason_for(decisions, planned.needs_bytes, budget),
             budget=budget,
             strategy=strategy.name,
+            objective=strategy.objective,
             micro_batch=outcome.micro_batch,
             accumulation=outcome.accumulation,
             effective_batch=outcome.micro_batch * outcome.accumulation,
@@ -346,7 +354,7 @@ class Session:
                 *doubted(times.doubt),
             ),
         )
-        plan._live = Live(self.recipe, self.sample)
+        plan._live = self.live
         return plan
 
     def _assumptions(self, trace: Trace) -> tuple[str, ...]:
@@ -355,7 +363,7 @@ class Session:
     def _refusals(self, study: Study, strategy: Strategy) -> tuple[str, ...]:
         """The levers that are not offered, each with the reason. On a CPU copies to the host could not have helped, so
         that they are told only where they were to come first."""
-        could_help = self.gpu.kind != "cpu" or "offload" in strategy.levers_first
+        could_help = self.gpu.kind != "cpu" or strategy.levers_first == ("offload",)
         if study.host_bytes or "offload" not in strategy.levers or not could_help:
             return study.refusals
         if self.gpu.kind == "cpu":

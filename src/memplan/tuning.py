@@ -202,7 +202,7 @@ def tune(
                 except BaseException:
                     trials.give_back(trial)
                     raise
-        return _tuned(trials, Live(recipe, session.sample), live_device)
+        return _tuned(trials, session.live, live_device)
 
 
 def _said(tensor: SampleField) -> str:
@@ -354,16 +354,27 @@ def _tuned(trials: Trials, live: Live, device: Device) -> Tuned:
     if best is None or best.measured is None:
         why = next((trial.why for trial in every if trial.why), "none was run")
         raise ModelFailed(f"none of {len(every)} plans could be measured within the budget: {why}")
-    plan = at_home(best.plan, device)
-    unused_bytes = best.whole_bytes - plan.budget_bytes  # of the whole, of which the plan was made for a share
-    budget = plan.budget.model_copy(update={"margin_bytes": plan.budget.margin_bytes - unused_bytes})
-    reason = reason_for(plan.decisions, plan.needs_bytes, budget)
-    plan = plan.model_copy(update={"budget": budget, "reason": reason})
+    plan = _of_the_whole(at_home(best.plan, device), best.whole_bytes)
     plan._live = live
     scale = Scale(every)
     possible_s = min(scale.possible_s(trial) * (1 - trial.plan.gap) for trial in trials.possible(every))
     measured = best.measured.model_copy(update={"budget_bytes": plan.budget_bytes})
     return Tuned(plan, measured, best.number, every, max(0.0, 1 - possible_s / measured.step_s))
+
+
+def _of_the_whole(plan: Plan, whole_bytes: int) -> Plan:
+    """With the whole budget, of which the plan was made for a share: what it leaves is spare."""
+    if (unused_bytes := whole_bytes - plan.budget_bytes) <= 0:
+        return plan
+    budget = plan.budget.model_copy(update={"margin_bytes": plan.budget.margin_bytes - unused_bytes})
+    changes = {
+        "budget": budget,
+        "share_bytes": plan.budget_bytes,
+        "reason": reason_for(plan.decisions, plan.needs_bytes, budget),
+        "verdict": Verdict.FITS if plan.needs_bytes <= whole_bytes else plan.verdict,
+        "shadow_price": 0.0,  # that of the share's last bytes, of which the whole has more
+    }
+    return plan.model_copy(update=changes)
 
 
 def _order(trial: Trial) -> tuple[bool, float]:

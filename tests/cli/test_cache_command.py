@@ -28,15 +28,19 @@ RUN = Run(seconds={"keep": 1.0}, times="measured", step_s=1.25, predicted_bytes=
 
 
 def test_what_was_learned_is_shown_and_forgotten(cache_folder: Path) -> None:
+    less = RUN.model_copy(update={"peak_bytes": 81 * MIB})
     cache.remember(KEY, RUN)
-    cache.remember(KEY, RUN)
+    cache.remember(KEY, less)
     shown = CliRunner().invoke(app, ["cache", "show", "--json"])
     assert shown.exit_code == 0
     told = [" ".join(line.split()) for line in shown.stderr.splitlines()]
-    assert told[:5] == ["Llama, adamw", "on a card", "runs 2", "times, measured x1.21", "kept free 1.00 MiB"]
+    assert told[:4] == ["Llama, adamw", "on a card", "runs 2", "times, measured x1.21"]
+    assert told[4] == "steps took +25.0% beside the prediction"
+    assert told[5] == "peaks were -10.0% to +1.1% beside the prediction"
+    assert told[6] == "kept free 1.00 MiB"
     assert f"2 runs in {cache_folder}" in shown.stderr
     (entry,) = json.loads(shown.stdout)["entries"]
-    assert entry == {"key": KEY.model_dump(), "runs": [RUN.model_dump()] * 2}
+    assert entry == {"key": KEY.model_dump(), "runs": [RUN.model_dump(), less.model_dump()]}
     assert CliRunner().invoke(app, ["cache", "clear"]).stderr == "forgot 2 runs\n"
     assert "0 runs in" in CliRunner().invoke(app, ["cache", "show"]).stderr
 

@@ -187,6 +187,7 @@ class TestAnswers:
         """Another plan fits too and is faster: nothing is proven of it, and more memory changes nothing."""
         lean = full_plan(
             strategy="smallest-memory",
+            objective="peak",
             frontier=(point("rrrrr", 21 * GIB, 1.234, chosen=True), point("kkkkk", 22 * GIB, 1.0)),
         )
         assert "for this batch and so little memory is more than" in sentence_of(lean, 1)
@@ -194,6 +195,8 @@ class TestAnswers:
         assert said.startswith("nothing The strategy 'smallest-memory' takes as little as it can.")
         assert "19.0 % less time and needs 22.00 GiB" in said
         assert explain(lean).more.more_s == 0.0
+        fast = lean.model_copy(update={"objective": "samples-per-second"})  # of a card, by estimate
+        assert "takes as little" not in sentence_of(fast, 3)
 
     def test_what_nothing_done_needs_is_said_in_the_same_measure(self) -> None:
         card = full_plan(

@@ -60,9 +60,13 @@ class TestExplanation:
     def test_what_is_read_off_the_frontier_is_said_to_be(self) -> None:
         text = "\n".join(explained(200))
         assert (
-            "2.00 GiB less: at most 1.50 s a step, 300 ms (25.0 %) more (read off the frontier, not solved again)."
+            "2.00 GiB less: about 1.50 s a step, 300 ms (25.0 %) more (read off the frontier, not solved again)."
             in text
         )
+        assert "What others need of the card is an estimate" in text
+        on_cpu = "\n".join(lines_of(explanation_sheet(a_plan(fits_bytes=None), explain(a_plan(fits_bytes=None)))))
+        assert "2.00 GiB less: at most 1.50 s a step" in on_cpu
+        assert "is an estimate" not in on_cpu
         plan = a_plan()
         again = explain(plan, again=Again(None, plan, a_plan(step_s=1.0), a_plan(step_s=1.1)))
         text = "\n".join(lines_of(explanation_sheet(plan, again)))

@@ -44,7 +44,7 @@ def _what_it_costs(plan: Plan) -> Answer:
     fits = plan.verdict is not Verdict.DOES_NOT_FIT
     takes = "A step takes" if fits else "With that least, a step would take"
     rate = format_rate(plan.samples_per_s, "samples")
-    about = "" if plan.fits_bytes is None else "about "
+    about = "about " if plan.is_for_card else ""
     sentences = [
         f"{takes} {format_seconds(plan.step_s)} ({plan.basis}): {rate}.",
         f"Keeping everything would take {format_seconds(plan.step_s / (1 + plan.slowdown))} and need {about}"
@@ -53,13 +53,15 @@ def _what_it_costs(plan: Plan) -> Answer:
     if fits:
         speed_counts = plan.verdict is Verdict.FITS and plan.faster_within_budget is None
         within = "budget" if speed_counts else "so little memory"
-        if plan.fits_bytes is not None:  # what an allocator takes beside them is no part of the proof
+        if plan.share_bytes is not None:
+            within = f"{format_budget(plan.share_bytes)} of the budget"
+        if plan.is_for_card:  # what an allocator takes beside them is no part of the proof
             within = "so few bytes of tensors"
         by = f"by {', '.join(plan.levers)}" if plan.levers else "of the strategy's levers"
         sentences.append(
             f"By these times no plan {by} for this batch and {within} is {_at_all(plan.gap)} faster; that is proven."
         )
-        if plan.fits_bytes is not None:
+        if plan.is_for_card:
             sentences.append(
                 "What the allocator takes beside tensors is another with each plan, so that some is spare."
             )
@@ -108,6 +110,11 @@ def _what_more_would_change(plan: Plan) -> Answer:
         said = f"No plan for micro-batches of {plan.micro_batch} is faster, however much memory there is."
         return Answer(question, "nothing", (said,))
     short, sentences = "", []
+    if plan.share_bytes is not None:
+        sentences.append(
+            f"The plan was made for {format_budget(plan.share_bytes)} of the budget, and tune chose it by measurement: "
+            "that others are faster is a prediction."
+        )
     if faster:
         saved, needs = format_percent(1 - faster[-1].step_s / plan.step_s), format_bytes(faster[-1].peak_bytes)
         short = f"up to {saved} less time"
@@ -119,7 +126,7 @@ def _what_more_would_change(plan: Plan) -> Answer:
         sentences.append(f"The fastest for micro-batches of {plan.micro_batch} needs {needs} and saves {saved}.")
     if plan.shadow_price > 0:
         saved = format_percent(plan.shadow_price / plan.step_s)
-        about, beside = ("", "") if plan.fits_bytes is None else ("about ", ", by its tensors alone")
+        about, beside = ("about ", ", by its tensors alone") if plan.is_for_card else ("", "")
         short = f"{about}{format_seconds(plan.shadow_price)} per GiB"
         sentences.insert(0, f"One GiB more would save {about}{saved} of a step{beside}.")
     return Answer(question, short, tuple(sentences))

@@ -118,7 +118,7 @@ def explain(plan: Plan, gpus: Iterable[Gpu] = (), again: Again | None = None) ->
         less=shifts[0],
         more=shifts[1],
         price=price,
-        cards=None if plan.fits_bytes is None else _cards(plan, gpus),
+        cards=_cards(plan, gpus) if plan.is_for_card else None,
     )
 
 
@@ -223,7 +223,10 @@ def _below(plan: Plan) -> Shift:
 
 
 def _above(plan: Plan) -> Shift:
-    """Of the frontier's points and the price of one GiB, each of which is sure, what is better."""
+    """Of the frontier's points and the price of one GiB, what is better.
+
+    Each is sure on a CPU; on a card what other plans need is an estimate, and the price is of tensors alone.
+    """
     by_bytes = shift_bytes(plan)
     budget_bytes = plan.budget_bytes + by_bytes
     if budget_bytes < plan.smallest_bytes:
@@ -236,7 +239,8 @@ def _above(plan: Plan) -> Shift:
     if plan.needs_bytes <= plan.budget_bytes and by_bytes >= GIB:
         known.append(plan.step_s - plan.shadow_price)
     fastest = bool(plan.frontier) and plan.frontier[-1].peak_bytes <= budget_bytes
-    return _shift(plan, by_bytes, min(known, default=None), exact=fastest)
+    sure = fastest and (plan.frontier[-1].chosen or not plan.is_for_card)
+    return _shift(plan, by_bytes, min(known, default=None), exact=sure)
 
 
 def _shift(plan: Plan, by_bytes: int, step_s: float | None, *, exact: bool) -> Shift:

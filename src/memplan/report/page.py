@@ -237,7 +237,7 @@ def _lever(option: str) -> str | None:
 def _budget(plan: Plan) -> list[tuple[str, str, str]]:
     """Name, size, and the class of the row."""
     budget, spare = plan.budget, plan.budget_bytes - plan.needs_bytes
-    needs = "predicted peak" if plan.fits_bytes is None else "reserved by the allocator at the peak"
+    needs = "reserved by the allocator at the peak" if plan.is_for_card else "predicted peak"
     return [
         (f"total of {budget.gpu}", format_budget(budget.total_bytes), ""),
         ("- other processes", format_bytes(budget.others_bytes), ""),

@@ -167,6 +167,8 @@ def _other_plans(plan: Plan, found: Explanation) -> list[str]:
         texts.append(
             f"The next faster saves {saved} ({share}) a step and needs {needs} more{room}: {_does(found.faster)}."
         )
+    if plan.is_for_card and len(plan.frontier) > 1:
+        texts.append("What others need of the card is an estimate, from what this one needs.")
     return texts
 
 
@@ -190,7 +192,8 @@ def _shift_text(plan: Plan, shift: Shift) -> str:
     took = format_seconds(shift.step_s)
     if shift.exact:
         return f"{moved}: {took} a step, {change}."
-    return f"{moved}: at most {took} a step, {change} (read off the frontier, not solved again)."
+    bound = "about" if plan.is_for_card else "at most"
+    return f"{moved}: {bound} {took} a step, {change} (read off the frontier, not solved again)."
 
 
 def _price_texts(plan: Plan, price: Price | None) -> list[str]:
@@ -200,7 +203,7 @@ def _price_texts(plan: Plan, price: Price | None) -> list[str]:
         f"{format_seconds(saved_s)} ({format_percent(saved_s / plan.step_s)})" if saved_s else "nothing"
         for saved_s in (price.solved_s, price.told_s)
     )
-    beside = "" if plan.fits_bytes is None else ", by its tensors alone"  # the allocator rounds anew in each plan
+    beside = ", by its tensors alone" if plan.is_for_card else ""  # the allocator rounds anew in each plan
     if solved == told:
         return [f"One GiB more, solved again, saves {solved} of a step, as the plan says."]
     return [f"One GiB more, solved again, saves {solved} of a step; the plan says {told}{beside}."]

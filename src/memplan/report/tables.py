@@ -80,10 +80,19 @@ def learned_tables(learned: Mapping[Key, Corrections]) -> RenderableType:
         for how in ("measured", "estimate"):
             if found.timed(how):
                 facts[f"times, {how}"] = factors_text(found.factors(how))
+                facts["steps took"] = _beside([run.time_ratio - 1 for run in found.runs if run.time_ratio])
+        if found.runs:
+            facts["peaks were"] = _beside([run.excess_bytes / run.predicted_bytes for run in found.runs])
         if found.excess_bytes:
             facts["kept free"] = format_bytes(found.excess_bytes)
         tables += [_facts(f"{key.model}, {key.optimizer}", facts), ""]
     return Group(*tables)
+
+
+def _beside(shares: Sequence[float]) -> str:
+    """What runs were off by, as "+0.1 % to +2.0 % beside the prediction"."""
+    least, most = (f"{share:+.1%}" for share in (min(shares), max(shares)))
+    return f"{least if least == most else f'{least} to {most}'} beside the prediction"
 
 
 def _budget(plan: Plan) -> RenderableType:
@@ -94,7 +103,7 @@ def _budget(plan: Plan) -> RenderableType:
         spare = Text(f"{format_bytes(-spare_bytes)} too much", style="red")
     beside_peak: tuple[str | Text, ...] = (", ", spare)
     on_card: dict[str, str | Text] = {}
-    about = "" if plan.fits_bytes is None else "about "
+    about = "about " if plan.is_for_card else ""
     if plan.fits_bytes is not None:
         beside_peak = ()
         on_card["reserved"] = Text.assemble((plan.beside_budget(plan.fits_bytes), "bold"), " by the allocator, ", spare)
