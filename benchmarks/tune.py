@@ -37,8 +37,9 @@ print(found.describe())
 ```
 
 `tune` asks the planner for a plan for every micro-batch, share of the budget and strategy, with and without the loss
-head's lever. Where the loss compares the rows of a batch, the whole batch is the only one. It runs the most promising for a few real steps each, which train nothing, and lets go what cannot win any
-more. Where two are close, they are run again in turn.
+head's lever; where the loss compares the rows of a batch, the whole batch is the only one. It runs the most promising
+for a few real steps each, which train nothing, and lets go what cannot win any more. Where two are close, they are run
+again in turn.
 
 Started again with the same storage (`--storage tune.log` on the command line) it goes on; another batch of the same
 shapes belongs to the same study. Started on several machines, or cards of one kind, it shares the work: each process
@@ -60,10 +61,10 @@ memplan report plan.json measured.json
 Made by `python benchmarks/tune.py --write`, on the CPU. Every plan of a workload is run in rounds with all others on
 one live model (the sweep), each lap beside one of no plan; the median of these ratios counts. By that clock the plan
 that `memplan.tune` took may be at most 2 % slower than the best, when it has run at most a third of the plans (those
-that are close to each other more than once). The noise is twice
-the median deviation of no plan against itself: smaller differences mean nothing, and a plan that is slower by more than
-2 % and by less than the noise is an open case. On a card, where trials run in a process of their own, this is not yet
-measured.
+that are close to each other more than once). The noise is twice the median deviation of no plan against itself:
+smaller differences mean nothing, and a plan that is slower by more than 2 % and by less than the noise is an open case;
+one that passes beside more noise than 2 % has passed by its median. On a card, where trials run in a process of their
+own, this is not yet measured.
 """
 
 Answer = dict[str, Any]
