@@ -5,8 +5,9 @@ that is neither, such as one that compares the samples of a batch with each othe
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import is_dataclass
 from typing import Any, Final
 
 import torch
@@ -46,8 +47,25 @@ def counter(name: str) -> Count:
 
 
 def rows_in(batch: Any) -> int:
-    """Samples: the first dimension of the first tensor that has one."""
-    return next(int(leaf.shape[0]) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    """Samples: the first dimension of the first tensor that has one. Raises UsageError if none has."""
+    found = next((int(tensor.shape[0]) for tensor in tensors_in(batch) if tensor.dim()), None)
+    if found is None:
+        raise UsageError(
+            f"a batch of the loader is a {type(batch).__name__} in which no tensor is found, so its samples cannot be "
+            "counted. Have the collate function return a dict, a tuple or a dataclass of tensors."
+        )
+    return found
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """All of a structure, also inside what torch does not look into, such as transformers' BatchEncoding."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_in(list(leaf.values()))
+        elif is_dataclass(leaf):
+            yield from tensors_in(list(vars(leaf).values()))
 
 
 def tokens_in(batch: Any) -> Tensor:

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import BatchEncoding
 
 import memplan
 from memplan import Strategy
@@ -23,14 +24,15 @@ from memplan import Strategy
 KEEP_ALL = Strategy(name="keep-all", summary="", when_to_use="", levers=())
 EPOCHS = 2
 BATCH = 8
+LONGEST = 16  # tokens in a row
 
 
 class Texts(Dataset[dict[str, list[int]]]):
-    """Rows of unequal length, from 3 to 16 tokens."""
+    """Rows of unequal length, from 3 to `LONGEST` tokens."""
 
     def __init__(self, rows: int) -> None:
         draw = torch.Generator().manual_seed(1)
-        lengths = torch.randint(3, 17, (rows,), generator=draw).tolist()
+        lengths = torch.randint(3, LONGEST + 1, (rows,), generator=draw).tolist()
         self.rows = [torch.randint(1, tiny.VOCABULARY, (n,), generator=draw).tolist() for n in lengths]
 
     def __len__(self) -> int:
@@ -40,12 +42,12 @@ class Texts(Dataset[dict[str, list[int]]]):
         return {"input_ids": self.rows[at]}
 
 
-def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Right-padded to the longest, padding left out of the labels."""
+def padded(rows: list[dict[str, list[int]]]) -> BatchEncoding:
+    """Right-padded to the longest, padding left out of the labels. What transformers' collators return, no dict."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def plan_file(
     bare = make_model(model).to("meta")
     if isinstance(bare, transformers.PreTrainedModel):
         bare.tie_weights()  # which `to` has parted
-    sample = tiny.vit()[1] if model == "vit" else padded([Texts(40)[at] for at in range(4)])
+    sample = tiny.vit()[1] if model == "vit" else padded([{"input_ids": [1] * LONGEST}] * 4)
     sizes = {"micro_batch": micro_batch, "effective_batch": effective_batch}
     path = Path(tempfile.mkdtemp()) / "plan.json"
     world = memplan.World(replicas)

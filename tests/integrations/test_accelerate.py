@@ -369,9 +369,63 @@ def test_prepare_gives_back_what_it_was_given_in_that_order() -> None:
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPLAN_ENABLED", "no")
-    off = train(planned())
-    assert not hasattr(off.accelerator, "memplan")
-    assert off.differs_by(train(None)) == 0
+    plain = train(None, own_accumulation=2, accumulate=True)
+    off = train(planned(), own_accumulation=2, accumulate=True)
+    assert off.differs_by(plain) == 0
+    assert off.losses == pytest.approx(plain.losses)  # as `accelerator.memplan.loss` has them
+    assert (off.accelerator.memplan.plan, off.accelerator.memplan.record()) == (None, {})
+    backward = off.accelerator.backward
+    off.accelerator.memplan.undo()
+    assert off.accelerator.backward is not backward
+
+
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_steps_that_the_loop_leaves_out(micro_batch: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Half of them before the backward, as for a loss that is no number; half of them behind it, as for a spike."""
+
+    def run(line: Any) -> tuple[list[torch.Tensor], int]:
+        with scripts.fresh_accelerate():
+            torch.manual_seed(0)
+            accelerator = Accelerator(cpu=True)
+            if line is not None:
+                line(accelerator)
+            model = scripts.make_model("llama")
+            loader = scripts.DataLoader(scripts.Texts(48), scripts.BATCH, collate_fn=scripts.padded)
+            optimizer = torch.optim.AdamW(model.parameters())
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            parts = 1 if line is None else scripts.BATCH // micro_batch
+            for at, batch in enumerate(loader):
+                step, is_last = at // parts, at % parts == parts - 1
+                if step in (1, 3) and is_last:
+                    continue
+                accelerator.backward(model(**batch).loss)
+                if step not in (2, 3) or not is_last:
+                    optimizer.step()
+                optimizer.zero_grad()
+            return [p.detach().clone() for p in model.parameters()], at
+
+    plain, ours = run(None)[0], run(partial(attach, plan=scripts.plan_file("llama", micro_batch, 8)))[0]
+    assert max(float((a - b).abs().max()) for a, b in zip(plain, ours, strict=True)) <= CLOSE
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        "the loop left out step 2: no optimizer.step() behind its last micro-batch"
+    ]
+
+
+def test_a_loop_that_goes_on_by_counting_where_nothing_is_divided() -> None:
+    with scripts.fresh_accelerate():
+        accelerator = Accelerator(cpu=True)
+        attach(accelerator, plan=scripts.plan_file("llama", 8, 8))
+        model = scripts.make_model("llama")
+        loader = scripts.DataLoader(scripts.Texts(48), scripts.BATCH, collate_fn=scripts.padded)
+        model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+        before = [p.detach().clone() for p in model.parameters()]
+        for at, batch in enumerate(loader):
+            if at < 4:
+                continue
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 class Notebook(GeneralTracker):

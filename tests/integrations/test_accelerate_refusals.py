@@ -97,7 +97,7 @@ def test_prepare_in_one_call_twice_or_late(accelerator: Accelerator) -> None:
 
 def test_prepare_in_one_call_switched_off(accelerator: Accelerator) -> None:
     _, _, loader = memplan.prepare(accelerator, *parts(), enabled=False)
-    assert not hasattr(accelerator, "memplan")
+    assert accelerator.memplan.plan is None
     assert [len(batch["labels"]) for batch in loader] == [8, 8, 4]
 
 
@@ -284,6 +284,22 @@ def test_a_plugin_and_its_arguments(accelerator: Accelerator) -> None:
         attach(accelerator, memplan.MemplanPlugin(), gpu="24GiB")
 
 
+def test_a_plan_that_was_made_for_shorter_samples(accelerator: Accelerator, tmp_path: Path) -> None:
+    short, batch = tiny.llama(rows=8, length=8)
+    plan = memplan.plan(short, "cpu:1GiB", sample=batch, effective_batch=8, strategy=scripts.KEEP_ALL)
+    file = tmp_path / "plan.json"
+    plan.save(file)
+    attach(accelerator, plan=str(file))
+    with pytest.raises(PlanMismatch, match=r"samples with input_ids of \[8\], and the largest of this run has \[16\]"):
+        accelerator.prepare(*parts())
+
+
+def test_layers_that_are_exchanged_behind_the_plan(accelerator: Accelerator) -> None:
+    accelerator.state._mixed_precision = "fp8"
+    with pytest.raises(UsageError, match="mixed_precision='fp8' puts other layers into the model"):
+        attach(accelerator)
+
+
 @pytest.fixture
 def driven(accelerator: Accelerator) -> tuple[Accelerator, Any, Any, Any]:
     attach(accelerator, plan=scripts.plan_file("llama", 2, 8))
@@ -299,6 +315,23 @@ def test_a_loop_that_calls_backward_itself(driven: Any) -> None:
             optimizer.step()
 
     with pytest.raises(UsageError, match=r"no accelerator.backward\(loss\) was called"):
+        train()
+
+
+def test_a_loop_that_fetches_ahead(driven: Any) -> None:
+    """Each backward would have the weight of the batch after."""
+    accelerator, model, optimizer, loader = driven
+
+    def train() -> None:
+        batches = iter(loader)
+        ahead = next(batches)
+        for following in batches:
+            accelerator.backward(model(**ahead).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            ahead = following
+
+    with pytest.raises(UsageError, match=r"before the second was fetched.*workers of the loader fetch ahead"):
         train()
 
 
@@ -420,6 +453,19 @@ def test_a_loop_that_clips_parts(driven: Any) -> None:
             optimizer.zero_grad()
 
     with pytest.raises(UsageError, match=r"changed between two micro-batches.*Use accelerator\.clip_grad_norm_"):
+        train()
+
+
+def test_a_loop_that_drops_parts(driven: Any) -> None:
+    accelerator, model, optimizer, loader = driven
+
+    def train() -> None:
+        for batch in loader:
+            model.zero_grad()
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+
+    with pytest.raises(UsageError, match=r"changed between two micro-batches.*model\.zero_grad\(\)"):
         train()
 
 

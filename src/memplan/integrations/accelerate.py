@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from memplan.errors import AlreadyApplied, UsageError
 from memplan.integrations.attachment import Attachment, Wishes
 from memplan.integrations.scripts import refuse_unknown_runs
+from memplan.integrations.switched_off import SwitchedOff
 from memplan.losses import Loss
 from memplan.means import Count, counter
 from memplan.settings import Settings
@@ -82,6 +83,7 @@ class MemplanPlugin:
         if isinstance(getattr(accelerator, "memplan", None), Attachment):
             raise AlreadyApplied("this Accelerator has memplan attached already")
         if not self.wishes.settings.enabled:
+            accelerator.memplan = SwitchedOff(accelerator)
             return accelerator
         if accelerator._models or accelerator._dataloaders:
             raise UsageError(

@@ -23,10 +23,11 @@ from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, set
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, asking, drive, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, may_be_joined
-from memplan.integrations.parts import Split, full_precision_outputs, nothing_to_learn
+from memplan.integrations.parts import LastOutput, Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, ranks_in, refuse_copied
 from memplan.integrations.scripts import (
+    PRECISIONS,
     is_dealt_out,
     model_and_loader,
     own_batch_size,
@@ -44,7 +45,6 @@ from memplan.settings import Settings
 from memplan.strategy import Strategy
 from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
 
-_PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAN_FILE, _STEPS_FILE = "memplan.json", "memplan_steps.txt"  # beside what `save_state` writes
 
 
@@ -205,6 +205,8 @@ class Attachment:
             group.second = SecondStep(self.fit, self._log)
         if self.fit is not None and split.micro_batches > split.own_batches and self._wishes.trusts_output:
             group.output_loss = OutputLoss(self.fit.model)
+        if self.fit is not None and (is_sharded(accelerator) or is_deepspeed(accelerator)):
+            group.last_output = LastOutput(self.fit.model)  # whose blocks are gathered in every rank's backward
         for optimizer in group.optimizers:
             drive(optimizer, group)
         accelerator.gradient_state = asking(accelerator.gradient_state, group)
@@ -243,9 +245,11 @@ class Attachment:
         group.note_backward(loss)
         group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
-        if not group.weight:  # its loss is a mean over nothing, which is no number
-            through_all = is_sharded(self._accelerator) or is_deepspeed(self._accelerator)
-            loss = _nothing_to_learn(loss, group.models, through_all)
+        if not group.weight:  # its loss is a mean over nothing, which is no number; replicas wait for its gradients
+            through = group.last_output
+            loss = nothing_to_learn(group.models) if through is None else through.nothing_to_learn(loss)
+        if group.last_output is not None:
+            group.last_output.forget()
         by_engine = is_deepspeed(self._accelerator)  # or Accelerate, by the number that it has now
         divisor = group.split.micro_batches if by_engine else self._accelerator.gradient_accumulation_steps
         factor = group.weight * divisor
@@ -296,7 +300,7 @@ class Attachment:
         recipe = Recipe(
             self._wishes.loss,
             optimizers[0] if len(optimizers) == 1 else "adamw",
-            _PRECISIONS.get(accelerator.mixed_precision),
+            PRECISIONS[accelerator.mixed_precision],
             keeps_output=True,
             clips=True,
             **ranks_in(accelerator),
@@ -382,10 +386,3 @@ def _model_and_batch(accelerator: Accelerator, objects: tuple[Any, ...]) -> tupl
     """The model, the place of its training loader, and the samples in one of that one's batches."""
     model, at = model_and_loader(objects)
     return model, at, own_batch_size(accelerator, objects[at])
-
-
-def _nothing_to_learn(loss: Tensor, models: list[nn.Module], through_all: bool) -> Tensor:
-    """A loss whose gradients are zeros: distributed training waits for those of every rank."""
-    if through_all:  # whose blocks are gathered in the backward, so that every rank's has to come by all of them
-        return loss.nan_to_num() * 0.0
-    return nothing_to_learn(models)

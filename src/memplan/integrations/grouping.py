@@ -5,6 +5,7 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 `accelerator.accumulate`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from memplan.errors import UsageError
-from memplan.integrations.parts import Split
+from memplan.integrations.parts import LastOutput, Split
 from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
+
+_log = logging.getLogger("memplan")
 
 _PAIR: Final = 2  # micro-batches, between which there is one place only where a rate can change
 
@@ -40,18 +43,22 @@ class Group:
         backwards: through micro-batches of this step so far.
         stepped: whether the optimizer has stepped since the group was begun.
         loss: of the step so far, as the script would have seen it for its own batches; detached.
-        steps: finished so far.
+        steps: finished so far, with those that the loop has left out.
+        has_trained: whether a step has gone as those of Accelerate's loops do.
+        left_out: steps that the loop has left out since the last one that it has not.
+        has_warned: of the first of those.
         before: of those, the ones of earlier epochs.
         skipped: steps that the next epoch leaves out at its beginning.
         second: what measures the second step, if anything does; given up where the loop ends before that.
         output_loss: what looks whether the loop trains by the loss in the model's output.
+        last_output: of the model, where a part without labels needs it: ranks wait for the gradients of every block.
         to_step: the ids of the optimizers that have not stepped in this step.
         asks: whether the loop asks when a step ends, so that it need not call `step` for every batch.
         handed: micro-batches of this step so far.
         calls: of `step` in this step, by the ids of the optimizers.
         rates: the learning rates at the last of them, and of those before; they may be of the step before.
         moves: how often they have changed since the first call of this step, and whether they had before that.
-        changes: of the gradients in place, as counted after the last backward.
+        changes: of the gradients, as counted after the last backward.
         is_left: whether the loop has left the loader in the middle of a step.
     """
 
@@ -66,10 +73,14 @@ class Group:
     stepped: bool = False
     loss: "Tensor | float" = 0.0
     steps: int = 0
+    has_trained: bool = False
+    left_out: int = 0
+    has_warned: bool = False
     before: int = 0
     skipped: int = 0
     second: SecondStep | None = None
     output_loss: OutputLoss | None = None
+    last_output: LastOutput | None = None
     to_step: set[int] = field(default_factory=set)
     asks: bool = False
     handed: int = 0
@@ -77,13 +88,13 @@ class Group:
     rates: dict[int, list[float]] = field(default_factory=dict)
     moves: Counter[int] = field(default_factory=Counter)
     moved_before: set[int] = field(default_factory=set)
-    changes: int | None = None
+    changes: tuple[int, int] | None = None
     is_left: bool = False
 
     @property
     def has_begun(self) -> bool:
         """Whether a micro-batch was trained on."""
-        return bool(self.steps or self.backwards)
+        return self.has_trained or self.backwards > 0
 
     @property
     def in_epoch(self) -> int:
@@ -100,7 +111,7 @@ class Group:
         self.moves.clear()
         self.moved_before.clear()
         self.to_step = {id(optimizer) for optimizer in self.optimizers}
-        if self.steps:
+        if self.has_trained and not (self.split.is_own and self.left_out):
             for optimizer in self.optimizers:
                 optimizer.optimizer.zero_grad(set_to_none=True)
         if self.second is not None:
@@ -117,7 +128,17 @@ class Group:
         )
 
     def at(self, weight: float, is_last: bool) -> None:
-        """The next micro-batch is handed out."""
+        """The next micro-batch is handed out.
+
+        Raises:
+            UsageError: the loop has not trained on the one before, and never has: it is out of step with the weights.
+        """
+        if self.handed and not (self.backwards or self.has_trained or self.split.is_own):
+            raise UsageError(
+                "no accelerator.backward(loss) was called for the first micro-batch before the second was fetched. Use "
+                "it in place of loss.backward(); fetch each when it is trained on, since workers of the loader fetch "
+                "ahead (num_workers); and leave batches out by accelerator.skip_first_batches(loader, n)."
+            )
         self.weight, self.is_last, self.handed = weight, is_last, self.handed + 1
         GradientState()._set_sync_gradients(is_last)
         for model in self.models:
@@ -128,22 +149,33 @@ class Group:
         """The loop asks for the next step.
 
         Raises:
-            UsageError: it has not trained by this one as Accelerate's loops do.
+            UsageError: it has not trained by this one as Accelerate's loops do, and never has.
         """
         self.weight = None
-        if not self.backwards:
+        calls = max(self.calls.values(), default=0)
+        if not (self.backwards and self.stepped) and (self.has_trained or (self.split.is_own and not self.backwards)):
+            self._leave_out()
+        elif not self.backwards:
             raise UsageError(
                 "no accelerator.backward(loss) was called for a step of the training loader, so its losses were not "
                 "weighted. Use it in place of loss.backward()."
             )
-        calls = max(self.calls.values(), default=0)
-        if not self.stepped or (self.calls and calls < min(self.backwards, self.handed) and not self.asks):
+        elif not self.stepped or (self.calls and calls < min(self.backwards, self.handed) and not self.asks):
             raise UsageError(
                 f"optimizer.step() was called for {calls} of the {self.handed} micro-batches of a step, so the loop "
                 "seems to accumulate by a counter of its own. Pass gradient_accumulation_steps to the Accelerator, and "
                 "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
+        else:
+            self.has_trained, self.left_out = True, 0
         self.steps, self.stepped, self.backwards = self.steps + 1, False, 0
+
+    def _leave_out(self) -> None:
+        """The loop has left out a step, as for a loss that is no number; what it has of gradients is dropped next."""
+        if self.has_trained and not self.has_warned:
+            _log.warning("the loop left out step %d: no optimizer.step() behind its last micro-batch", self.steps + 1)
+            self.has_warned = True
+        self.left_out += 1
 
     def let_go(self) -> None:
         """What watches the run ends."""
@@ -152,6 +184,8 @@ class Group:
             self.second = None
         if self.output_loss is not None:
             self.output_loss.forget()
+        if self.last_output is not None:
+            self.last_output.undo()
 
     def note_backward(self, loss: Tensor) -> None:
         """Before the backward of a loss.
@@ -184,10 +218,11 @@ class Group:
         """After a backward that is not the last of its step."""
         self.changes = None if self.is_last else self._changes()
 
-    def _changes(self) -> int:
-        """How often the gradients were written to in place."""
+    def _changes(self) -> tuple[int, int]:
+        """How many gradients there are, and how often they were written to in place."""
         parameters = (parameter for model in self.models for parameter in model.parameters())
-        return sum(parameter.grad._version for parameter in parameters if parameter.grad is not None)
+        versions = [parameter.grad._version for parameter in parameters if parameter.grad is not None]
+        return len(versions), sum(versions)
 
     def is_stepping(self, optimizer: Any) -> None:
         """The loop calls an optimizer's step.
@@ -323,7 +358,8 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
         return stepped
 
     def zero_grad(set_to_none: bool = True) -> None:
-        if group.weight is None or group.stepped or not group.backwards:
+        is_whole = group.is_last and group.backwards >= group.handed  # and was not stepped by, so that it is left out
+        if group.weight is None or group.stepped or is_whole or not group.backwards:
             optimizer.optimizer.zero_grad(set_to_none=set_to_none)
 
     optimizer.step = MethodType(step, optimizer)  # as a scheduler that is made later takes it to be

@@ -102,11 +102,12 @@ class MemplanCallback(Callback):
             )
         if plan.micro_batch != own_rows:
             _refuse_divided(trainer, loader)
-        self.plan = plan.assuming(said)
+        told = () if self.settings.plan else (said,)  # it was made for another sample
+        self.plan = plan.assuming(*told)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
         fit = apply(pl_module, plan)
         self._install(trainer, pl_module, loader, split, fit)
-        announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=(said,)))
+        announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=told))
         _log(trainer, self.plan.record())
         self._second = SecondStep(fit, partial(_log, trainer))
 
@@ -268,6 +269,11 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
         raise UsageError(
             f"memplan's callback plans for one device, and this fit has {trainer.world_size}: Lightning deals out rows "
             "anew after the callback. Use memplan.attach with Accelerate for several."
+        )
+    if str(trainer.precision).startswith("transformer-engine"):
+        raise UsageError(
+            f"precision={trainer.precision!r} runs the layers in 8 bits, which is not planned for. Use 'bf16-mixed', "
+            "or MemplanCallback(enabled=False)."
         )
     if not module.automatic_optimization:
         raise UsageError(

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 
-from memplan.means import Count, rows_in
+from memplan.means import Count, rows_in, tensors_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,11 @@ class Split:
     micro_batches: int
     own_batches: int
     own_rows: int
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the loop has the batches that it would have without a plan."""
+        return self.micro_batches == self.own_batches
 
     @property
     def inside(self) -> int | None:
@@ -57,6 +62,38 @@ def _parted(items: Sequence[float], share: float) -> list[float]:
 def nothing_to_learn(models: Iterable[nn.Module]) -> Tensor:
     """A loss whose gradients are zeros: of every parameter, since distributed training waits for all of them."""
     return sum((p.sum() * 0.0 for model in models for p in model.parameters() if p.requires_grad), torch.zeros(()))
+
+
+class LastOutput:
+    """What a model's last forward has returned, through which a loss of zeros reaches all of it.
+
+    The loss itself will not do: written by hand, the gradients of a mean over nothing are no numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors: list[Tensor] = []
+        self._hook = model.register_forward_hook(self._see)
+
+    def _see(self, _model: nn.Module, _inputs: object, output: object) -> None:
+        if torch.is_grad_enabled():
+            self._tensors = [tensor for tensor in tensors_in(output) if tensor.dim() and tensor.requires_grad]
+
+    def forget(self) -> None:
+        """What it holds: a step has come to its backward."""
+        self._tensors = []
+
+    def nothing_to_learn(self, loss: Tensor) -> Tensor:
+        """A loss whose gradients are zeros; where the output was but a loss, made of that one."""
+        return (
+            sum((tensor.sum() * 0.0 for tensor in self._tensors), torch.zeros(()))
+            if self._tensors
+            else (loss.nan_to_num() * 0.0)
+        )
+
+    def undo(self) -> None:
+        """Leave the model alone."""
+        self.forget()
+        self._hook.remove()
 
 
 @contextmanager

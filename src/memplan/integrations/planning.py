@@ -1,5 +1,6 @@
 """A plan for the batch of somebody's training loop, by the settings in force."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -69,6 +70,7 @@ def plan_for(
         _check_batch(plan, effective, own_rows, can_split, can_join)
         _check_world(plan, recipe)
         _check_engine(plan, recipe)
+        _check_sample(plan, sample)
         return plan
     micro_batch = settings.micro_batch if can_split else own_rows
     if settings.micro_batch not in (None, micro_batch):
@@ -121,6 +123,18 @@ def _check_engine(plan: Plan, recipe: Recipe) -> None:
     if recipe.zero.weights_move and others:
         words = ", ".join(sorted(others))
         raise PlanMismatch(f"the plan has {words}, and {_MOVING}. Plan for this run, without a file.")
+
+
+def _check_sample(plan: Plan, sample: Sample) -> None:
+    """That what the loop has is no larger than what the plan was made for: it would need more."""
+    planned = {field.name: field.shape for field in plan.sample}
+    for field in sample.fields():
+        if field.name in planned and math.prod(field.shape) > math.prod(planned[field.name]):
+            raise PlanMismatch(
+                f"the plan is for samples with {field.name} of {list(planned[field.name])}, and the largest of this "
+                f"run has {list(field.shape)}, which needs more memory. Plan for this run, without a file; make the "
+                "plan for such a sample; or cut the data to the plan's (max_length, truncation)."
+            )
 
 
 def _check_world(plan: Plan, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -14,6 +15,9 @@ from memplan.integrations.deepspeed import check_engine, is_deepspeed
 from memplan.integrations.fsdp import is_sharded, refuse_uncounted
 from memplan.integrations.loaders import batch_size_of
 from memplan.world import of_first, on_any
+
+PRECISIONS: Final = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What Accelerate casts to, by its word for it; None: nothing."""
 
 REPLICATED: Final = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _KNOWN_WORLDS: Final = (DistributedType.NO, *REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -63,6 +67,12 @@ def refuse_unknown_runs(accelerator: Accelerator) -> None:
         )
     if is_deepspeed(accelerator):
         check_engine(accelerator)
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UsageError(
+            f"mixed_precision={accelerator.mixed_precision!r} puts other layers into the model when it is prepared, "
+            "after the plan. Use 'bf16', 'fp16' or 'no', or run without a plan: memplan.attach(accelerator, "
+            "enabled=False)."
+        )
     compiles = getattr(accelerator.state, "dynamo_plugin", None)
     if compiles is not None and str(getattr(compiles.backend, "value", compiles.backend)).upper() != "NO":
         raise UsageError(

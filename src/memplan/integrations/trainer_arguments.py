@@ -43,8 +43,9 @@ def check(trainer: Any) -> None:
         (args.deepspeed, "deepspeed divides weights and states by rules of its own, which are not planned for"),
         (
             bool(args.fsdp),
-            "fsdp divides weights over ranks, which is not planned for here. Leave checkpointing to "
-            "fsdp_config['activation_checkpointing']",
+            "fsdp divides weights over ranks, which is not planned for here. An Accelerate loop with "
+            "memplan.MemplanFSDPPlugin is. Accelerate's own fsdp_config['activation_checkpointing'] draws other "
+            "dropout masks when it recomputes, so that gradients are wrong where there is dropout",
         ),
         (
             args.world_size > 1 and not _replicates(trainer.accelerator),
