@@ -126,7 +126,7 @@ class Guard:
         the batch outside. Where it runs out inside the optimizer's step, that is finished with less memory.
 
         Args:
-            tokens: in the batch, if the guard has plans by length.
+            tokens: of the batch, counted as the keys of the plans are, if the guard has plans by length.
 
         Raises:
             UsageError: gradients are there already, the batch is longer than any plan's, or `run` calls no `exchange`.

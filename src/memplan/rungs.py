@@ -4,6 +4,7 @@ import bisect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice, pairwise
 from typing import Final
 
@@ -54,10 +55,57 @@ def ladder(
         AlreadyApplied: when a plan is asked for: the model runs by a plan, and its trace would be that of the plan. A
             `Guard` takes it out before it asks; by hand, take the list before `apply`.
     """
+    smaller = _smaller(model, plan, _live_of(plan), load_strategy(strategy), micro_batch)
+    return chain([plan], smaller) if world is None else Together(plan, smaller, world)
+
+
+def ladders(
+    model: nn.Module,
+    plan: Plan,
+    lengths: Iterable[int],
+    strategy: "str | Strategy" = "balanced",
+    micro_batch: int | None = None,
+    world: World | None = None,
+) -> dict[int, Iterator[Plan]]:
+    """For a guard of batches of several lengths: the most tokens of a row -> a ladder of plans for such batches.
+
+    What a batch of short rows needs not drop, it keeps; the guard changes from plan to plan between steps, by
+    ``guard.step(run, tokens)`` with the tokens of the batch's rows, padding included.
+
+    Args:
+        plan: for the longest rows, as for `ladder`; its own tokens are the last class.
+        lengths: of the shorter classes. Each takes a plan, so that a few do: most rows should be in the shortest.
+        strategy, micro_batch, world: as for `ladder`.
+
+    Raises:
+        UsageError: the plan was read from a file, is not for rows of tokens, or a length is not below its own.
+        AlreadyApplied: the model runs by a plan; the classes' first plans are made at once.
+    """
+    live = _live_of(plan)
+    assert live.sample is not None
+    longest, wanted, classes = live.sample.tokens or 0, load_strategy(strategy), list(lengths)
+    if odd := [length for length in classes if not (type(length) is int and 0 < length < longest)]:
+        raise UsageError(
+            f"the plan is for rows of {longest} tokens, and {odd[0]!r} is no smaller number of them. Plan for the "
+            "longest rows, and name shorter ones here."
+        )
+    fitting.check_bare(model, "plan for lengths")
+    found = {longest: ladder(model, plan, wanted, micro_batch, world)}
+    for length in sorted(set(classes), reverse=True):
+        session = Session(
+            model, live.sample.lengthened(length), live.recipe, *resolve_gpu(plan.budget.gpu), live.division
+        )
+        make = partial(session.plan, wanted, plan.effective_batch, micro_batch)
+        first = make() if world is None else world.agreed(make)
+        first._live = session.live
+        found[length] = ladder(model, first, wanted, micro_batch, world)
+    return found
+
+
+def _live_of(plan: Plan) -> Live:
     if not isinstance(plan._live, Live) or plan._live.sample is None:
         raise UsageError("this plan was read from a file, which keeps no loss and no sample: make it in this process")
-    smaller = _smaller(model, plan, plan._live, load_strategy(strategy), micro_batch)
-    return chain([plan], smaller) if world is None else Together(plan, smaller, world)
+    return plan._live
 
 
 class Together(Iterator[Plan]):
