@@ -270,16 +270,3 @@ def test_copies_on_several_cards_are_refused(wrap: Callable[[nn.Module], nn.Modu
     check_plannable(model)
     with pytest.raises(UsageError, match=r"inside nn\.DataParallel.* one process for each card .*DistributedDataPara"):
         check_plannable(wrap(model))
-
-
-def test_weights_on_several_devices_are_refused() -> None:
-    model = tiny.llama(layers=1)[0]
-    model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(UsageError, match=r"the weights are on 0, 1, and a plan is for one device.*on one: device_map="):
-        check_plannable(model)
-    model.hf_device_map = {"": "cpu"}
-    check_plannable(model)
-    del model.hf_device_map
-    model.lm_head.to("meta")
-    with pytest.raises(UsageError, match="the weights are on cpu, meta"):
-        check_plannable(model)

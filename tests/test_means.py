@@ -16,6 +16,12 @@ class Pair:
     images: Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    kind: type
+    images: Tensor
+
+
 ROWS = torch.zeros(3, 5)
 
 
@@ -28,6 +34,7 @@ ROWS = torch.zeros(3, 5)
         BatchEncoding({"input_ids": ROWS}),
         [BatchEncoding({"input_ids": ROWS})],
         Pair("x", ROWS),
+        Slotted(Pair, ROWS),
     ],
     ids=lambda batch: type(batch).__name__,
 )

@@ -68,3 +68,22 @@ def test_what_is_no_shorter_class_is_refused(made: tuple[Any, Plan]) -> None:
         ladders(model, Plan.model_validate_json(plan.model_dump_json()), [8])
     with memplan.apply(model, plan), pytest.raises(AlreadyApplied):
         ladders(model, plan, [8])
+
+
+def test_a_class_keeps_to_the_division_and_to_the_budget_of_the_plan() -> None:
+    model, _ = tiny.contrastive()
+    rows = torch.randn(2, 64, 64)
+    made = memplan.plan(
+        model,
+        "cpu:1GiB",
+        sample={"x": rows, "mask": torch.ones(2, 64, dtype=torch.long)},
+        loss=lambda module, batch: module(batch["x"])["loss"],
+        effective_batch=8,
+        micro_batch=2,
+        strategy=Strategy(name="half", budget_share=0.5),
+    )
+    (_, short) = ladders(model, made, [32]).values()
+    first = next(iter(short))
+    assert (first.micro_batch, first.accumulation) == (2, 4)
+    assert first.budget_bytes <= made.budget_bytes
+    assert first.budget_bytes > 0.99 * made.budget_bytes

@@ -179,3 +179,13 @@ def test_a_dict_of_the_model_s_own_stays_as_it_is() -> None:
     plan = memplan.plan(model, "cpu:64MiB", strategy="recompute-only", **asked)
     assert plan.times == "measured"
     assert list(model.given) == ["mask"]
+
+
+def test_a_model_that_checkpoints_its_blocks_itself_has_parts_to_drop() -> None:
+    """Checkpointing left on, as `prepare_model_for_kbit_training` leaves it, hides what a block saves."""
+    model, batch = tiny.llama(layers=2, use_cache=False)
+    model.gradient_checkpointing_enable()
+    study = study_at(model, batch, 2)
+    assert study.can_time
+    assert study.menu.selections
+    assert model.model.layers[0].gradient_checkpointing

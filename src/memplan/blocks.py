@@ -176,8 +176,8 @@ def check_plannable(model: nn.Module) -> None:
     """Before a plan is made.
 
     Raises:
-        UsageError: adapters hand a cache of keys and values to every block (PEFT's prefix tuning), one process copies
-            the model to several cards (`nn.DataParallel`), or its weights lie on several devices (`device_map`).
+        UsageError: adapters hand a cache of keys and values to every block (PEFT's prefix tuning), or one process
+            copies the model to several cards (`nn.DataParallel`).
         AlreadyApplied: torch's wrappers recompute blocks already. A plan would recompute them twice.
     """
     adapters = getattr(model, "peft_config", None)
@@ -193,14 +193,6 @@ def check_plannable(model: nn.Module) -> None:
             "planned block would run with the weights of the first card. Plan for the module inside, with one process "
             "for each card (torchrun) and DistributedDataParallel: memplan.autofit(model, world=memplan.World(2)) for "
             "two cards."
-        )
-    places = sorted({str(parameter.device) for parameter in model.parameters()})
-    mapped = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
-    if len(places) > 1 or len(mapped) > 1:
-        raise UsageError(
-            f"the weights are on {', '.join(places if len(places) > 1 else mapped)}, and a plan is for one device. "
-            "Load them without device_map, or on one: device_map={'': 0}. What one card cannot hold, cards share by "
-            "FSDP2 (memplan.MemplanFSDPPlugin)."
         )
     wrapped = [path for path, module in model.named_modules() if type(module).__name__ == "CheckpointWrapper"]
     if wrapped:

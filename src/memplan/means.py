@@ -7,7 +7,7 @@ that is neither, such as one that compares the samples of a batch with each othe
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 import torch
@@ -64,8 +64,8 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
             yield leaf
         elif isinstance(leaf, Mapping):
             yield from tensors_in(list(leaf.values()))
-        elif is_dataclass(leaf):
-            yield from tensors_in(list(vars(leaf).values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, field.name, None) for field in fields(leaf)])
 
 
 def tokens_in(batch: Any) -> Tensor:

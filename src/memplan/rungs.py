@@ -21,7 +21,7 @@ from memplan.ranks import Word, Words
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
 from memplan.units import format_bytes
-from memplan.world import World
+from memplan.world import World, of_first
 
 _log = logging.getLogger(__name__)
 
@@ -75,15 +75,18 @@ def ladders(
     Args:
         plan: for the longest rows, as for `ladder`; its own tokens are the last class.
         lengths: of the shorter classes. Each takes a plan, so that a few do: most rows should be in the shortest.
-        strategy, micro_batch, world: as for `ladder`.
+        strategy, world: as for `ladder`.
+        micro_batch: as for `ladder`; None: each class has its own.
 
     Raises:
+        DoesNotFit: a class has no plan within the budget, as with a strategy that drops less than the plan does.
         UsageError: the plan was read from a file, is not for rows of tokens, or a length is not below its own.
         AlreadyApplied: the model runs by a plan; the classes' first plans are made at once.
     """
-    live = _live_of(plan)
+    live, wanted, classes = _live_of(plan), load_strategy(strategy), list(lengths)
     assert live.sample is not None
-    longest, wanted, classes = live.sample.tokens or 0, load_strategy(strategy), list(lengths)
+    own = live.sample.tokens or 0
+    longest = own if world is None else of_first(own)  # for whose sample the plan was made
     if odd := [length for length in classes if not (type(length) is int and 0 < length < longest)]:
         raise UsageError(
             f"the plan is for rows of {longest} tokens, and {odd[0]!r} is no smaller number of them. Plan for the "
@@ -92,14 +95,30 @@ def ladders(
     fitting.check_bare(model, "plan for lengths")
     found = {longest: ladder(model, plan, wanted, micro_batch, world)}
     for length in sorted(set(classes), reverse=True):
-        session = Session(
-            model, live.sample.lengthened(length), live.recipe, *resolve_gpu(plan.budget.gpu), live.division
-        )
-        make = partial(session.plan, wanted, plan.effective_batch, micro_batch)
+        shorter = replace(live, sample=live.sample.lengthened(length))
+        make = partial(_within_budget_of, plan, model, shorter, wanted, micro_batch)
         first = make() if world is None else world.agreed(make)
-        first._live = session.live
+        first._live = shorter
         found[length] = ladder(model, first, wanted, micro_batch, world)
     return found
+
+
+def _within_budget_of(plan: Plan, model: nn.Module, live: Live, wanted: Strategy, micro_batch: int | None) -> Plan:
+    """The plan for another sample. Raises DoesNotFit if there is none."""
+    session = _session(model, plan, live)
+    size = micro_batch or (plan.micro_batch if session.division.is_doubtful else None)
+    found = session.plan(wanted, plan.effective_batch, size)
+    if found.budget_bytes > plan.budget_bytes:  # a plan for several ranks, or of another strategy
+        share = wanted.budget_share * plan.budget_bytes / found.budget_bytes
+        found = session.plan(replace(wanted, budget_share=share), plan.effective_batch, size)
+    if found.verdict is Verdict.DOES_NOT_FIT:
+        raise DoesNotFit(found.describe(), found.smallest_bytes)
+    return found
+
+
+def _session(model: nn.Module, plan: Plan, live: Live) -> Session:
+    assert live.sample is not None
+    return Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu), live.division)
 
 
 def _live_of(plan: Plan) -> Live:
@@ -130,8 +149,7 @@ class Together(Iterator[Plan]):
 
 
 def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_batch: int | None) -> Iterator[Plan]:
-    assert live.sample is not None
-    session = Session(model, live.sample, live.recipe, *resolve_gpu(plan.budget.gpu), live.division)
+    session = _session(model, plan, live)
 
     def check_bare() -> None:
         if model in fitting._applied:
@@ -178,6 +196,7 @@ class Rungs:
         first = next(self._coming, None)
         if first is None:
             raise UsageError("a guard needs plans: the one in force, and smaller ones to fall to")
+        self._check(None, first)
         self.plan, self.ended = first, False
 
     def fall(self) -> bool:
@@ -241,7 +260,8 @@ class Ladders:
     def text(self) -> str:
         """Of the plans that are made, but for what a rank has to say of its own batches: the same on all ranks."""
         made = (plan for rungs in self.rungs for plan in (rungs.plan, *rungs.all))
-        return "\n".join(plan.model_dump_json(exclude={"assumptions"}) for plan in made)
+        texts = (plan.model_dump_json(exclude={"assumptions"}) for plan in made)
+        return "\n".join((str(self._limits), *texts))
 
     def bucket_of(self, tokens: int | None) -> int:
         """In which a batch of so many tokens is. UsageError if that is not known, or too many."""

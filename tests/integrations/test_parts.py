@@ -1,28 +1,52 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memplan.integrations.parts import LastOutput
 
 
-def test_a_part_without_labels_has_gradients_of_zeros_through_all_of_the_model() -> None:
-    """Also where its loss, a mean by hand, has gradients that are no numbers."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    last, labels = LastOutput(model), torch.zeros(2)
-    loss = (model(torch.ones(2, 3)).squeeze(1) * labels).sum() / labels.sum()
-    last.nothing_to_learn(loss).backward(retain_graph=True)
-    assert [float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None] == [0.0] * 4
-    (loss.nan_to_num() * 0.0).backward()
-    assert all(p.grad.isnan().all() for p in model.parameters() if p.grad is not None)  # as the loss itself has them
+@dataclass(slots=True)
+class Output:
+    logits: Tensor
+
+
+class Head(nn.Module):
+    """With a weight that is in the loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.layers(x))
+
+
+def gradients(through: Callable[[LastOutput, Tensor], Tensor]) -> list[float]:
+    """Of a part without labels, whose loss is a mean by hand."""
+    model, labels = Head(), torch.zeros(2)
+    last = LastOutput(model)
+    each = model(torch.ones(2, 3)).logits.squeeze(1)
+    loss = (each * labels).sum() / labels.sum() + model.scale
+    through(last, loss).backward()
     last.undo()
     assert not model._forward_hooks
+    return [float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None]
+
+
+def test_a_part_without_labels_has_gradients_of_zeros_for_every_weight() -> None:
+    assert gradients(lambda last, loss: last.nothing_to_learn(loss)) == [0.0] * 5
+    by_the_loss = gradients(lambda _, loss: loss.nan_to_num() * 0.0)
+    assert len(by_the_loss) == 5
+    assert any(value != value for value in by_the_loss)  # what it is for
 
 
 def test_where_the_output_is_a_loss_that_one_is_taken() -> None:
     model = nn.Linear(3, 1)
-    last = LastOutput(model)
     model.register_forward_hook(lambda *given: given[-1].mean())
-    loss = model(torch.ones(2, 3))
-    last.forget()
-    last.nothing_to_learn(loss).backward()
+    last = LastOutput(model)
+    last.nothing_to_learn(model(torch.ones(2, 3))).backward()
     assert model.weight.grad is not None
     assert not model.weight.grad.any()

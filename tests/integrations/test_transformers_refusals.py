@@ -40,7 +40,11 @@ def refused(made: transformers.Trainer, words: str, **asked: Any) -> None:
     ("argument", "value", "words"),
     [
         ("deepspeed", "zero2.json", "deepspeed divides weights and states by rules of its own"),
-        ("fsdp", True, r"MemplanFSDPPlugin is\..*\['activation_checkpointing'\] draws other dropout masks"),
+        (
+            "fsdp",
+            True,
+            r"MemplanFSDPPlugin is\. With FSDP2, .*activation_checkpointing'\] draws other dropout",
+        ),
         ("_n_gpu", 2, r"copied to 2 cards \(DataParallel\).*CUDA_VISIBLE_DEVICES=0"),
         ("use_liger_kernel", True, "use_liger_kernel changes the model when training starts"),
         ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "use_reentrant=True is asked for"),

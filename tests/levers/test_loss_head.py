@@ -549,3 +549,38 @@ def test_sums_in_low_precision_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(chunked_loss, "_add_product", low)
     with pytest.raises(AssertionError, match="lm_head"):
         check(heads.MODELS["llama"], "chunked-1", autocast=torch.bfloat16)
+
+
+# --- outputs that somebody waits for --------------------------------------------------------------------------------
+
+
+def waits(grad: Tensor) -> Tensor:
+    """As FSDP2 puts it on every output, to gather weights before the backward."""
+    waited.append(grad.shape)
+    return grad
+
+
+waited: list[torch.Size] = []
+waits.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+
+
+def test_a_hook_of_those_who_share_weights_does_not_compute_the_logits() -> None:
+    model, batch = tiny.llama(layers=1)
+    with chunked(model) as head:
+        output = model(**batch)
+        waited.clear()
+        assert output.logits._base is None
+        output.logits.register_hook(waits)
+        output.loss.backward()
+        assert uses(head) == Uses(losses=1)
+        assert waited == [torch.Size([*batch["labels"].shape, head.in_features])]
+
+
+@reads_on_purpose
+def test_a_hook_of_ones_own_gets_the_gradient_of_the_logits() -> None:
+    model, batch = tiny.llama(layers=1)
+    with chunked(model) as head:
+        found: list[torch.Size] = []
+        logits = model(**batch).logits
+        logits.register_hook(lambda grad: found.append(grad.shape))
+        assert uses(head).reads == 1

@@ -1,5 +1,7 @@
 """A block that does something else than when it was captured: captured anew or held, and never silently wrong."""
 
+import random
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from selecting import Block, capture, gradients, holding, install, made, rows, same, usual
+from selecting import Block, capture, dropped_names, gradients, holding, install, made, rows, same, usual
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional
@@ -329,3 +331,45 @@ def test_what_autograd_saved_and_the_block_wrote_to_is_an_error_as_before() -> N
     select.install(block, "b", ())
     with pytest.raises(RuntimeError, match="written to in place"):
         block(x).sum().backward()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_numbers_that_python_draws_are_not_taken_for_constants(draw: Callable[[], float]) -> None:
+    block, x = made(lambda block, x: block.last(functional.silu(block.first(x) * draw()))), rows()
+    assert dropped_names(block, x) == ()
+    names = dropped_names(made(lambda block, x: block.last(functional.silu(block.first(x) * 0.5))), x)
+    assert names  # of the same operators with a constant
+    undo = select.install(block, "b", names)
+    found = []
+    for seed in range(2):
+        random.seed(seed)
+        np.random.seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlanNotFollowed)  # there is nothing to be dropped
+            found.append(gradients(block, x))
+    undo()
+    for seed in range(2):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert same(found[seed], gradients(block, x))
+
+
+@pytest.mark.parametrize("by_mask", [False, True])
+def test_tokens_that_go_to_an_expert_are_others_in_each_step(by_mask: bool) -> None:
+    """What lies before they are counted is dropped, in every step; nothing is warned of."""
+
+    def routed(block: Block, x: Tensor) -> Tensor:
+        y = x + block.act(block.norm(block.first(x)))
+        mask = y.detach()[:, 0] > 0
+        at = mask if by_mask else mask.nonzero()[:, 0]
+        return y.index_put((at,), functional.silu(block.last(y[at])))
+
+    block = made(routed)
+    names = dropped_names(block, rows())
+    assert names
+    assert not any("silu" in name for name in names)
+    undo = select.install(block, "b", names)
+    found = [gradients(block, rows(seed, 16)) for seed in (0, 1, 2, 3, 1)]
+    assert holding(block) == len(names)
+    undo()
+    assert all(same(f, gradients(block, rows(s, 16))) for f, s in zip(found, (0, 1, 2, 3, 1), strict=True))

@@ -201,3 +201,19 @@ def test_alternatives() -> None:
     ):
         assert [one.name for one in alternatives(recipe, 1, True)] == ["plain", "single"]
         assert why in str(refusal(recipe, 1))
+
+
+def test_a_checkpoint_that_is_loaded_or_saved_is_the_users_own() -> None:
+    model, batch = tiny.plain(layers=2)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    trained(model, optimizer, batch, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    undo = install(model, optimizer, "single")
+    optimizer.load_state_dict(before)
+    assert [group["foreach"] for group in optimizer.param_groups] == [False]
+    assert [group["foreach"] for group in optimizer.state_dict()["param_groups"]] == [True]
+    undo()
+    assert [group["foreach"] for group in optimizer.param_groups] == [True]
+    optimizer.load_state_dict(before)
+    assert [group["foreach"] for group in optimizer.param_groups] == [True]
+    assert not optimizer._optimizer_state_dict_post_hooks

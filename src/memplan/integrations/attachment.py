@@ -200,6 +200,7 @@ class Attachment:
             models=[o for o in prepared if isinstance(o, nn.Module)],
             optimizers=[o for o in prepared if isinstance(o, AcceleratedOptimizer)],
             device=accelerator.device,
+            by_engine=is_deepspeed(accelerator),
         )
         if self.fit is not None and accelerator.num_processes == 1 and not is_deepspeed(accelerator):
             group.second = SecondStep(self.fit, self._log)
@@ -233,25 +234,28 @@ class Attachment:
 
     def _backward(self, loss: Tensor, **options: Any) -> None:
         group = self._group
+        if group is not None and group.weight is None and group.split.is_own and group.split.own_batches == 1:
+            self._own["backward"](loss, **options)  # of a batch that the loop kept back: all have the same weight
+            return
         if group is None or group.weight is None:
             raise UsageError(
                 "accelerator.backward(loss) was called outside of the training loader's batches, so the loss has no "
                 "weight. Iterate the loader that prepare returned; to skip batches, use "
                 "accelerator.skip_first_batches(loader, n), not the function of that name."
             )
-        watches = not (is_sharded(self._accelerator) or is_deepspeed(self._accelerator))
+        watches = not (group.split.is_own or is_sharded(self._accelerator) or group.by_engine)
         if watches:
             group.check_gradients()
         group.note_backward(loss)
-        group.stepped |= group.is_last and is_deepspeed(self._accelerator)  # whose engine steps in its backward
+        group.stepped |= group.is_last and group.by_engine  # which steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
         if not group.weight:  # its loss is a mean over nothing, which is no number; replicas wait for its gradients
             through = group.last_output
             loss = nothing_to_learn(group.models) if through is None else through.nothing_to_learn(loss)
         if group.last_output is not None:
             group.last_output.forget()
-        by_engine = is_deepspeed(self._accelerator)  # or Accelerate, by the number that it has now
-        divisor = group.split.micro_batches if by_engine else self._accelerator.gradient_accumulation_steps
+        # The engine divides by its own number, Accelerate by the one that it has now.
+        divisor = group.split.micro_batches if group.by_engine else self._accelerator.gradient_accumulation_steps
         factor = group.weight * divisor
         self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
         if watches:

@@ -49,6 +49,7 @@ class Group:
         has_warned: of the first of those.
         before: of those, the ones of earlier epochs.
         skipped: steps that the next epoch leaves out at its beginning.
+        by_engine: whether DeepSpeed takes the steps.
         second: what measures the second step, if anything does; given up where the loop ends before that.
         output_loss: what looks whether the loop trains by the loss in the model's output.
         last_output: of the model, where a part without labels needs it: ranks wait for the gradients of every block.
@@ -78,6 +79,7 @@ class Group:
     has_warned: bool = False
     before: int = 0
     skipped: int = 0
+    by_engine: bool = False
     second: SecondStep | None = None
     output_loss: OutputLoss | None = None
     last_output: LastOutput | None = None
@@ -153,7 +155,7 @@ class Group:
         """
         self.weight = None
         calls = max(self.calls.values(), default=0)
-        if not (self.backwards and self.stepped) and (self.has_trained or (self.split.is_own and not self.backwards)):
+        if self._is_left_out:
             self._leave_out()
         elif not self.backwards:
             raise UsageError(
@@ -169,6 +171,16 @@ class Group:
         else:
             self.has_trained, self.left_out = True, 0
         self.steps, self.stepped, self.backwards = self.steps + 1, False, 0
+
+    @property
+    def _is_left_out(self) -> bool:
+        """Whether the loop has not taken the step and may do without: it has taken one before, or its batches are its
+        own. Not by DeepSpeed: ZeRO-2 has gradients in a place of its own, from which they are not dropped."""
+        if self.stepped:
+            return False
+        if self.split.is_own:
+            return self.has_trained or not self.backwards
+        return self.has_trained and not (self.by_engine and self.backwards)
 
     def _leave_out(self) -> None:
         """The loop has left out a step, as for a loss that is no number; what it has of gradients is dropped next."""

@@ -65,10 +65,7 @@ def nothing_to_learn(models: Iterable[nn.Module]) -> Tensor:
 
 
 class LastOutput:
-    """What a model's last forward has returned, through which a loss of zeros reaches all of it.
-
-    The loss itself will not do: written by hand, the gradients of a mean over nothing are no numbers.
-    """
+    """What a model's last forward has returned, where a loss of zeros enters the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors: list[Tensor] = []
@@ -76,19 +73,21 @@ class LastOutput:
 
     def _see(self, _model: nn.Module, _inputs: object, output: object) -> None:
         if torch.is_grad_enabled():
-            self._tensors = [tensor for tensor in tensors_in(output) if tensor.dim() and tensor.requires_grad]
+            found = (tensor for tensor in tensors_in(output) if tensor.dim() and tensor.requires_grad)
+            self._tensors = [tensor for tensor in found if type(tensor) is Tensor]  # not logits that are made when read
 
     def forget(self) -> None:
         """What it holds: a step has come to its backward."""
         self._tensors = []
 
     def nothing_to_learn(self, loss: Tensor) -> Tensor:
-        """A loss whose gradients are zeros; where the output was but a loss, made of that one."""
-        return (
-            sum((tensor.sum() * 0.0 for tensor in self._tensors), torch.zeros(()))
-            if self._tensors
-            else (loss.nan_to_num() * 0.0)
-        )
+        """A loss whose gradients are zeros, through all that it was made of: ranks wait for each of these gradients.
+
+        A loss written by hand sends back what is no number for a mean over nothing; it ends where the output is.
+        """
+        for tensor in self._tensors:
+            tensor.register_hook(torch.zeros_like)
+        return loss.nan_to_num() * 0.0
 
     def undo(self) -> None:
         """Leave the model alone."""

@@ -1,5 +1,6 @@
 """A plan for the batch of somebody's training loop, by the settings in force."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from memplan.session import Session
 from memplan.settings import Settings
 from memplan.strategy import Lever, Strategy, load_strategy
 from memplan.world import ALONE, Rooms, World
+
+_log = logging.getLogger("memplan")
 
 _WHOLE = (
     "its loss is not a mean over samples or tokens, or batch norm couples them, so that parts of a batch have other "
@@ -70,8 +73,9 @@ def plan_for(
         _check_batch(plan, effective, own_rows, can_split, can_join)
         _check_world(plan, recipe)
         _check_engine(plan, recipe)
-        _check_sample(plan, sample)
-        return plan
+        for line in (said := _for_less(plan, sample)):
+            _log.warning("%s", line)
+        return plan.assuming(*said)
     micro_batch = settings.micro_batch if can_split else own_rows
     if settings.micro_batch not in (None, micro_batch):
         raise UsageError(f"micro_batch={settings.micro_batch} would split a batch of {own_rows}: {_WHOLE}")
@@ -125,16 +129,18 @@ def _check_engine(plan: Plan, recipe: Recipe) -> None:
         raise PlanMismatch(f"the plan has {words}, and {_MOVING}. Plan for this run, without a file.")
 
 
-def _check_sample(plan: Plan, sample: Sample) -> None:
-    """That what the loop has is no larger than what the plan was made for: it would need more."""
+def _for_less(plan: Plan, sample: Sample) -> tuple[str, ...]:
+    """What is to be said where the loop's largest batch, as far as it was looked for, has more than the plan's."""
     planned = {field.name: field.shape for field in plan.sample}
     for field in sample.fields():
-        if field.name in planned and math.prod(field.shape) > math.prod(planned[field.name]):
-            raise PlanMismatch(
-                f"the plan is for samples with {field.name} of {list(planned[field.name])}, and the largest of this "
-                f"run has {list(field.shape)}, which needs more memory. Plan for this run, without a file; make the "
-                "plan for such a sample; or cut the data to the plan's (max_length, truncation)."
+        made_for = planned.get(field.name)
+        if made_for is not None and len(made_for) == len(field.shape) and math.prod(field.shape) > math.prod(made_for):
+            return (
+                f"the plan was made for samples with {field.name} of {list(made_for)}, and the largest that was found "
+                f"in this run has {list(field.shape)}: it needs more memory than planned. Plan for this run, without a "
+                "file, or cut the data (max_length, truncation)",
             )
+    return ()
 
 
 def _check_world(plan: Plan, recipe: Recipe) -> None:

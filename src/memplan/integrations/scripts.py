@@ -36,11 +36,24 @@ def model_and_loader(objects: tuple[Any, ...]) -> tuple[nn.Module, int]:
     shuffled = [at for at in loaders if isinstance(objects[at].sampler, RandomSampler)]
     (model,) = models
     check_plannable(model)
+    refuse_spread(model)
     _refuse_checkpointed(model)
     place = shuffled[0] if len(shuffled) == 1 else loaders[0]
     if getattr(objects[place], "_is_accelerate_prepared", False) or hasattr(objects[place], "base_dataloader"):
         raise UsageError("the training loader was prepared already, so its batches are fixed. Pass the plain loader.")
     return model, place
+
+
+def refuse_spread(model: nn.Module) -> None:
+    """A model that `device_map` has spread over devices, which Accelerate and Trainer leave there."""
+    for module in model.modules():
+        mapped = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
+        if len(mapped) > 1 and len({parameter.device for parameter in module.parameters()}) > 1:
+            raise UsageError(
+                f"device_map has spread the weights over {', '.join(sorted(mapped))}, and a plan is for one device. "
+                "Load them without it, or onto one: device_map={'': 0}. What one card cannot hold, cards share by "
+                "FSDP2 (memplan.MemplanFSDPPlugin)."
+            )
 
 
 def _refuse_checkpointed(model: nn.Module) -> None:

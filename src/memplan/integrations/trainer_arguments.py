@@ -7,7 +7,7 @@ import torch
 
 from memplan.blocks import check_plannable
 from memplan.errors import UsageError
-from memplan.integrations.scripts import REPLICATED
+from memplan.integrations.scripts import REPLICATED, refuse_spread
 from memplan.plan_record import Plan
 
 _NAMES: Final = {  # of transformers' `optim` -> memplan's; what is not here is made as the run would make it
@@ -44,7 +44,7 @@ def check(trainer: Any) -> None:
         (
             bool(args.fsdp),
             "fsdp divides weights over ranks, which is not planned for here. An Accelerate loop with "
-            "memplan.MemplanFSDPPlugin is. Accelerate's own fsdp_config['activation_checkpointing'] draws other "
+            "memplan.MemplanFSDPPlugin is. With FSDP2, fsdp_config['activation_checkpointing'] draws other "
             "dropout masks when it recomputes, so that gradients are wrong where there is dropout",
         ),
         (
@@ -89,6 +89,7 @@ def check(trainer: Any) -> None:
         if is_so:
             raise UsageError(f"memplan.autofit(trainer): {what}.")
     check_plannable(trainer.model)
+    refuse_spread(trainer.model)
 
 
 def _replicates(accelerator: Any) -> bool:

@@ -103,7 +103,7 @@ class Captured:
         calls: per node of the graph, its operators in order.
         inputs: per given value that is no parameter or buffer, its position among the call's tensors.
         owned: per given value that is one, its dotted name in the block.
-        saved: what autograd saved, in order.
+        saved: what autograd saved, in order; of that, the first `steady` ones are alike in each forward.
         states: random node -> the values of the generator's state before it and after it; see `RANDOM_STATE`.
         node_s: seconds of each node when it was captured; only true on a device, with `clock`.
     """
@@ -113,6 +113,7 @@ class Captured:
     inputs: Mapping[int, int]
     owned: Mapping[int, str]
     saved: tuple[SavedTensor, ...]
+    steady: int
     states: Mapping[int, tuple[int, int]]
     device: torch.device
     node_s: tuple[float, ...]
@@ -167,7 +168,7 @@ class Capture(TorchDispatchMode):
         self._device = torch.device("cpu")
         self._count = 0  # of operators
         self._drawn: list[int] = []  # nodes that drew from the generator
-        self._told = False  # Python knows what some tensor holds
+        self._told_at: int | None = None  # saved tensors when Python began to know what some tensor holds
         self._cast = quantised.cast_in_force(inputs[0].device.type) if inputs else None
         for name, tensor in (*block.named_parameters(), *block.named_buffers(), *packed.named_scales(block)):
             self._give(tensor, self._owned, name, name)
@@ -223,6 +224,8 @@ class Capture(TorchDispatchMode):
         out = quantised.called(func, args, kwargs, self._cast)
         if self._clock is not None:
             self._clock()
+        if self._told_at is None and tells_data(func, args):
+            self._told_at = len(self._saved)
         if func.namespace != "prim":
             self._note(func, args, kwargs, out, perf_counter() - begin)
         return out
@@ -233,7 +236,7 @@ class Capture(TorchDispatchMode):
         if value is not None:
             found = self._values[value]
             grad_fn = None if found.node is None else _maker(tensor)
-            if found.dtype == tensor.dtype and not self._told:
+            if found.dtype == tensor.dtype and self._told_at is None:
                 found.saved, view = True, self._view(value, tensor)
             elif found.node is not None:
                 self._nodes[found.node].repeatable = False  # held through this, so it cannot be dropped
@@ -242,7 +245,6 @@ class Capture(TorchDispatchMode):
     def _note(
         self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, seconds: float
     ) -> None:
-        self._told |= tells_data(func)
         passed = without_statistics(func, args), dict(kwargs)
         leaves = tree_leaves(passed)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -254,7 +256,7 @@ class Capture(TorchDispatchMode):
         reads = [self._value_of(tensor) for tensor in tensors]
         known = [value for value in reads if value is not None]
         repeatable = (
-            not self._told
+            self._told_at is None
             and len(known) == len(reads)
             and not any(isinstance(leaf, torch.Generator) for leaf in leaves)
             and all(self._values[v].dtype == t.dtype for v, t in zip(known, tensors, strict=True))
@@ -339,8 +341,8 @@ class Capture(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::").strip("_")
         return f"{self._stack[-1]}/{name}" if self._stack[-1] else name
 
-    def captured(self) -> Captured:
-        """All of it, as records. A node stands where its last operator ran."""
+    def captured(self, *, is_fixed: bool = True) -> Captured:
+        """All of it. A node stands where its last operator ran; none is made again if its plain numbers change."""
         order = sorted(range(len(self._nodes)), key=lambda n: self._nodes[n].last)
         place = {n: i for i, n in enumerate(order)}
         nodes = [self._nodes[n] for n in order]
@@ -353,7 +355,7 @@ class Capture(TorchDispatchMode):
             graph=BlockGraph(
                 tuple(values),
                 tuple(
-                    Node(d.name, tuple(d.reads), tuple(d.writes), d.repeatable, d.flops, d.bytes, d.dtype)
+                    Node(d.name, tuple(d.reads), tuple(d.writes), d.repeatable and is_fixed, d.flops, d.bytes, d.dtype)
                     for d in nodes
                 ),
             ),
@@ -361,6 +363,7 @@ class Capture(TorchDispatchMode):
             inputs=self._inputs,
             owned=self._owned,
             saved=tuple(self._saved),
+            steady=len(self._saved) if self._told_at is None else self._told_at,
             states=states,
             device=self._device,
             node_s=tuple(draft.seconds for draft in nodes),

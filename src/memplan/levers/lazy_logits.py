@@ -134,6 +134,8 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if not args and func in _HANDLERS and "input" in kwargs:  # in all of these it is the first
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+        if func is Tensor.register_hook and _passes_on(args[1]) and args[0].deferred.rows.requires_grad:
+            return args[0].deferred.rows.register_hook(args[1])
         result = _understood(func, args, kwargs)
         if result is None:
             args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy.deferred.value(), (args, kwargs))
@@ -196,6 +198,12 @@ class _Logits(torch.autograd.Function):
         inputs = [t for t in (rows, weight, bias) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(logits, inputs, grad))
         return (*(next(found) if needed else None for needed in wanted), None, None)
+
+
+def _passes_on(hook: Any) -> bool:
+    """Whether a hook only waits for the backward to begin, as those that FSDP2 and DeepSpeed put on all outputs."""
+    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return module.startswith(("torch.distributed.", "deepspeed."))
 
 
 # -- what is understood ----------------------------------------------------------------------------------------------
@@ -370,7 +378,7 @@ _HANDLERS: dict[Any, Callable[..., Handled]] = {
 
 # What a tensor is, as opposed to what is in it.
 _ATTRIBUTES = """
-    shape dtype device layout ndim requires_grad is_leaf grad_fn retains_grad output_nr itemsize nbytes _version
+    _base shape dtype device layout ndim requires_grad is_leaf grad_fn retains_grad output_nr itemsize nbytes _version
     is_cuda is_cpu is_meta is_sparse is_quantized is_nested
 """
 _METHODS = """

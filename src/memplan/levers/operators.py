@@ -23,9 +23,15 @@ def is_function(func: torch._ops.OpOverload) -> bool:
     return func._schema.name not in _FUNCTIONS_OF_ORDER and not any(tag in func.tags for tag in _DATA_DEPENDENT)
 
 
-def tells_data(func: torch._ops.OpOverload) -> bool:
-    """Whether Python gets to know what a tensor holds, so that what runs afterwards may depend on it."""
-    return torch.Tag.data_dependent_output in func.tags
+def tells_data(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+    """Whether Python gets to know what a tensor holds, so that what runs afterwards may depend on it.
+
+    Also by the shape of a result, as of `nonzero`, by which an expert gets its tokens.
+    """
+    if func == torch.ops.aten.index.Tensor:  # of which but masks make results of any size
+        masks = (index for index in args[1] if isinstance(index, Tensor))
+        return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
 
 
 def written_by(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -17,6 +17,8 @@ set or dict that is one: in another object that a module refers to, in a closure
 """
 
 import logging
+import pickle
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,21 +128,21 @@ class Selected(StandIn):
             return self._captured(kind, inputs, args, kwargs)
         self._anew, self._known[kind] = 0, self._known.pop(kind)  # the latest, which is the last to be forgotten
         captured, parts = known
-        expected = captured.saved
+        expected, steady = captured.saved, captured.steady
         saved: list[Saved] = []
         alike = True
 
         def pack(tensor: Tensor) -> Saved:
             nonlocal alike
             n = len(saved)
-            alike = alike and n < len(expected) and expected[n].is_like(tensor)
+            alike = alike and (expected[n].is_like(tensor) if n < steady else steady < len(expected))
             saved.append(Saved(tensor))
             return saved[-1]
 
         state = random_state(captured.device) if any(part.draws for part in parts) else None
         with saved_tensors_hooks(pack, Saved.give):
             out = self.__wrapped__(*args, **kwargs)
-        if alike and len(saved) == len(expected):
+        if alike and len(saved) >= steady:
             leave(parts, saved, self.block, inputs, state)
         else:
             del self._known[kind]
@@ -270,9 +272,15 @@ def capturing(
         saved.append(Saved(tensor))
         return saved[-1]
 
+    before = _chances()
     with saved_tensors_hooks(pack, Saved.give), capture:
         out = forward(*args, **kwargs)
-    return capture.captured(), saved, out
+    return capture.captured(is_fixed=_chances() == before), saved, out
+
+
+def _chances() -> tuple[object, ...]:
+    """Where the generators of Python and NumPy are, whose numbers are in the calls as if they were constants."""
+    return random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def found_in(model: nn.Module, decisions: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

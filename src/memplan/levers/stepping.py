@@ -14,10 +14,10 @@ parameters, which nothing takes back.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -110,15 +110,28 @@ def install(model: nn.Module, optimizer: Optimizer, stepping: str = IN_BACKWARD,
         if (why := refusal(Recipe(optimizer=live), accumulation)) is not None:
             raise NoStepInBackward(why)
         return _install_in_backward(model, live)
-    before = [(group, group["foreach"]) for group in live.param_groups if "foreach" in group]
-    if stepping == SINGLE:
-        set_single(live)
+    before = [group.get("foreach") for group in live.param_groups]
+    if stepping != SINGLE:
+        return lambda: None
+    set_single(live)
+    # A checkpoint brings groups of its own, and one that is saved has the user's.
+    hooks = [
+        live.register_load_state_dict_post_hook(lambda loaded: set_single(loaded)),
+        live.register_state_dict_post_hook(lambda _, state: _with_foreach(state["param_groups"], before)),
+    ]
 
     def undo() -> None:
-        for group, foreach in before:
-            group["foreach"] = foreach
+        for hook in hooks:
+            hook.remove()
+        _with_foreach(live.param_groups, before)
 
     return undo
+
+
+def _with_foreach(groups: Sequence[dict[str, Any]], values: Sequence[bool | None]) -> None:
+    for group, foreach in zip(groups, values, strict=False):
+        if "foreach" in group:
+            group["foreach"] = foreach
 
 
 def _install_in_backward(model: nn.Module, optimizer: Optimizer) -> Undo:
