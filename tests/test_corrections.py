@@ -16,9 +16,11 @@ TIMES = StepTimes(
         ("a", "recompute"): {2: 1.5, 4: 3.0},
         ("a", "select-0"): {2: 1.1, 4: 2.2},
     },
-    rest={"keep": {2: 1.0, 4: 2.0}, "chunked-8": {2: 1.25, 4: 2.5}, "chunked-9": {2: 0.5, 4: 1.0}},
+    rest={"keep": {2: 1.0, 4: 2.0}, "chunked-8": {2: 1.25, 4: 2.5}, "chunked-9": {2: 0.5, 4: 1.0}}
+    | {"optimizer-single": {2: 1.0, 4: 2.0}},
     optimizer_s=0.5,
     how="measured",
+    stepping={"optimizer-single": 0.25},
 )
 
 
@@ -89,6 +91,7 @@ def test_each_lever_gets_its_factor() -> None:
     assert found.blocks["a", "select-0"] == pytest.approx({2: 1.1 * whole, 4: 2.2 * whole})  # no run selected
     assert found.rest["chunked-8"] == pytest.approx({2: 1.25 * whole, 4: 2.5 * whole})
     assert found.optimizer_s == pytest.approx(0.5 * whole)
+    assert found.stepping == pytest.approx({"optimizer-single": 0.25 * whole})
 
 
 def test_runs_count_only_for_times_of_the_same_kind() -> None:
@@ -125,3 +128,5 @@ def test_the_seconds_of_a_step_add_up() -> None:
     assert found == {"keep": 2.0 + 2.0 + 0.5, "loss-head": 0.5}
     found = seconds_by_lever(TIMES, {"a": "select-0"}, "chunked-9", micro_batch=2, accumulation=1)
     assert found == pytest.approx({"keep": 1.0 + 1.0 + 0.5 - 0.5, "select": 0.1})
+    found = seconds_by_lever(TIMES, {"a": "keep"}, "optimizer-single", micro_batch=2, accumulation=4)
+    assert found == pytest.approx({"keep": 4 * (1.0 + 1.0) + 0.5, "optimizer": 0.25})  # once, behind all micro-steps

@@ -28,6 +28,9 @@ class OneSecond:
 
     optimizer_s = 1.0
 
+    def stepping_s(self, variant: str) -> float:
+        return 0.0
+
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         return 1.0 + micro_batch
 

@@ -87,6 +87,29 @@ def test_a_step_is_split_into_blocks_the_rest_and_the_optimizer() -> None:
     assert times.how == "estimate"
 
 
+def test_another_way_to_step_costs_what_its_own_operators_take() -> None:
+    """A block, a head; then an optimizer of two operators, of four, or inside the backward."""
+    spans = [(0, 1), (1, 2), (2, 4)]
+
+    def level(optimizer: list[int], *, inside: bool = False) -> list[Level]:
+        seconds = [1, 2, 4, 8]  # block, head, head back, block back
+        seconds = [*seconds[:3], optimizer[0], seconds[3], *optimizer[1:]] if inside else [*seconds, *optimizer]
+        ops: list[Op] = [(0, s * 1e10, "float32") for s in seconds]
+        end = len(seconds) if inside else 4
+        return [Level({}, trace_of(ops, [*spans[:2], (2, end), (end, len(seconds))], [(0, 1, end - 1, end)]))]
+
+    found = {"keep": level([16, 16]), "optimizer-single": level([16, 16, 16, 16]), "chunked-8": level([16, 16])}
+    found |= {"in-backward": level([16, 16, 1], inside=True), "chunked-8+in-backward": level([40, 1], inside=True)}
+    times = estimated({2: found}, RATES)
+    assert times.optimizer_s == pytest.approx(32, rel=1e-5)
+    steps = {name: times.optimizer_s + times.stepping_s(name) for name in found}
+    wanted = {"keep": 32, "optimizer-single": 64, "chunked-8": 32, "in-backward": 33, "chunked-8+in-backward": 41}
+    assert steps == pytest.approx(wanted, rel=1e-5)
+    rest = {name: times.rest_s(2, name) for name in found}
+    assert rest["in-backward"] == rest["optimizer-single"] == rest["keep"]
+    assert rest["chunked-8+in-backward"] == rest["chunked-8"]
+
+
 def test_times_between_and_beyond_two_micro_batches() -> None:
     times = StepTimes({("a", "keep"): {2: 1.0, 4: 1.5}}, {"keep": {2: 0.25, 4: 0.5}}, optimizer_s=0.0)
     assert [times.block_s("a", "keep", b) for b in (1, 2, 3, 4, 8)] == pytest.approx([0.75, 1.0, 1.25, 1.5, 2.5])

@@ -115,7 +115,8 @@ class Corrections:
 
         blocks = {key: seconds(own, times.blocks[key[0], KEEP], key[1]) for key, own in times.blocks.items()}
         rest = {name: seconds(own, times.rest[KEEP], _first(name)) for name, own in times.rest.items()}
-        return replace(times, blocks=blocks, rest=rest, optimizer_s=whole * times.optimizer_s)
+        stepping = {variant: whole * extra_s for variant, extra_s in times.stepping.items()}
+        return replace(times, blocks=blocks, rest=rest, optimizer_s=whole * times.optimizer_s, stepping=stepping)
 
     def describe(self, how: str) -> tuple[str, ...]:
         """What a plan has to say of it; nothing without runs."""
@@ -135,8 +136,8 @@ def seconds_by_lever(
 ) -> dict[str, float]:
     """Seconds of a step by what they are for: `KEEP`, the step without levers, and what each lever takes beyond it.
 
-    The variant's are laid on its first lever. What a lever saves is taken off the step. Waits for the link to the host
-    are not in it.
+    The variant's are laid on its first lever, what another way to step takes on its last. What a lever saves is taken
+    off the step. Waits for the link to the host are not in it.
     """
     found = {KEEP: accumulation * times.rest_s(micro_batch, KEEP) + times.optimizer_s}
     beyond_s = [(_first(variant), times.rest_s(micro_batch, variant) - times.rest_s(micro_batch, KEEP))]
@@ -144,9 +145,10 @@ def seconds_by_lever(
         kept_s = times.block_s(path, KEEP, micro_batch)
         found[KEEP] += accumulation * kept_s
         beyond_s.append((option, times.block_s(path, option, micro_batch) - kept_s))
-    for name, seconds in beyond_s:
+    every = [(name, accumulation * seconds) for name, seconds in beyond_s]
+    for name, seconds in (*every, (variant.rpartition("+")[2], times.stepping_s(variant))):
         key = lever_of(name) or KEEP if seconds > 0 else KEEP
-        found[key] = found.get(key, 0.0) + accumulation * seconds
+        found[key] = found.get(key, 0.0) + seconds
     return found
 
 

@@ -29,6 +29,9 @@ class Times(Protocol):
     def optimizer_s(self) -> float:
         """One optimizer step."""
 
+    def stepping_s(self, variant: str) -> float:
+        """What an optimizer step of a variant takes beyond that; below 0: less."""
+
 
 Row = tuple[int, int, int, int]  # hold, forward peak, backward peak, bytes copied to the host
 
@@ -183,7 +186,7 @@ class Profile:
             gaps=tuple(Gap(*gap) for gap in sizes.gaps),
             optimizer_bytes=sizes.optimizer,
             rest_s=self.times.rest_s(micro_batch, variant),
-            optimizer_s=self.times.optimizer_s,
+            optimizer_s=max(0.0, self.times.optimizer_s + self.times.stepping_s(variant)),
             accumulation=accumulation,
         )
 

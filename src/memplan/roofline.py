@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from memplan.gpus import Gpu
 from memplan.graph import BlockGraph
-from memplan.problem import KEEP
+from memplan.problem import KEEP, lever_of
 from memplan.profile import Level
 from memplan.trace import BlockRun, MicroStep, Span, Trace
 
@@ -72,6 +72,7 @@ class StepTimes:
     Attributes:
         blocks: (path, option) -> micro-batch -> seconds.
         rest: variant -> micro-batch -> seconds of a micro-step outside the blocks.
+        stepping: variant -> seconds of its optimizer step beyond the plain one's, where it steps otherwise.
         doubt: share by which measured times of one thing differed; see `laps.Laps`.
     """
 
@@ -80,6 +81,7 @@ class StepTimes:
     optimizer_s: float
     how: str = field(default="estimate")  # or "measured"
     doubt: float = 0.0
+    stepping: Mapping[str, float] = field(default_factory=dict)
 
     def block_s(self, path: str, option: str, micro_batch: int) -> float:
         return _affine(self.blocks[path, option], micro_batch)
@@ -87,14 +89,19 @@ class StepTimes:
     def rest_s(self, micro_batch: int, variant: str) -> float:
         return _affine(self.rest[variant], micro_batch)
 
+    def stepping_s(self, variant: str) -> float:
+        return self.stepping.get(variant, 0.0)
+
 
 def estimated(levels: Mapping[int, Mapping[str, Sequence[Level]]], rates: Rates) -> StepTimes:
     """Times from traces (micro-batch -> variant -> levels, see `profile.Profile.of`), by the roofline."""
     blocks: dict[tuple[str, str], dict[int, float]] = {}
     rest: dict[str, dict[int, float]] = {}
-    optimizer_s = 0.0
+    optimizer_s, stepping = 0.0, dict[str, float]()
     for micro_batch, by_variant in levels.items():
+        plain_s: dict[str, float] = {}  # variant -> seconds of a step with everything kept, but for the optimizer's
         for variant, found in by_variant.items():
+            plain = _without_stepping(variant)
             for level in found:
                 total = np.concatenate([[0.0], np.cumsum(op_seconds(level.trace, rates))])
                 step = level.trace.steps[0]
@@ -102,11 +109,22 @@ def estimated(levels: Mapping[int, Mapping[str, Sequence[Level]]], rates: Rates)
                 for path, seconds in own.items():
                     option = level.decisions.get(path, KEEP)
                     blocks.setdefault((path, option), {}).setdefault(micro_batch, seconds)
-                rest_s = _step_seconds(total, step) - sum(own.values())
-                rest.setdefault(variant, {}).setdefault(micro_batch, rest_s)
+                step_s, after_s = _step_seconds(total, step), _between(total, level.trace.optimizer_ops)
+                plain_s.setdefault(variant, step_s)
                 if variant == KEEP:
-                    optimizer_s = _between(total, level.trace.optimizer_ops)
-    return StepTimes(blocks, rest, optimizer_s)
+                    optimizer_s = after_s
+                if variant == plain:
+                    rest.setdefault(variant, {}).setdefault(micro_batch, step_s - sum(own.values()))
+                else:  # the optimizer's operators may be anywhere in the backward
+                    rest.setdefault(variant, {}).setdefault(micro_batch, rest[plain][micro_batch])
+                    stepping.setdefault(variant, step_s + after_s - plain_s[plain] - optimizer_s)
+    return StepTimes(blocks, rest, optimizer_s, stepping=stepping)
+
+
+def _without_stepping(variant: str) -> str:
+    """The variant in which the optimizer steps plainly: its loss head's."""
+    heads = [part for part in variant.split("+") if lever_of(part) not in ("optimizer", "step-in-backward")]
+    return "+".join(heads) or KEEP
 
 
 def node_seconds(graph: BlockGraph, rates: Rates) -> list[float]:

@@ -95,8 +95,10 @@ def measured(
             scales[size] = sum(found[key] for key in keep) / guessed_s if guessed_s > 0 else 1.0
     rest = _scaled(estimate.rest, scales, around)
     blocks = {**_guessed(seconds, menu, estimate), **_steadied(seconds, estimate), **_selected(seconds, menu)}
-    optimizer_s = estimate.optimizer_s * scales[samples[-1].batch_size]
-    return StepTimes(blocks, rest, optimizer_s, how="measured", doubt=max(doubts, default=0.0))
+    scale = scales[samples[-1].batch_size]
+    stepping = {variant: extra_s * scale for variant, extra_s in estimate.stepping.items()}
+    doubt = max(doubts, default=0.0)
+    return StepTimes(blocks, rest, estimate.optimizer_s * scale, how="measured", doubt=doubt, stepping=stepping)
 
 
 def _scaled(

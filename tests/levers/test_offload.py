@@ -16,6 +16,7 @@ from imprint import Imprint
 from real import bytes_of, peak_of
 from torch import Tensor, nn
 
+from memplan import levers
 from memplan.blocks import alike, find_blocks
 from memplan.errors import PlanMismatch, PlanNotFollowed, UsageError
 from memplan.levers import host_pool, offload
@@ -755,3 +756,14 @@ def test_the_cpu_has_no_streams() -> None:
 
 def test_the_link_is_measured() -> None:
     assert 1e7 < offload.measured_link(torch.device("cpu")) < 1e12
+
+
+@pytest.mark.parametrize("head", ["keep", "chunked-5"])
+def test_copies_end_with_the_blocks_whatever_the_head_does(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace says "keep" of the head, and the plan that is applied says nothing of it."""
+    ends: list[object] = []
+    monkeypatch.setattr(offload, "install_end", lambda module, _: ends.append(module) or (lambda: None))
+    model, _ = tiny.llama(layers=2)
+    decisions = {**dict.fromkeys(find_blocks(model), SAVED), "lm_head": head}
+    with levers.decided(model, decisions, pool=small()):
+        assert ends == [model.model.layers[1]]

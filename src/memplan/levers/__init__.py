@@ -70,6 +70,7 @@ def install(
             raise PlanMismatch(f"{path} is to {option!r}, but the options are {', '.join(known)}: plan again.")
     undos: list[Undo] = []
     proved: set[object] = set()
+    head = None if pool is None else loss_head.find_head(model)  # as it is before a lever is in it
 
     def undo() -> None:
         while undos:
@@ -79,12 +80,17 @@ def install(
         for path, option in decisions.items():
             undos.extend(_installed(model.get_submodule(path), path, option, selections, pool, proved))
         if pool is not None and not set(decisions.values()).isdisjoint(offload.OPTIONS):
-            last = [path for path, option in decisions.items() if loss_head.rows_of(option) is None][-1]
+            last = [path for path, option in decisions.items() if not _is_head(path, option, head)][-1]
             undos.append(offload.install_end(model.get_submodule(last), pool))
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _is_head(path: str, option: str, head: str | None) -> bool:
+    """Whether it is the loss head, also where that one is kept: copies end with the blocks."""
+    return path == head or loss_head.rows_of(option) is not None
 
 
 def _installed(
