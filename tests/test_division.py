@@ -110,6 +110,7 @@ def test_what_cannot_be_tried_is_planned_as_it_was() -> None:
     assert not {NO_MEAN, NO_MEAN_OF_THESE} & set(plan.assumptions)
 
 
+@pytest.mark.slow
 def test_a_guards_smaller_plans_divide_it_no_more_than_the_first() -> None:
     model, batch = Contrastive(), {"x": torch.randn(8, 256, 64)}  # so long that activations set the peak
     wide = (nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))  # worth recomputing
@@ -123,6 +124,7 @@ def test_a_guards_smaller_plans_divide_it_no_more_than_the_first() -> None:
         assert {(plan.micro_batch, plan.accumulation) for plan in smaller} == {(8, 1)}
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_divided_as_asked_is_divided_alike_by_a_guard() -> None:
     model, batch = Contrastive(), {"x": torch.randn(2, 256, 64)}
     wide = (nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))
@@ -134,6 +136,7 @@ def test_a_batch_that_was_divided_as_asked_is_divided_alike_by_a_guard() -> None
     assert all(NO_MEAN_OF_THESE in plan.assumptions for plan in smaller)
 
 
+@pytest.mark.slow
 def test_a_guard_asks_a_loss_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found out when the plan was made; when memory has run out there may be no room to try."""
     model, batch = tiny.llama(layers=2, rows=4, length=64, use_cache=False)

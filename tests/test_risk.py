@@ -108,7 +108,9 @@ def leanest() -> Plan:
     return wide(card_with(2**34), "peak")
 
 
-@pytest.mark.parametrize("share", [1.0, 1.01, 1.05, 1.3])
+@pytest.mark.parametrize(
+    "share", [1.0, pytest.param(1.01, marks=pytest.mark.slow), 1.05, pytest.param(1.3, marks=pytest.mark.slow)]
+)
 def test_where_the_leanest_plan_fits_a_plan_fits(leanest: Plan, share: float) -> None:
     """However unlike the allocator's part in the plans between it and the fastest."""
     made = wide(card_with((leanest.needs_bytes + 1) * share * (1 + risk.excess_share(0.99)) + 1))

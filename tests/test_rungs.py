@@ -13,6 +13,8 @@ from memplan.plan_record import Plan
 from memplan.rungs import ladders
 from memplan.strategy import Strategy
 
+pytestmark = pytest.mark.slow
+
 WHOLE = Strategy(name="whole", levers=("recompute",))
 ROWS, LONG = 4, 128
 

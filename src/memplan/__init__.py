@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memplan.pipeline import apply, autofit, plan, predict
     from memplan.plan_record import Measured, Plan, Verdict
     from memplan.prediction import Prediction
-    from memplan.rungs import ladder, ladders
+    from memplan.rungs import ladder
     from memplan.strategy import Strategy
     from memplan.tuning import tune
     from memplan.world import World
@@ -50,7 +50,6 @@ __all__ = [
     "autofit",
     "find_gpu",
     "ladder",
-    "ladders",
     "plan",
     "predict",
     "prepare",
@@ -76,7 +75,6 @@ _HOMES: Final = {
     "autofit": "memplan.pipeline",
     "find_gpu": "memplan.gpus",
     "ladder": "memplan.rungs",
-    "ladders": "memplan.rungs",
     "plan": "memplan.pipeline",
     "predict": "memplan.pipeline",
     "prepare": "memplan.integrations.accelerate",
