@@ -272,6 +272,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(applied: Applied
     assert before.differences() == []
 
 
+@pytest.mark.slow
 def test_neither_where_they_are_stepped_in_the_backward() -> None:
     model, batch = tiny.gpt2(layers=2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -108,9 +108,8 @@ def leanest() -> Plan:
     return wide(card_with(2**34), "peak")
 
 
-@pytest.mark.parametrize(
-    "share", [1.0, pytest.param(1.01, marks=pytest.mark.slow), 1.05, pytest.param(1.3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 1.01, 1.05, 1.3])
 def test_where_the_leanest_plan_fits_a_plan_fits(leanest: Plan, share: float) -> None:
     """However unlike the allocator's part in the plans between it and the fastest."""
     made = wide(card_with((leanest.needs_bytes + 1) * share * (1 + risk.excess_share(0.99)) + 1))
@@ -119,6 +118,7 @@ def test_where_the_leanest_plan_fits_a_plan_fits(leanest: Plan, share: float) ->
     assert made.smallest_bytes == leanest.needs_bytes
 
 
+@pytest.mark.slow
 def test_a_plan_that_may_fail_is_the_one_that_is_the_likeliest_to_fit(leanest: Plan) -> None:
     made = wide(card_with(leanest.needs_bytes))
     assert made.verdict is Verdict.UNCERTAIN

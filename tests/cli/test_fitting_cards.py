@@ -177,6 +177,7 @@ def test_methods_are_planned_side_by_side_where_there_are_cores(config: Path, mo
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_what_another_process_cannot_use_is_refused_as_here(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes from the other one alone: this one has nothing to do."""
     monkeypatch.setattr(fitting_cards, "_cores", lambda: 2)

@@ -411,6 +411,34 @@ def test_steps_that_the_loop_leaves_out(micro_batch: int, caplog: pytest.LogCapt
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [3, 7])
+def test_gradients_that_the_loop_drops_with_its_own_accumulation(bad: int) -> None:
+    """The last batch of a step has no loss, also of the first step: what came before it is dropped by `zero_grad`."""
+
+    def run(line: Any) -> list[torch.Tensor]:
+        with scripts.fresh_accelerate():
+            torch.manual_seed(0)
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+            if line is not None:
+                line(accelerator)
+            model = scripts.make_model("llama")
+            loader = scripts.DataLoader(scripts.Texts(96), scripts.BATCH, collate_fn=scripts.padded)
+            model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+            for at, batch in enumerate(loader):
+                with accelerator.accumulate(model):
+                    if at == bad:
+                        optimizer.zero_grad()
+                        continue
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return [p.detach().clone() for p in model.parameters()]
+
+    plain, ours = run(None), run(partial(attach, plan=scripts.plan_file("llama", 8, 32)))
+    assert max(float((a - b).abs().max()) for a, b in zip(plain, ours, strict=True)) <= CLOSE
+
+
 def test_a_loop_that_goes_on_by_counting_where_nothing_is_divided() -> None:
     with scripts.fresh_accelerate():
         accelerator = Accelerator(cpu=True)

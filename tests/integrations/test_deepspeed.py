@@ -46,7 +46,7 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 @pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("own_accumulation", [1, 2])
+@pytest.mark.parametrize("own_accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_weights_are_those_without_memplan(own_accumulation: int) -> None:
     """Batches are cut to two rows, weighted by tokens; the last of an epoch is ragged."""
     options: dict[str, Any] = {"rows": ROWS, "own_accumulation": own_accumulation, "accumulate": own_accumulation > 1}

@@ -144,6 +144,7 @@ def test_a_loader_that_is_set_up_already() -> None:
     refused(UsageError, r"estimated_stepping_batches in configure_optimizers does", module=Counting(), settings=divided)
 
 
+@pytest.mark.slow
 def test_what_only_divided_batches_do_not_go_with() -> None:
     module, callback = Counting(), MemplanCallback(gpu="cpu:1GiB")
     trainer(callback, reload_dataloaders_every_n_epochs=1, val_check_interval=0.3).fit(module, texts())

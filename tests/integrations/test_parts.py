@@ -1,10 +1,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
 from memplan.integrations.parts import LastOutput
+from memplan.levers import loss_head
 
 
 @dataclass(slots=True)
@@ -41,6 +44,22 @@ def test_a_part_without_labels_has_gradients_of_zeros_for_every_weight() -> None
     by_the_loss = gradients(lambda _, loss: loss.nan_to_num() * 0.0)
     assert len(by_the_loss) == 5
     assert any(value != value for value in by_the_loss)  # what it is for
+
+
+@pytest.mark.filterwarnings("ignore::memplan.errors.PlanNotFollowed")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_logits_that_are_not_there_send_back_zeros_too(reduction: str) -> None:
+    """Of a loss in chunks, or of one that has them computed."""
+    model, batch = tiny.llama(layers=1)
+    labels = torch.full_like(batch["labels"], -100).flatten()
+    undo = loss_head.install(model.lm_head, "chunked-5")
+    last = LastOutput(model)
+    logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, labels, reduction=reduction).sum() / (labels != -100).sum()
+    last.nothing_to_learn(loss).backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+    undo()
 
 
 def test_where_the_output_is_a_loss_that_one_is_taken() -> None:

@@ -505,7 +505,10 @@ def test_heads_that_are_left_alone() -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "autocast"), [("llama", None), ("gpt2", torch.bfloat16), ("bert", None)])
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [("llama", None), ("gpt2", torch.bfloat16), pytest.param("bert", None, marks=pytest.mark.slow)],
+)
 def test_the_saving_is_real_and_foreseen(name: str, autocast: torch.dtype | None, monkeypatch: Any) -> None:
     monkeypatch.setattr(tiny, "VOCABULARY", 4096)
     model, batch = tiny.WORKLOADS[name](layers=1, rows=8, length=32)  # type: ignore[call-arg]  # all of these have them

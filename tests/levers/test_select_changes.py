@@ -373,3 +373,39 @@ def test_tokens_that_go_to_an_expert_are_others_in_each_step(by_mask: bool) -> N
     assert holding(block) == len(names)
     undo()
     assert all(same(f, gradients(block, rows(s, 16))) for f, s in zip(found, (0, 1, 2, 3, 1), strict=True))
+
+
+@from_then_on
+def test_an_input_that_is_written_to_in_some_steps_only() -> None:
+    """After Python has looked at a value, as it did in the captured forward, and found nothing then."""
+
+    def forward(block: Block, x: Tensor, limit: float) -> Tensor:
+        made_again = functional.gelu(x + block.norm.bias)
+        if bool(x.detach().abs().max() > limit):
+            x.mul_(0.5)
+        return block.last(torch.tanh(made_again)) + block.first(x).tanh()
+
+    def results(block: Block, limit: float) -> list[Tensor | None]:
+        block.zero_grad()
+        x = rows()
+        out = block(x * 1.0, torch.tensor(limit))
+        out.square().sum().backward()
+        return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
+
+    block, limits = made(forward), (100.0, 100.0, 0.1, 100.0)
+    undo = install(block, rows() * 1.0, torch.tensor(100.0))
+    found = [results(block, limit) for limit in limits]
+    undo()
+    assert all(same(some, results(block, limit)) for some, limit in zip(found, limits, strict=True))
+
+
+@from_then_on
+def test_a_draw_of_another_thread_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = made(), rows()
+    undo = install(block, x)
+    moved = iter([0, 1])  # during the first capture somebody drew
+    monkeypatch.setattr(select, "_chances", lambda: next(moved, 2))
+    gradients(block, x)
+    gradients(block, x)
+    assert holding(block)
+    undo()

@@ -46,7 +46,6 @@ class Group:
         steps: finished so far, with those that the loop has left out.
         has_trained: whether a step has gone as those of Accelerate's loops do.
         left_out: steps that the loop has left out since the last one that it has not.
-        has_warned: of the first of those.
         before: of those, the ones of earlier epochs.
         skipped: steps that the next epoch leaves out at its beginning.
         by_engine: whether DeepSpeed takes the steps.
@@ -55,6 +54,7 @@ class Group:
         last_output: of the model, where a part without labels needs it: ranks wait for the gradients of every block.
         to_step: the ids of the optimizers that have not stepped in this step.
         asks: whether the loop asks when a step ends, so that it need not call `step` for every batch.
+        asked_zero: whether the loop has called `zero_grad` behind the last micro-batch, without a step.
         handed: micro-batches of this step so far.
         calls: of `step` in this step, by the ids of the optimizers.
         rates: the learning rates at the last of them, and of those before; they may be of the step before.
@@ -76,7 +76,6 @@ class Group:
     steps: int = 0
     has_trained: bool = False
     left_out: int = 0
-    has_warned: bool = False
     before: int = 0
     skipped: int = 0
     by_engine: bool = False
@@ -85,6 +84,7 @@ class Group:
     last_output: LastOutput | None = None
     to_step: set[int] = field(default_factory=set)
     asks: bool = False
+    asked_zero: bool = False
     handed: int = 0
     calls: Counter[int] = field(default_factory=Counter)
     rates: dict[int, list[float]] = field(default_factory=dict)
@@ -113,9 +113,10 @@ class Group:
         self.moves.clear()
         self.moved_before.clear()
         self.to_step = {id(optimizer) for optimizer in self.optimizers}
-        if self.has_trained and not (self.split.is_own and self.left_out):
+        if self.asked_zero or (self.has_trained and not (self.split.is_own and self.left_out)):
             for optimizer in self.optimizers:
                 optimizer.optimizer.zero_grad(set_to_none=True)
+        self.asked_zero = False
         if self.second is not None:
             self.second.begin(self.steps, self.models[0], self.optimizers, self.device)
 
@@ -141,6 +142,8 @@ class Group:
                 "it in place of loss.backward(); fetch each when it is trained on, since workers of the loader fetch "
                 "ahead (num_workers); and leave batches out by accelerator.skip_first_batches(loader, n)."
             )
+        if self.last_output is not None:
+            self.last_output.forget()  # of a micro-batch that was left out
         self.weight, self.is_last, self.handed = weight, is_last, self.handed + 1
         GradientState()._set_sync_gradients(is_last)
         for model in self.models:
@@ -179,14 +182,13 @@ class Group:
         if self.stepped:
             return False
         if self.split.is_own:
-            return self.has_trained or not self.backwards
+            return self.has_trained or self.asks or not self.backwards
         return self.has_trained and not (self.by_engine and self.backwards)
 
     def _leave_out(self) -> None:
         """The loop has left out a step, as for a loss that is no number; what it has of gradients is dropped next."""
-        if self.has_trained and not self.has_warned:
+        if self.has_trained and not self.left_out:
             _log.warning("the loop left out step %d: no optimizer.step() behind its last micro-batch", self.steps + 1)
-            self.has_warned = True
         self.left_out += 1
 
     def let_go(self) -> None:
@@ -371,6 +373,7 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
 
     def zero_grad(set_to_none: bool = True) -> None:
         is_whole = group.is_last and group.backwards >= group.handed  # and was not stepped by, so that it is left out
+        group.asked_zero |= group.is_last and not group.stepped
         if group.weight is None or group.stepped or is_whole or not group.backwards:
             optimizer.optimizer.zero_grad(set_to_none=set_to_none)
 

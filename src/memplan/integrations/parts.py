@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 
+from memplan.levers.lazy_logits import LazyLogits
 from memplan.means import Count, rows_in, tensors_in
 
 
@@ -73,8 +74,7 @@ class LastOutput:
 
     def _see(self, _model: nn.Module, _inputs: object, output: object) -> None:
         if torch.is_grad_enabled():
-            found = (tensor for tensor in tensors_in(output) if tensor.dim() and tensor.requires_grad)
-            self._tensors = [tensor for tensor in found if type(tensor) is Tensor]  # not logits that are made when read
+            self._tensors = [tensor for tensor in tensors_in(output) if tensor.dim() and tensor.requires_grad]
 
     def forget(self) -> None:
         """What it holds: a step has come to its backward."""
@@ -86,7 +86,10 @@ class LastOutput:
         A loss written by hand sends back what is no number for a mean over nothing; it ends where the output is.
         """
         for tensor in self._tensors:
-            tensor.register_hook(torch.zeros_like)
+            if isinstance(tensor, LazyLogits):
+                tensor.deferred.send_back_nothing()
+            else:
+                tensor.register_hook(torch.zeros_like)
         return loss.nan_to_num() * 0.0
 
     def undo(self) -> None:

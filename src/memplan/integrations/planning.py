@@ -14,7 +14,7 @@ from memplan.division import Division
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
 from memplan.plan_record import Plan, Verdict
-from memplan.problem import KEEP, RECOMPUTE
+from memplan.problem import KEEP, RECOMPUTE, lever_of
 from memplan.recipe import Recipe
 from memplan.samples import Sample
 from memplan.session import Session
@@ -30,8 +30,12 @@ _WHOLE = (
     "a stream. Leave micro_batch out, or say with normalise=... what the loss is a mean over."
 )
 
-_WITH_ALL_WEIGHTS: Final[tuple[Lever, ...]] = ("recompute", "select", "offload", "loss-head")
+_WITH_ALL_WEIGHTS: Final[tuple[Lever, ...]] = ("recompute", "select", "offload")
 _WHOLE_BLOCKS: Final[tuple[Lever, ...]] = ("recompute",)  # module by module, each of which DeepSpeed gives its weights
+_HOOKED: Final = (
+    "DeepSpeed puts hooks on what a model returns, for which the logits would be computed: the loss is not computed in "
+    "chunks"
+)
 _MOVING: Final = (
     "ZeRO-3 takes a module's weights away when the module has run: blocks are recomputed as a whole or not at all, "
     "nothing that they save is copied to the host, and the loss is not computed in chunks"
@@ -110,8 +114,9 @@ def _for_engine(strategy: Strategy, recipe: Recipe) -> tuple[Strategy, tuple[str
     possible = _WHOLE_BLOCKS if recipe.zero.weights_move else _WITH_ALL_WEIGHTS
     both = strategy.levers, strategy.levers_first
     levers, first = (tuple(lever for lever in asked if lever in possible) for asked in both)
-    left_out = set(strategy.levers) & set(_WITH_ALL_WEIGHTS) - set(possible)
-    return replace(strategy, levers=levers, levers_first=first), (_MOVING,) if left_out else ()
+    left_out = set(strategy.levers) & {*_WITH_ALL_WEIGHTS, "loss-head"} - set(possible)
+    said = _MOVING if recipe.zero.weights_move else _HOOKED
+    return replace(strategy, levers=levers, levers_first=first), (said,) if left_out else ()
 
 
 def _check_engine(plan: Plan, recipe: Recipe) -> None:
@@ -123,6 +128,8 @@ def _check_engine(plan: Plan, recipe: Recipe) -> None:
             f'the plan has the optimizer step "{plan.stepping}", and DeepSpeed steps in a way of its own. Plan for '
             "this run, without a file."
         )
+    if chunks := [option for option in plan.decisions.values() if lever_of(option) == "loss-head"]:
+        raise PlanMismatch(f"the plan has {chunks[0]}, and {_HOOKED}. Plan for this run, without a file.")
     others = set(plan.decisions.values()) - {KEEP, RECOMPUTE}
     if recipe.zero.weights_move and others:
         words = ", ".join(sorted(others))

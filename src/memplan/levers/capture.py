@@ -103,7 +103,7 @@ class Captured:
         calls: per node of the graph, its operators in order.
         inputs: per given value that is no parameter or buffer, its position among the call's tensors.
         owned: per given value that is one, its dotted name in the block.
-        saved: what autograd saved, in order; of that, the first `steady` ones are alike in each forward.
+        saved: what autograd saved, in order; only the first `steady` ones are alike in each forward, None: all.
         states: random node -> the values of the generator's state before it and after it; see `RANDOM_STATE`.
         node_s: seconds of each node when it was captured; only true on a device, with `clock`.
     """
@@ -113,7 +113,7 @@ class Captured:
     inputs: Mapping[int, int]
     owned: Mapping[int, str]
     saved: tuple[SavedTensor, ...]
-    steady: int
+    steady: int | None
     states: Mapping[int, tuple[int, int]]
     device: torch.device
     node_s: tuple[float, ...]
@@ -363,7 +363,7 @@ class Capture(TorchDispatchMode):
             inputs=self._inputs,
             owned=self._owned,
             saved=tuple(self._saved),
-            steady=len(self._saved) if self._told_at is None else self._told_at,
+            steady=self._told_at,
             states=states,
             device=self._device,
             node_s=tuple(draft.seconds for draft in nodes),

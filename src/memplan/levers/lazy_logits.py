@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from memplan.errors import ModelError
 from memplan.levers.chunked_loss import Cast, Loss, Step, chunked_loss, logits_of
-from memplan.levers.uses import Uses
+from memplan.levers.uses import Silence, Uses
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +37,7 @@ class Call:
     bias: Tensor | None
     rows: int
     uses: Uses
+    silence: Silence = field(default_factory=Silence, init=False)
     dtype: torch.dtype = field(init=False)
     autocast: AbstractContextManager[object] = field(init=False)
     versions: tuple[int, ...] = field(init=False)
@@ -91,7 +92,7 @@ class Deferred:
         """The true logits, with their autograd history; views among them are views of the same memory."""
         if self._value is None:
             with torch.enable_grad():  # it was on when the head was called
-                self._value = self._computed()
+                self._value = self.call.silence.heard(self._computed())
         return self._value
 
     def _computed(self) -> Tensor:
@@ -100,6 +101,10 @@ class Deferred:
         self.call.read()
         with self.call.autocast:
             return self.call.head(self.call.hidden)
+
+    def send_back_nothing(self) -> None:
+        """Gradients of what is made of them are zeros: those of a mean over nothing by hand are no numbers."""
+        self.call.silence.is_on = True
 
     def plain(self) -> Tensor:
         """Their values alone, for operators below autograd."""
@@ -116,7 +121,7 @@ class Deferred:
         call.check()
         call.uses.losses += 1
         how = Loss(call.rows, call.dtype, self.steps, result, ignore_index, smoothing, mean)
-        return chunked_loss(self.rows, call.weight, call.bias, target, how)
+        return call.silence.heard(chunked_loss(self.rows, call.weight, call.bias, target, how))
 
 
 class LazyLogits(Tensor):
@@ -201,9 +206,8 @@ class _Logits(torch.autograd.Function):
 
 
 def _passes_on(hook: Any) -> bool:
-    """Whether a hook only waits for the backward to begin, as those that FSDP2 and DeepSpeed put on all outputs."""
-    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
-    return module.startswith(("torch.distributed.", "deepspeed."))
+    """Whether a hook hands on the gradient that it gets, as that by which FSDP2 waits for the backward of an output."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 # -- what is understood ----------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ _LONGEST = 64  # entries of one that is looked into: more are no settings
 _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps in each, and is looked at by itself
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MOST_KINDS = 64  # of calls of one block that are remembered
+_MOST_MISSES = 3  # captures with nothing to drop before one is remembered
 _OFTEN = 100  # forwards in a row that were new, beyond what lengths bring about
 _TOLD = "told of captures"  # among what blocks share
 
@@ -72,7 +73,7 @@ def unrepeatable(graphs: Iterable[BlockGraph]) -> str | None:
         return None
     return (
         "nothing that autograd saves there can be made again, since it is written to in place, or comes of random "
-        "numbers from a generator of its own, or after Python has asked what a tensor holds"
+        "numbers from a generator of its own or from Python's or NumPy's, or after Python has asked what a tensor holds"
     )
 
 
@@ -89,6 +90,7 @@ class Selected(StandIn):
 
     def _forget(self) -> None:
         self._anew = 0  # calls in a row that were captured
+        self._misses = 0  # captures in which there was nothing to drop
         self._known: dict[object, tuple[Captured, tuple[Part, ...]]] = {}
         self._look()
 
@@ -108,7 +110,7 @@ class Selected(StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._known, self._proved = {}, set()  # the block may not be whole yet
-        self._attributes, self._contained, self._anew = [], [], 0
+        self._attributes, self._contained, self._anew, self._misses = [], [], 0, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
@@ -128,21 +130,22 @@ class Selected(StandIn):
             return self._captured(kind, inputs, args, kwargs)
         self._anew, self._known[kind] = 0, self._known.pop(kind)  # the latest, which is the last to be forgotten
         captured, parts = known
-        expected, steady = captured.saved, captured.steady
+        expected, sources = captured.saved, _sources_of(captured, parts, inputs)
+        steady = len(expected) if captured.steady is None else captured.steady
         saved: list[Saved] = []
         alike = True
 
         def pack(tensor: Tensor) -> Saved:
             nonlocal alike
             n = len(saved)
-            alike = alike and (expected[n].is_like(tensor) if n < steady else steady < len(expected))
+            alike = alike and (expected[n].is_like(tensor) if n < steady else captured.steady is not None)
             saved.append(Saved(tensor))
             return saved[-1]
 
         state = random_state(captured.device) if any(part.draws for part in parts) else None
         with saved_tensors_hooks(pack, Saved.give):
             out = self.__wrapped__(*args, **kwargs)
-        if alike and len(saved) >= steady:
+        if alike and len(saved) >= steady and all(tensor._version == before for tensor, before in sources):
             leave(parts, saved, self.block, inputs, state)
         else:
             del self._known[kind]
@@ -169,6 +172,10 @@ class Selected(StandIn):
         if is_traced and any(part.draws for part in parts):
             state = random_state(device)
         leave(parts, saved, self.block, inputs, state)
+        is_fixed = any(node.repeatable for node in captured.graph.nodes)
+        if self.dropped and not is_fixed and self._misses < _MOST_MISSES:
+            self._misses += 1  # another thread may have drawn from Python's generator meanwhile: it is tried again
+            return out
         while len(self._known) >= _MOST_KINDS:
             self._known.pop(next(iter(self._known)))
         self._known[kind] = captured, parts
@@ -276,6 +283,15 @@ def capturing(
     with saved_tensors_hooks(pack, Saved.give), capture:
         out = forward(*args, **kwargs)
     return capture.captured(is_fixed=_chances() == before), saved, out
+
+
+def _sources_of(captured: Captured, parts: Sequence[Part], inputs: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """What is made again takes of the call's tensors, with their versions: where Python looks at values, a later
+    forward may write to them, which the captured one did not."""
+    if captured.steady is None:
+        return []
+    read = {value for part in parts for value, _ in part.sources}
+    return [(inputs[at], inputs[at]._version) for value, at in captured.inputs.items() if value in read]
 
 
 def _chances() -> tuple[object, ...]:

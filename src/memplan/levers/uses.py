@@ -5,6 +5,9 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from memplan.errors import PlanNotFollowed
 from memplan.units import format_bytes
 
@@ -34,3 +37,16 @@ class Uses:
             PlanNotFollowed,
             stacklevel=next((level for level, name in enumerate(names, 1) if not name.startswith(_INSIDE)), 1),
         )
+
+
+@dataclass(slots=True)
+class Silence:
+    """Whether gradients that come to a call of a head are taken for zeros."""
+
+    is_on: bool = False
+
+    def heard(self, tensor: Tensor) -> Tensor:
+        """The same tensor, whose gradient is taken so."""
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: torch.zeros_like(grad) if self.is_on else None)
+        return tensor
