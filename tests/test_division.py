@@ -110,11 +110,16 @@ def test_what_cannot_be_tried_is_planned_as_it_was() -> None:
     assert not {NO_MEAN, NO_MEAN_OF_THESE} & set(plan.assumptions)
 
 
+def wide(rows: int) -> tiny.Made:
+    """Blocks that are worth recomputing, and rows so long that activations set the peak."""
+    model = Contrastive()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))
+    return model, {"x": torch.randn(rows, 256, 64)}
+
+
 @pytest.mark.slow
 def test_a_guards_smaller_plans_divide_it_no_more_than_the_first() -> None:
-    model, batch = Contrastive(), {"x": torch.randn(8, 256, 64)}  # so long that activations set the peak
-    wide = (nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))  # worth recomputing
-    model.blocks = nn.ModuleList(wide)
+    model, batch = wide(8)
     keeping = Strategy(name="keep-all", levers=())
     for asked in ({}, {"micro_batch": 8}):  # the first, tried already; of the second, the ladder has to find out
         first = memplan.plan(
@@ -126,9 +131,7 @@ def test_a_guards_smaller_plans_divide_it_no_more_than_the_first() -> None:
 
 @pytest.mark.slow
 def test_a_batch_that_was_divided_as_asked_is_divided_alike_by_a_guard() -> None:
-    model, batch = Contrastive(), {"x": torch.randn(2, 256, 64)}
-    wide = (nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)) for _ in range(4))
-    model.blocks = nn.ModuleList(wide)
+    model, batch = wide(2)
     asked = {"sample": batch, "effective_batch": 8, "micro_batch": 2, "optimizer": "sgd"}
     first = memplan.plan(model, "cpu:1GiB", strategy=Strategy(name="keep-all", levers=()), **asked)
     smaller = list(ladder(model, first, "recompute-only"))[1:]

@@ -106,7 +106,7 @@ def ladders(
 def _within_budget_of(plan: Plan, model: nn.Module, live: Live, wanted: Strategy, micro_batch: int | None) -> Plan:
     """The plan for another sample. Raises DoesNotFit if there is none."""
     session = _session(model, plan, live)
-    size = micro_batch or (plan.micro_batch if session.division.is_doubtful else None)
+    size = micro_batch or _kept_size(plan, session)
     found = session.plan(wanted, plan.effective_batch, size)
     if found.budget_bytes > plan.budget_bytes:  # a plan for several ranks, or of another strategy
         share = wanted.budget_share * plan.budget_bytes / found.budget_bytes
@@ -114,6 +114,11 @@ def _within_budget_of(plan: Plan, model: nn.Module, live: Live, wanted: Strategy
     if found.verdict is Verdict.DOES_NOT_FIT:
         raise DoesNotFit(found.describe(), found.smallest_bytes)
     return found
+
+
+def _kept_size(plan: Plan, session: Session) -> int | None:
+    """The plan's micro-batch, where another one might train something else; None: any will do."""
+    return plan.micro_batch if session.division.is_doubtful else None
 
 
 def _session(model: nn.Module, plan: Plan, live: Live) -> Session:
@@ -161,7 +166,7 @@ def _smaller(model: nn.Module, plan: Plan, live: Live, wanted: Strategy, micro_b
         return found if micro_batch else found.assuming(*session.division.said(found.accumulation))
 
     check_bare()
-    size = micro_batch or (plan.micro_batch if session.division.is_doubtful else None)
+    size = micro_batch or _kept_size(plan, session)
     most = within(wanted.budget_share)
     whole, least = most.budget_bytes / wanted.budget_share, most.smallest_bytes
     while (beyond := plan.needs_bytes - least) > 0:

@@ -249,9 +249,8 @@ class _Clock:
     def graphs(self, blocks: Sequence[str]) -> dict[str, tuple[BlockGraph, list[float]]]:
         with self._own_errors():
             calls = self._calls(blocks, False)
-            with levers.decided(
-                self.model, dict.fromkeys(blocks, KEEP)
-            ):  # also where the model checkpoints them itself
+            kept = dict.fromkeys(blocks, KEEP)  # also where the model checkpoints them itself
+            with levers.decided(self.model, kept):
                 return {group[0]: self._graph(group[0], call) for group, call in calls.items()}
 
     def _graph(self, path: str, call: _Call) -> tuple[BlockGraph, list[float]]:

@@ -127,10 +127,10 @@ def tune(
     """Run the most promising plans for real steps on the device, and take the fastest that keeps the budget.
 
     There is a plan for every micro-batch that divides the effective batch (only the whole one, where the loss or batch
-    norm sets its rows against each other), every share of the budget, every strategy,
-    with and without the loss head's lever; equal ones count once. They are run in the order of what they promise, until
-    none could be more than 1 % faster than the best, or `n_trials` were run. The steps train nothing, and the model is
-    afterwards what it was. On a card each is run in a process of its own (not yet measured on one).
+    norm sets its rows against each other), every share of the budget, every strategy, with and without the loss head's
+    lever; equal ones count once. They are run in the order of what they promise, until none could be more than 1 %
+    faster than the best, or `n_trials` were run. The steps train nothing, and the model is afterwards what it was. On a
+    card each is run in a process of its own (not yet measured on one).
 
     Processes that are given the same storage and study share the work, on one machine or many, each on a device of the
     same kind; one that ends is replaced by calling `tune` again, which also goes on with an earlier study.

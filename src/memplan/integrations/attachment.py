@@ -202,11 +202,11 @@ class Attachment:
             device=accelerator.device,
             by_engine=is_deepspeed(accelerator),
         )
-        if self.fit is not None and accelerator.num_processes == 1 and not is_deepspeed(accelerator):
+        if self.fit is not None and accelerator.num_processes == 1 and not group.by_engine:
             group.second = SecondStep(self.fit, self._log)
         if self.fit is not None and split.micro_batches > split.own_batches and self._wishes.trusts_output:
             group.output_loss = OutputLoss(self.fit.model)
-        if self.fit is not None and (is_sharded(accelerator) or is_deepspeed(accelerator)):
+        if self.fit is not None and (is_sharded(accelerator) or group.by_engine):
             group.last_output = LastOutput(self.fit.model)  # whose blocks are gathered in every rank's backward
         for optimizer in group.optimizers:
             drive(optimizer, group)

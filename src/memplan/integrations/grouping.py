@@ -44,10 +44,10 @@ class Group:
         stepped: whether the optimizer has stepped since the group was begun.
         loss: of the step so far, as the script would have seen it for its own batches; detached.
         steps: finished so far, with those that the loop has left out.
-        has_trained: whether a step has gone as those of Accelerate's loops do.
-        left_out: steps that the loop has left out since the last one that it has not.
         before: of those, the ones of earlier epochs.
         skipped: steps that the next epoch leaves out at its beginning.
+        has_trained: whether a step has gone as those of Accelerate's loops do.
+        left_out: whether the loop has left out the latest step.
         by_engine: whether DeepSpeed takes the steps.
         second: what measures the second step, if anything does; given up where the loop ends before that.
         output_loss: what looks whether the loop trains by the loss in the model's output.
@@ -74,10 +74,10 @@ class Group:
     stepped: bool = False
     loss: "Tensor | float" = 0.0
     steps: int = 0
-    has_trained: bool = False
-    left_out: int = 0
     before: int = 0
     skipped: int = 0
+    has_trained: bool = False
+    left_out: bool = False
     by_engine: bool = False
     second: SecondStep | None = None
     output_loss: OutputLoss | None = None
@@ -172,7 +172,7 @@ class Group:
                 "call optimizer.step() for every batch or inside accelerator.accumulate(model)."
             )
         else:
-            self.has_trained, self.left_out = True, 0
+            self.has_trained, self.left_out = True, False
         self.steps, self.stepped, self.backwards = self.steps + 1, False, 0
 
     @property
@@ -189,7 +189,7 @@ class Group:
         """The loop has left out a step, as for a loss that is no number; what it has of gradients is dropped next."""
         if self.has_trained and not self.left_out:
             _log.warning("the loop left out step %d: no optimizer.step() behind its last micro-batch", self.steps + 1)
-        self.left_out += 1
+        self.left_out = True
 
     def let_go(self) -> None:
         """What watches the run ends."""
@@ -210,7 +210,7 @@ class Group:
         """
         if self.output_loss is not None:
             self.output_loss.check(loss)
-        if self.backwards >= self.handed and self.split.micro_batches != self.split.own_batches:
+        if self.backwards >= self.handed and not self.split.is_own:
             raise UsageError(
                 "accelerator.backward was called a second time for one micro-batch. Add the losses up and call it "
                 "once, with memplan.attach(accelerator, loss=...) where not all of them are in the model's output, or "

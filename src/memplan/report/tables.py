@@ -80,7 +80,8 @@ def learned_tables(learned: Mapping[Key, Corrections]) -> RenderableType:
         for how in ("measured", "estimate"):
             if found.timed(how):
                 facts[f"times, {how}"] = factors_text(found.factors(how))
-                facts["steps took"] = _beside([run.time_ratio - 1 for run in found.runs if run.time_ratio])
+        if ratios := [run.time_ratio for run in found.runs if run.time_ratio]:
+            facts["steps took"] = _beside([ratio - 1 for ratio in ratios])
         if found.runs:
             facts["peaks were"] = _beside([run.excess_bytes / run.predicted_bytes for run in found.runs])
         if found.excess_bytes:
