@@ -229,15 +229,22 @@ def _quickest(task: Task, sizes: list[Size]) -> tuple[Solved, float] | None:
         if size.samples < slowest * size.allowed_s:
             bounds.append((size.samples, size.allowed_s))
             continue
+        if plans and size.micro_batch <= _taken(plans, share).size.micro_batch:
+            slowest = max(slowest, _taken(plans, share).rate)  # it is not taken for its size
         plan = task.plan(size.asking(at_most_s=size.samples / slowest if slowest > 0 else inf))
         if plan is not None:
             plans.append(plan)
             bounds.append((size.samples, plan.bound_s))
     if not plans:
         return None
-    good = [plan for plan in plans if plan.rate >= max(other.rate for other in plans) * share]
-    taken = max(good, key=lambda plan: (plan.size.micro_batch, plan.rate))
+    taken = _taken(plans, share)
     return taken, min(bound_s for samples, bound_s in bounds if samples == taken.size.samples)
+
+
+def _taken(plans: list[Solved], share: float) -> Solved:
+    """The largest micro-batch among the plans of at least this share of the most samples per second."""
+    good = [plan for plan in plans if plan.rate >= max(other.rate for other in plans) * share]
+    return max(good, key=lambda plan: (plan.size.micro_batch, plan.rate))
 
 
 def _no_plan(task: Task, size: Size) -> NoPlan:
