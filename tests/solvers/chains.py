@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from memplan.problem import Block, Choice, Gap, Option, Problem
 from memplan.simulator import simulate
 from memplan.solvers import smallest_budget
+from memplan.solvers.bounds import Prices
 
 MIB = 2**20
+ROUNDING = 1e-9  # relative; HiGHS proves to as much
+COPIED = st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0.0, 1.0)
+MEMORY = st.just(0.0) | st.floats(0.0, 1.0) | st.floats(0.0, 1e-9)
+PRICES = st.builds(Prices, COPIED, COPIED, st.just(0.0) | st.floats(0.0, 4.0), MEMORY, MEMORY)
 
 
 def choices(problem: Problem) -> Iterator[Choice]:
@@ -97,6 +102,51 @@ def offloading_problems(draw: st.DrawFn) -> Problem:
         link_bytes_s=draw(st.sampled_from([1.0, 10.0, 1e10, 1e12])),
         host_bytes=draw(st.none() | st.integers(0, 20) | st.integers(0, 10**14)),
     )
+
+
+@st.composite
+def tight(draw: st.DrawFn) -> Problem:
+    """Of which the blocks are all there is, at budgets from the least that fits when copies help."""
+    problem = replace(draw(offloading_problems()), accumulation=1, rest_s=0.0, optimizer_s=0.0)
+    return with_share(problem, draw(st.sampled_from([0.0, 0.05, 0.3, 0.7])))
+
+
+@st.composite
+def forced(draw: st.DrawFn) -> Problem:
+    """Every block has to copy, over a link about as fast as the blocks: here a wrong price shows."""
+    sizes = st.integers(0, 6)
+    seconds = st.floats(1.0, 5.0)
+    copying = st.builds(
+        Option, st.just("offload"), sizes, sizes, sizes, seconds, st.integers(1, 6), st.just(0.0) | st.floats(0.0, 1.0)
+    )
+    too_large = Option("keep", 10**6, 10**6, 10**6, 1.0)
+    count = draw(st.integers(1, 4))
+    blocks = tuple(
+        Block(f"layers.{i}", 0, (too_large, *draw(st.lists(copying, min_size=1, max_size=3)))) for i in range(count)
+    )
+    problem = Problem(
+        budget_bytes=1,
+        blocks=blocks,
+        gaps=(Gap(0, 0),) * (count + 1),
+        optimizer_bytes=0,
+        rest_s=0.0,
+        optimizer_s=0.0,
+        link_bytes_s=draw(st.sampled_from([0.25, 0.5, 1.0, 2.0])),
+        host_bytes=draw(st.just(10**6) | st.integers(6, 24)),
+    )
+    return replace(problem, budget_bytes=smallest_budget(problem) + draw(st.integers(0, 20)))
+
+
+def largest_copy(problem: Problem, choice: Choice) -> int:
+    return max((option.link_bytes for option in problem.chosen(choice)), default=0)
+
+
+def rounding_s(problem: Problem, prices: Prices) -> float:
+    """What sums of so many seconds may be off by."""
+    host_s = (problem.host_bytes or 0) / (problem.link_bytes_s or 1.0)
+    blocks_s = sum(max(option.step_s for option in block.options) for block in problem.blocks)
+    copies_s = sum(max(option.link_bytes for option in block.options) for block in problem.blocks)
+    return ROUNDING * (prices.host * host_s + blocks_s + copies_s / (problem.link_bytes_s or 1.0))
 
 
 def offloading(problem: Problem, *, seed: int, bytes_s: float, host_bytes: int = 10**15) -> Problem:

@@ -1,7 +1,8 @@
 """Lower bounds on a chain whose blocks may copy to the host, at prices on memory and on the link at once.
 
-Of one micro-step let t be the blocks' seconds, F and B the parts of t in the forward and in the backward, and L the
-seconds that the link is busy in each direction. Whatever the queues do, the step takes at least
+Of one micro-step let t be the blocks' seconds, F and B the parts of t in the forward and in the backward, those of the
+first block left out, and L the seconds that the link is busy in each direction. No copy is begun before the first
+block's forward ends, and all are back when its backward begins. So whatever the queues do, the step takes at least
 t + max(0, L - F) + max(0, L - B), and the host limit says L <= H. The bytes held before block i are at most
 budget - need_i, as `memplan.solvers.dp` has it. So for all prices p, q in [0, 1] and r, m, n >= 0, and any block i,
 
@@ -125,8 +126,10 @@ class Bounds:
         self.sizes, self._last = sizes[fits], last[:, fits]
         self.least_s, self.prices = np.full(len(fits), -inf), [Prices()] * len(fits)
         hold, copy_s = options.hold.astype(np.float64), options.copy / bytes_s
-        early = np.arange(len(hold))[:, None] < pressing
-        parts = (copy_s - options.forward_s, copy_s - options.backward_s, copy_s, hold * early, hold)
+        place = np.arange(len(hold))[:, None]
+        hides, early = place > 0, place < pressing
+        beyond = (copy_s - hides * options.forward_s, copy_s - hides * options.backward_s)
+        parts = (*beyond, copy_s, hold * early, hold)
         self._bytes_s, self._copy_s, self.host_s = bytes_s, copy_s, (problem.host_bytes or 0) / bytes_s
         self._parts = np.stack(parts)  # what each option adds to what has a price
         self.is_limited = float(copy_s.max(axis=1).sum()) > self.host_s
@@ -148,8 +151,8 @@ class Bounds:
                 found.append(at)
         return found
 
-    def ask(self, at: int) -> None:
-        """Better the bounds, by the prices at which that of size number `at` is highest."""
+    def ask(self, at: int, enough_s: float = inf) -> None:
+        """Better the bounds, by the prices at which that of size number `at` is highest, or is `enough_s`."""
         allowed = np.arange(self._options.time.shape[1]) <= self._last[:, at, None]
         time, room, rows = np.where(allowed, self._options.time, inf), self._rooms[:, at], np.arange(len(allowed))
         # In these units a byte is worth 1 where the most that the blocks can hold is worth the most that they can win.
@@ -163,7 +166,7 @@ class Bounds:
             excess = self._parts[:, rows, choice].sum(axis=1) - room
             return float(cost[rows, choice].sum() - prices @ room), excess * units
 
-        self.take(Prices(*(_highest(bound_s) * units).tolist()))
+        self.take(Prices(*(_highest(bound_s, enough_s * (1 + 3 * SLACK)) * units).tolist()))
 
     def take(self, prices: Prices) -> None:
         """Better the bounds of all sizes by what they are at these prices."""
@@ -208,8 +211,8 @@ class Bounds:
         return np.minimum.accumulate(cost, axis=1)
 
 
-def _highest(value: Callable[[Seconds], tuple[float, Seconds]]) -> Seconds:
-    """Where a concave function is nearly highest, which gives its value and a supergradient: by deep cuts."""
+def _highest(value: Callable[[Seconds], tuple[float, Seconds]], enough: float) -> Seconds:
+    """Where a concave function is nearly highest, or `enough`; it gives its value and a supergradient: by deep cuts."""
     count = len(CENTRE)
     centre, shape = CENTRE, np.diag(WIDE**2)
     best: Seconds = np.clip(CENTRE, 0.0, LIMITS)
@@ -225,6 +228,8 @@ def _highest(value: Callable[[Seconds], tuple[float, Seconds]]) -> Seconds:
             found, slope = value(centre)
             if found > best_value:
                 best, best_value = centre, found
+            if found >= enough:
+                break
             short = best_value - found
         reach = sqrt(max(0.0, float(slope @ shape @ slope)))  # by so much the value can rise inside the ellipsoid
         if short >= reach or (is_inside and reach - short <= NEAR * abs(best_value)):
