@@ -161,3 +161,15 @@ def test_the_gap_of_equal_blocks_is_small(bytes_s: float, share: float) -> None:
     assert solution.gap is not None
     assert simulate(problem, solution.choice).fits
     assert solution.gap <= 0.03
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+def test_the_gap_is_small_where_few_blocks_and_few_copies_decide(same: bool, share: float) -> None:
+    for shape in ("selective", "scattered"):
+        problem = with_share(offloading(chain(32, 8, seed=3, same=same, shape=shape), seed=1, bytes_s=2.5e10), share)
+        solution = SOLVERS["dp"](problem)
+        assert solution.choice is not None
+        assert solution.gap is not None
+        assert simulate(problem, solution.choice).fits
+        assert solution.gap <= 0.005

@@ -28,8 +28,8 @@ is deterministic. Sizes are bytes, times are seconds.
 
 import numpy as np
 
-from memplan.problem import Block, Problem
-from memplan.solvers.labels import Link, chained, fastest, needs_of, some_choice
+from memplan.problem import Problem
+from memplan.solvers.labels import Link, chained, fastest, some_choice
 from memplan.solvers.offload import improved, least_peak
 from memplan.solvers.solution import Solution, gap_peaks, peak_bytes
 
@@ -41,7 +41,7 @@ def solve(problem: Problem) -> Solution:
 
 def _without_link(problem: Problem) -> Solution:
     """The fastest choice that copies nothing to the host, and a bound on those."""
-    links = tuple(_link(block) for block in problem.blocks)
+    links = tuple(map(Link.plain, problem.blocks))
     quickest = tuple(int(link.index[np.lexsort((link.hold, link.time))[0]]) for link in links)
     if peak_bytes(problem, quickest) <= problem.budget_bytes:
         return Solution.of(problem, quickest, bound_s=problem.step_s(quickest))
@@ -67,9 +67,4 @@ def smallest_budget(problem: Problem) -> int:
     Before the first block S is 0, hence max(need_0, optimizer). With copies to the host the same holds for each size of
     the staging area; the least over those is the answer (`memplan.solvers.offload.least_peak`).
     """
-    plain = needs_of([_link(block) for block in problem.blocks], gap_peaks(problem))[0]
-    return max(least_peak(problem, plain), problem.optimizer_bytes)
-
-
-def _link(block: Block) -> Link:
-    return Link.of(block, [k for k, option in enumerate(block.options) if option.link_bytes == 0])
+    return max(least_peak(problem), problem.optimizer_bytes)

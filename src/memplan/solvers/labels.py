@@ -43,6 +43,11 @@ class Link:
             time=np.array([option.step_s for option in options], dtype=np.float64),
         )
 
+    @classmethod
+    def plain(cls, block: Block) -> "Link":
+        """The options of a block that copy nothing to the host."""
+        return cls.of(block, [k for k, option in enumerate(block.options) if option.link_bytes == 0])
+
     def taken(self, where: Index) -> "Link":
         return Link(self.index[where], self.hold[where], self.load[where], self.time[where])
 
@@ -56,7 +61,7 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class _Relaxed:
+class Relaxed:
     """V_i relaxed: the least time of blocks i.. as a convex function of the bytes held before them."""
 
     held: Seconds  # breakpoints, ascending; float64 holds a byte count exactly up to 2**53
@@ -73,7 +78,7 @@ class Chain:
 
     links: tuple[Link, ...]
     needs: list[int]
-    relaxed: list[_Relaxed]
+    relaxed: list[Relaxed]
     budget: int
 
     @property
@@ -113,7 +118,7 @@ def chained(links: Iterable[Link], gaps: Sequence[int], budget: int) -> Chain | 
     """The chain of these options and gap peaks; None if nothing fits the budget."""
     links = tuple(link.undominated() for link in links)
     needs = needs_of(links, gaps)
-    return None if needs[0] > budget else Chain(links, needs, _relax(links, needs, budget), budget)
+    return None if needs[0] > budget else Chain(links, needs, relax(links, needs, budget), budget)
 
 
 def needs_of(links: Sequence[Link], gaps: Sequence[int]) -> list[int]:
@@ -124,7 +129,7 @@ def needs_of(links: Sequence[Link], gaps: Sequence[int]) -> list[int]:
     return needs[::-1]
 
 
-def fastest(chain: Chain, at_most_s: float = inf, enough: float = 0.0) -> Fastest:
+def fastest(chain: Chain, at_most_s: float = inf, enough: float = 0.0, widths: Sequence[int] = WIDTHS) -> Fastest:
     """The fastest choice of at most `at_most_s` seconds, with a lower bound on any.
 
     It may miss the optimum by the share `enough`; `Fastest.choice` can then be None where no more than that is left.
@@ -134,7 +139,7 @@ def fastest(chain: Chain, at_most_s: float = inf, enough: float = 0.0) -> Fastes
     if known_s > at_most_s:
         choice, known_s = None, at_most_s
     bound_s = 0.0
-    for width in WIDTHS:
+    for width in widths:
         found = _search(chain, known_s, width)
         if found.plan is not None and found.plan[1] <= known_s:
             choice, known_s = found.plan
@@ -183,7 +188,7 @@ def _on_or_above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float
     return (a[1] - b[1]) * (c[0] - b[0]) <= (b[1] - c[1]) * (b[0] - a[0])
 
 
-def _relax(links: tuple[Link, ...], needs: list[int], budget: int) -> list[_Relaxed]:
+def relax(links: Sequence[Link], needs: list[int], budget: int) -> list[Relaxed]:
     """The relaxed V_0 .. V_N, each up to the largest prefix from which the blocks after it fit.
 
     V_i is kept as its right end (`most` bytes, `time` seconds) and the segments left of it, steepest first. Block i
@@ -191,7 +196,7 @@ def _relax(links: tuple[Link, ...], needs: list[int], budget: int) -> list[_Rela
     """
     most, time = budget - needs[-1], 0.0
     lengths, slopes = np.zeros(0), np.zeros(0)
-    relaxed = [_Relaxed(np.array([float(most)]), np.array([time]))]
+    relaxed = [Relaxed(np.array([float(most)]), np.array([time]))]
     hulls: dict[tuple[bytes, bytes], _Hull] = {}
     for link, need in zip(reversed(links), reversed(needs[:-1]), strict=True):
         key = (link.hold.tobytes(), link.time.tobytes())
@@ -209,7 +214,7 @@ def _relax(links: tuple[Link, ...], needs: list[int], budget: int) -> list[_Rela
         slopes, lengths = slopes[lengths > 0], lengths[lengths > 0]
         held = most - np.concatenate(([0.0], np.cumsum(lengths)))
         fallen = time - np.concatenate(([0.0], np.cumsum(lengths * slopes)))
-        relaxed.append(_Relaxed(held[::-1], fallen[::-1]))
+        relaxed.append(Relaxed(held[::-1], fallen[::-1]))
     return relaxed[::-1]
 
 

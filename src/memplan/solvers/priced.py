@@ -13,9 +13,10 @@ import numpy as np
 from memplan.link import staging_bytes
 from memplan.problem import Problem
 from memplan.solvers.bounds import Prices
-from memplan.solvers.labels import Bytes, Fastest, Link, Seconds, chained, fastest, needs_of
+from memplan.solvers.labels import WIDTHS, Bytes, Fastest, Link, Seconds, chained, fastest
 from memplan.solvers.solution import gap_peaks
 
+CLOSE = 1e-4  # share of the blocks' time by which what is completed may miss the fastest
 GROUPS = 4  # sizes of the staging area that are told apart
 
 
@@ -43,9 +44,20 @@ class Priced:
         chain = chained(*self.staged(most), budget)
         return None if chain is None else fastest(chain)
 
-    def least_budget(self, most: int) -> int:
-        """At which the blocks and gaps of some choice fit beside the staging area of this largest copy."""
-        return needs_of(*self.staged(most))[0]
+    def least_budgets(self, sizes: Sequence[int]) -> list[int]:
+        """At which the blocks and gaps of some choice fit beside the staging area of each of these largest copies.
+
+        Of 0 it is what the choices need that copy nothing.
+        """
+        most = np.array(sizes, dtype=np.int64)
+        staged = np.array([staging_bytes([size]) for size in sizes], dtype=np.int64)
+        *gaps, last = gap_peaks(self.problem)
+        needs = np.full(len(sizes), last, dtype=np.int64)  # of `memplan.solvers.dp`, by size
+        for i, (link, copies, _) in reversed(list(enumerate(self.options))):
+            peaks = np.maximum(link.load[:, None] + staged, link.hold[:, None] + needs)
+            allowed = np.where(copies[:, None] <= most, peaks, np.iinfo(np.int64).max)
+            needs = np.maximum(gaps[i] + (staged if i else 0), allowed.min(axis=0))
+        return [int(need) for need in needs]
 
     # -- seconds ---------------------------------------------------------------------------------------------------
 
@@ -71,7 +83,7 @@ class Priced:
             time = link.time + prices.out * (copies / self.bytes_s - forward_s)
             links.append(replace(link, load=link.load + staging, time=np.maximum(time, 0.0)).taken(where))
         chain = chained(links, self.gaps(staging), self.problem.budget_bytes)
-        return None if chain is None else fastest(chain, at_most_s)
+        return None if chain is None else fastest(chain, at_most_s, CLOSE, WIDTHS[:-1])
 
     def staged(self, most: int) -> tuple[list[Link], list[int]]:
         """Options that copy up to `most` beside the staging area for that, and the gaps; copies are all the time."""
