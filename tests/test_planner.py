@@ -394,6 +394,20 @@ def test_the_faster_variant_is_taken() -> None:
     assert tight.slowdown == pytest.approx(tight.timeline.step_s / keep_all_s - 1)
 
 
+def test_the_other_variant_has_to_be_faster_whatever_the_tolerance() -> None:
+    """The tolerance is for larger micro-batches."""
+    told: list[tuple[float, float | None]] = []
+
+    def listening(problem: Problem) -> Solution:
+        solution = SOLVERS["dp"](problem)
+        told.append((problem.at_most_s, solution.step_s))
+        return solution
+
+    search(RICH, TIGHT, replace(SPEED, tolerance=0.5), micro_batch=8, solve=listening)
+    (_, first_s), (limit_s, _) = told
+    assert limit_s == pytest.approx(first_s)
+
+
 @pytest.mark.parametrize("objective", ["samples-per-second", "micro-batch", "peak"])
 def test_of_two_variants_none_is_better_by_the_objective(
     objective: Literal["samples-per-second", "micro-batch", "peak"],

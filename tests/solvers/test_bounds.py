@@ -82,6 +82,13 @@ def test_at_no_price_the_bound_that_was_asked_for_is_higher(prices: Prices) -> N
         assert other.least_s[at] <= ASKED.least_s[at] * (1 + 2 * NEAR)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_a_bound_is_bettered_until_it_is_enough(share: float) -> None:
+    other = Bounds(CHAIN, 15)
+    other.ask(0, ASKED.least_s[0] * share)
+    assert ASKED.least_s[0] * share <= other.least_s[0] <= ASKED.least_s[0] * (1 + 2 * NEAR)
+
+
 @given(problem=forced() | tight())
 @settings(deadline=None, max_examples=80)
 def test_no_choice_is_below_the_bound_of_the_exact_solver(problem: Problem) -> None:

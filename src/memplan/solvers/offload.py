@@ -3,13 +3,15 @@
 `memplan.solvers.bounds` has a bound for each size of the largest copy, and the prices at which it is highest. Sizes are
 asked in the order of their bounds until the least of all is one that was asked for: that is the bound. The bound knows
 how busy the link is, but not when. So plans are built block by block with both queues in view, at the prices of the
-sizes that promise most (`memplan.solvers.beam`), and at the end the best is polished block by block.
+sizes that promise most (`memplan.solvers.beam`), and at the end the best is polished block by block. Where the bound
+still misses it by much, bytes and the forward's queue are followed for sizes that could beat it, until their bounds are
+good enough too (`memplan.solvers.followed`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from math import inf
 from typing import Self
 
@@ -45,9 +47,9 @@ def improved(problem: Problem, plain: Solution) -> Solution:
     plain_s = inf if plain.bound_s is None else problem.blocks_s(plain.bound_s)
     bounds = search.bounds()
     bound_s = float(bounds.least_s.min(initial=plain_s))
-    for at in bounds.promising(TRIED, APART):
-        if not search.is_enough(bounds.least_s[at]):
-            search.build(bounds, at, bound_s)
+    for dearer, at in product(DEARER, bounds.promising(TRIED, APART)):
+        if not search.is_enough(bounds.least_s[at]) and not search.is_enough(bound_s, GOOD):
+            search.build(bounds, at, dearer)
     if search.best is None:
         search.fit(sizes)
     if search.best is None:
@@ -137,14 +139,11 @@ class _Search:
                 break
         return bounds
 
-    def build(self, bounds: Bounds, at: int, bound_s: float) -> None:
+    def build(self, bounds: Bounds, at: int, dearer: float) -> None:
         """Judge choices whose copies are made with the queues in view, the largest of size number `at`."""
         own = bounds.prices[at]
-        for dearer in DEARER:
-            if self.is_enough(bound_s, GOOD):
-                return
-            prices = replace(own, inside=own.inside * dearer, loss=own.loss * dearer)
-            self.complete(copying(bounds, at, prices), own)
+        prices = replace(own, inside=own.inside * dearer, loss=own.loss * dearer)
+        self.complete(copying(bounds, at, prices), own)
 
     def complete(self, pattern: Sequence[int], own: Prices) -> None:
         """Judge the choices that copy what these options do, or less where the link is too busy for that."""
@@ -250,7 +249,7 @@ class _Search:
             ]
         return min(plain_s, *(group.bound_s for group in groups))
 
-    def searched(self, bounds: Bounds, group: "_Group") -> "_Group":
+    def searched(self, bounds: Bounds, group: _Group) -> _Group:
         """The group with a better bound, unless its own is good enough."""
         if self.is_enough(group.bound_s, PROVEN):
             return group
