@@ -55,7 +55,7 @@ def test_no_choice_of_those_sizes_is_below_the_bound(
             assert found.bound_s <= problem.step_s(choice) + rounding_s(problem, prices)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("bytes_s", [1e10, 3e10, 1e12])
 @pytest.mark.parametrize("share", [0.02, 0.3])
 def test_neither_a_narrow_search_nor_one_for_many_sizes_proves_too_much(
