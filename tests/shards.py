@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import tiny
 import torch
 from collectives import without_copies
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from memplan import levers
 from memplan.blocks import find_blocks
@@ -32,14 +34,27 @@ def lora() -> tiny.Made:
 
 
 MODELS: dict[str, Callable[[], tiny.Made]] = {"llama": llama, "lora": lora, "gpt2": tiny.gpt2}
+
+
+class Case(NamedTuple):
+    model: str
+    option: str
+    accumulation: int
+    mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy()
+
+
+HALF, FULL = torch.bfloat16, torch.float32
 CASES = {
-    "plain": ("llama", "keep", 1),
-    "accumulated": ("llama", "keep", 2),
-    "recomputed": ("llama", "recompute", 1),
-    "both": ("llama", "recompute", 2),
-    "frozen": ("lora", "keep", 1),
+    "plain": Case("llama", "keep", 1),
+    "accumulated": Case("llama", "keep", 2),
+    "recomputed": Case("llama", "recompute", 1),
+    "both": Case("llama", "recompute", 2),
+    "frozen": Case("lora", "keep", 1),
+    "mixed": Case("llama", "keep", 1, MixedPrecisionPolicy(HALF, FULL)),
+    "mixed-both": Case("llama", "recompute", 2, MixedPrecisionPolicy(HALF, HALF, HALF)),
+    "mixed-frozen": Case("lora", "keep", 2, MixedPrecisionPolicy(HALF)),
 }
-WITH_DROPOUT = {"kept": ("gpt2", "keep", 2), "made-again": ("gpt2", "recompute", 2)}
+WITH_DROPOUT = {"kept": Case("gpt2", "keep", 2), "made-again": Case("gpt2", "recompute", 2)}
 STEPS = 3
 
 
@@ -51,17 +66,16 @@ def main() -> None:
     from accuracy import meter
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
-    folder, (name, option, accumulation) = Path(sys.argv[1]), (CASES | WITH_DROPOUT)[sys.argv[2]]
+    folder, (name, option, accumulation, policy) = Path(sys.argv[1]), (CASES | WITH_DROPOUT)[sys.argv[2]]
     torch.set_num_threads(1)
     init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     model, batch = MODELS[name]()
     levers.install(model, decided(model, option))
     for path in find_blocks(model):
-        fully_shard(model.get_submodule(path), mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(model.get_submodule(path), mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step() -> None:

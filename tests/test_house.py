@@ -68,6 +68,7 @@ FLOORS = {
     "accumulation": 9,
     "assembly": 9,
     "blocks": 9,
+    "mixed_precision": 8,
     "buckets": 9,
     "inplace": 9,
     "division": 9,

@@ -212,6 +212,12 @@ def test_clipping_on_a_card() -> None:
     assert not plain.assumptions
 
 
+def test_shards_leave_no_step_inside_the_backward() -> None:
+    model, batch = tiny.plain(layers=2)
+    with pytest.raises(NoStepInBackward, match="FSDP2 over 2 ranks puts other parameters"):
+        Recorder(model, Recipe(stepping="in-backward", shards=2)).record(Sample.of(batch))
+
+
 def test_clipping_leaves_no_step_inside_the_backward() -> None:
     model, batch = tiny.plain(layers=2)
     with pytest.raises(NoStepInBackward, match="norm of all of them"):

@@ -11,6 +11,7 @@ import two_ranks
 import memplan
 from memplan import levers
 from memplan.blocks import find_blocks, units
+from memplan.mixed_precision import MixedPrecision
 from memplan.recipe import Recipe
 from memplan.recorder import Recorder
 from memplan.samples import Sample
@@ -22,10 +23,12 @@ ERROR = 1e-4
 
 
 def recorded(case: str, ranks: int) -> Trace:
-    name, option, accumulation = shards.CASES[case]
+    name, option, accumulation, policy = shards.CASES[case]
     model, batch = shards.MODELS[name]()
-    recorder = Recorder(model, Recipe(accumulation=accumulation, shards=ranks))
-    return recorder.record(Sample.of(batch), lambda: levers.decided(model, shards.decided(model, option)))
+    recipe = Recipe(accumulation=accumulation, shards=ranks, mixed=MixedPrecision.of(model, policy))
+    with recipe.computing(model):
+        recorder = Recorder(model, recipe)
+        return recorder.record(Sample.of(batch), lambda: levers.decided(model, shards.decided(model, option)))
 
 
 def run(folder: Path, case: str) -> list[Path]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import two_ranks
 import world_rank
 from guarding import texts
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import memplan
 from memplan.errors import PlanMismatch, UsageError
@@ -33,6 +35,14 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
 def test_no_such_world(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="has to be a whole number and at least 1"):
         memplan.World(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("mp_policy", "words"), [(torch.bfloat16, "mp_policy is a dtype"), (MixedPrecisionPolicy(), "has shards=1")]
+)
+def test_a_policy_is_that_of_fsdp2_and_needs_shards(mp_policy: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        memplan.World(mp_policy=mp_policy)
 
 
 def test_a_card_by_itself_agrees_with_itself() -> None:

@@ -18,7 +18,7 @@ def assumptions_of(
     """Of the model, of the loop, of the card, and of how the step was traced."""
     when = "after each step" if recipe.drops == AFTER_STEP else "between forward and backward"
     steady = f"steady state: optimizer state exists and gradients are dropped (set_to_none) {when}"
-    lines = [statement(model, sample.tokens), steady]
+    lines = [statement(model, sample.tokens, recipe.kept), steady]
     if recipe.keeps_output:
         lines.append("the model's output is kept until the next forward has returned")
     else:

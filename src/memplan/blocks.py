@@ -6,9 +6,10 @@ of a ResNet. They are told by structure; transformers' own `GradientCheckpointin
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from memplan import packed
 from memplan._compat import is_checkpointing_layer
 from memplan.errors import AlreadyApplied, UsageError
+from memplan.mixed_precision import MixedPrecision
 from memplan.sharding import Unit, padded_bytes
 from memplan.trace import CHECKPOINT, Trace
 from memplan.units import format_count
@@ -143,19 +145,25 @@ def _plain(value: object, place: str) -> object:
     return packed.told(value) or id(value)
 
 
-def signature(model: nn.Module) -> str:
+Kept = Mapping[int, torch.dtype]
+"""Of parameters, by their ``id``, the type that they have but for a while; others have theirs."""
+
+
+def signature(model: nn.Module, kept: Kept = MappingProxyType({})) -> str:
     """A hash over the names, shapes, types and requires_grad of all parameters; of those to be packed, as packed."""
-    forms = ((n, *packed.form_of(p), p.requires_grad) for n, p in model.named_parameters())
-    rows = (f"{name} {shape} {dtype} {is_trained}\n" for name, shape, dtype, is_trained in forms)
+    forms = ((n, p, *packed.form_of(p)) for n, p in model.named_parameters())
+    typed = ((n, p, shape, kept.get(id(p), dtype) if dtype == p.dtype else dtype) for n, p, shape, dtype in forms)
+    rows = (f"{name} {shape} {dtype} {p.requires_grad}\n" for name, p, shape, dtype in typed)
     return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
 
 
-def statement(model: nn.Module, tokens: int | None) -> str:
+def statement(model: nn.Module, tokens: int | None, kept: Kept = MappingProxyType({})) -> str:
     """What is trained on what, in words: the weights by their type, the rank of adapters, the tokens of a sample."""
     counts: Counter[tuple[str, bool]] = Counter()
     for parameter in model.parameters():
         if packed.bits_of(parameter) is None:  # of those `packed.statements` tells
-            counts[str(parameter.dtype).removeprefix("torch."), parameter.requires_grad] += parameter.numel()
+            dtype = kept.get(id(parameter), parameter.dtype)
+            counts[str(dtype).removeprefix("torch."), parameter.requires_grad] += parameter.numel()
     kinds = (f"{format_count(n)} of {dtype} {'trained' if t else 'frozen'}" for (dtype, t), n in counts.items())
     adapters = getattr(model, "peft_config", None)
     ranks = {getattr(each, "r", None) for each in adapters.values()} if isinstance(adapters, dict) else set()
@@ -234,15 +242,27 @@ def check_uncheckpointed(model: nn.Module, blocks: Sequence[str], trace: Trace, 
         )
 
 
-def units(model: nn.Module, blocks: Sequence[str], shards: int) -> list[Unit]:
+def units(model: nn.Module, blocks: Sequence[str], shards: int, mixed: MixedPrecision | None = None) -> list[Unit]:
     """What FSDP2 gathers together: the parameters of each block, then those of the rest of the model."""
+    mixed = mixed or MixedPrecision.of(model)
     of_blocks = {path: list(model.get_submodule(path).parameters()) for path in blocks}
     taken = {id(parameter) for parameters in of_blocks.values() for parameter in parameters}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    return [_unit(path, parameters, shards) for path, parameters in (*of_blocks.items(), ("", rest))]
+    return [_unit(path, parameters, shards, mixed) for path, parameters in (*of_blocks.items(), ("", rest))]
 
 
-def _unit(path: str, parameters: Sequence[nn.Parameter], shards: int) -> Unit:
-    sizes = [padded_bytes(p.shape, p.element_size(), shards) for p in parameters]
-    trained = (size for size, p in zip(sizes, parameters, strict=True) if p.requires_grad)
-    return Unit(path, tuple(sizes), tuple(size // shards for size in sizes), sum(trained))
+def _unit(path: str, parameters: Sequence[nn.Parameter], shards: int, mixed: MixedPrecision) -> Unit:
+    def part(parameter: nn.Parameter, dtype: torch.dtype) -> int:
+        return padded_bytes(parameter.shape, dtype.itemsize, shards) // shards
+
+    trained = [p for p in parameters if p.requires_grad]
+    reduced = sum(part(p, mixed.reduced(p)) for p in trained)
+    return Unit(
+        path,
+        whole_bytes=tuple(shards * part(p, mixed.gathered(p)) for p in parameters),
+        part_bytes=tuple(part(p, mixed.kept[id(p)]) for p in parameters),
+        cast_bytes=sum(part(p, mixed.gathered(p)) for p in parameters if mixed.gathered(p) != mixed.kept[id(p)]),
+        grad_bytes=shards * reduced,
+        kept_grad_bytes=sum(part(p, mixed.kept[id(p)]) for p in trained),
+        reduced_bytes=reduced if any(mixed.reduced(p) != mixed.kept[id(p)] for p in trained) else 0,
+    )

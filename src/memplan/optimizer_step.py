@@ -5,9 +5,10 @@ optimizers skip a parameter without a gradient, and make no state for it; so onl
 gradient is stepped and counted, and state that a live optimizer has already.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -58,6 +59,9 @@ class Dropped:
 class PrimedOptimizer:
     """An optimizer over a model's abstract parameters; every parameter was stepped once. Steps have no effect.
 
+    Parameters are stepped in the type in which they are kept, by the ``id`` of the original, where that is another than
+    the one in which they compute.
+
     Raises BadOptimizer as `optimizers.build` does.
     """
 
@@ -68,12 +72,14 @@ class PrimedOptimizer:
         backend: Backend,
         optimizer: str | Optimizer,
         stepping: str,
+        kept: Mapping[int, torch.dtype] = MappingProxyType({}),
     ) -> None:
         self.model, self.fake, self.backend = abstract.model, fake, backend
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: dict[int, Tensor] = {}  # by the parameter's id
+        self._kept = self._in_kept_types(abstract.stand_in, kept)
         foreach = False if stepping == SINGLE else backend.foreach
-        with self._tape():
+        with self._as_kept(), self._tape():
             self.optimizer = optimizers.build(
                 optimizer, self._trainable, abstract.stand_in, abstract.imitate, foreach=foreach
             )
@@ -98,6 +104,12 @@ class PrimedOptimizer:
         With `clips` the norm of the gradients is clipped first, by what torch takes on the device for it. With `make`
         they are made as a part of the step, and it steps each time that those of some are there.
         """
+        with self._as_kept():
+            return self._part(stepped, done=done, clips=clips, make=make)
+
+    def _part(
+        self, stepped: Sequence[Parameter], *, done: bool, clips: bool, make: Callable[[], Iterator[None]] | None
+    ) -> OptimizerPart:
         before, made = self._state_of({id(parameter) for parameter in stepped})
         with self._tape():
             self._give_gradients([] if done or make else stepped)
@@ -140,6 +152,25 @@ class PrimedOptimizer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _in_kept_types(
+        self, stand_in: Mapping[int, Parameter], kept: Mapping[int, torch.dtype]
+    ) -> list[tuple[Parameter, Tensor]]:
+        """The parameters that are kept in another type, each with data of that type."""
+        others = [(stand_in[at], dtype) for at, dtype in kept.items() if stand_in[at].dtype != dtype]
+        with self.fake:
+            return [(parameter, torch.zeros_like(parameter, dtype=dtype).detach()) for parameter, dtype in others]
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        computing = [(parameter, parameter.data) for parameter, _ in self._kept]
+        try:
+            for parameter, data in self._kept:
+                parameter.data = data
+            yield
+        finally:
+            for parameter, data in computing:
+                parameter.data = data
 
     def _tape(self) -> Tape:
         return Tape(self.model, self.fake, self.backend, answer=1.0)

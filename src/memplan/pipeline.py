@@ -18,6 +18,7 @@ from memplan.errors import BadBatch, BadLoss, BadStrategy, DoesNotFit, MemoryTak
 from memplan.fitting import Fit, apply, check_bare
 from memplan.gpus import Gpu
 from memplan.losses import Loss
+from memplan.mixed_precision import MixedPrecision
 from memplan.plan_record import Plan, Verdict
 from memplan.prediction import Prediction
 from memplan.recipe import Recipe
@@ -65,9 +66,10 @@ def predict(
         BadSample, BadLoss, BadOptimizer, BadBatch, UnknownGpu: an argument cannot be used.
         NothingToTrain, ModelFailed, CannotTrace: the model stands in the way.
     """
-    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm, accumulation))
+    model = module_of(model)
+    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm, accumulation), model)
     card, device = resolve_gpu(gpu)
-    return Session(module_of(model), Sample.of(sample), recipe, card, device).predict()
+    return Session(model, Sample.of(sample), recipe, card, device).predict()
 
 
 def plan(
@@ -117,7 +119,7 @@ def plan(
         AlreadyApplied: the model runs by a plan.
         ModelError: the model stands in the way: NothingToTrain, ModelFailed, CannotTrace.
     """
-    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
+    recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm), model)
     return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)()
 
 
@@ -162,7 +164,7 @@ def autofit(
         return planned_trainer
 
     def planner() -> _Planner:
-        recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm))
+        recipe = _on_one_of(world, recipe_of(loss, optimizer, autocast, clip_grad_norm), model)
         return _planner(model, gpu, sample, recipe, effective_batch, micro_batch, strategy, seq_len, data, risk)
 
     if world is not None and world.cards > 1:
@@ -310,8 +312,11 @@ def recipe_of(
     return Recipe(loss, optimizer, autocast, accumulation, clips=clip_grad_norm)
 
 
-def _on_one_of(world: World | None, recipe: Recipe) -> Recipe:
-    return recipe if world is None else replace(recipe, replicas=world.replicas, shards=world.shards)
+def _on_one_of(world: World | None, recipe: Recipe, model: nn.Module) -> Recipe:
+    if world is None:
+        return recipe
+    mixed = None if world.mp_policy is None else MixedPrecision.of(module_of(model), world.mp_policy)
+    return replace(recipe, replicas=world.replicas, shards=world.shards, mixed=mixed)
 
 
 def module_of(model: object) -> nn.Module:

@@ -159,6 +159,7 @@ class Plan(Described):
     autocast: str | None
     replicas: int = Field(1, description="of the model, each with samples of its own")
     shards: int = Field(1, description="cards that share each replica, by FSDP2")
+    mp_policy: str = Field("", description="FSDP2's mixed precision, in the words of its MixedPrecisionPolicy")
     how: str
     model: str = Field(description="the model's class")
     signature: str = Field(description="hash over module paths and parameter shapes, checked by apply")

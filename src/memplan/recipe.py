@@ -1,12 +1,16 @@
 """`Recipe`: how a training step is made, beside its model and its sample."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import nn
 
+from memplan.blocks import find_blocks
 from memplan.losses import Loss
+from memplan.mixed_precision import MixedPrecision
 from memplan.optimizer_step import PLAIN
 from memplan.zero import Zero
 from memplan.zero3 import Zero3
@@ -37,11 +41,21 @@ class Recipe:
     replicas: int = 1  # that add up their gradients, where there are several by DistributedDataParallel
     bucket_view: bool = False  # its gradient_as_bucket_view
     shards: int = 1  # over which FSDP2 spreads the weights; then replicas have no buckets
+    mixed: MixedPrecision | None = None  # what FSDP2 casts
     zero: Zero | Zero3 | None = None  # what DeepSpeed makes of it, in place of replicas and shards
 
     def casting(self, kind: str) -> AbstractContextManager[object]:
         """Around a forward on this kind of device."""
         return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
+
+    @property
+    def kept(self) -> Mapping[int, torch.dtype]:
+        """Of parameters, by their ``id``, the type in which the optimizer has them; of others it is their own."""
+        return {} if self.mixed is None else self.mixed.kept
+
+    def computing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The model as it computes in the run: before it is sharded, what FSDP2 casts is cast by hooks."""
+        return nullcontext() if self.mixed is None else self.mixed.on(model, find_blocks(model))
 
     def not_in_backward(self, accumulation: int) -> str | None:
         """Why a step of so many micro-steps leaves no room for one inside the backward, in a sentence; None if it does.
@@ -62,6 +76,11 @@ class Recipe:
             return (
                 "gradients of float16 are scaled, and a GradScaler scales them back only after the backward, when a "
                 "step inside it would have used them. Cast to bfloat16, which needs no scaler, or step plainly."
+            )
+        if self.shards > 1:
+            return (
+                f"FSDP2 over {self.shards} ranks puts other parameters in the place of the model's, and those would "
+                "not be stepped inside the backward. Step plainly."
             )
         if self.replicas > 1:
             return (

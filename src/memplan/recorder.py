@@ -132,8 +132,11 @@ class Recorder:
         trace = trace if self.recipe.zero is None else self.recipe.zero.on_a_rank(trace, self.backend.rounded)
         trace = with_optimizer(self._with_state(trace, part), part.notes)
         if self.recipe.shards > 1:
-            cut = units(self.model, find_blocks(self.model), self.recipe.shards)
-            trace = sharded(trace, cut, self.recipe.shards, self.backend.rounded)
+            recipe = self.recipe
+            cut = units(self.model, find_blocks(self.model), recipe.shards, recipe.mixed)
+            trace = sharded(trace, cut, recipe.shards, recipe.replicas, self.backend.rounded)
+            if recipe.mixed is not None and str(recipe.mixed):
+                trace = replace(trace, assumptions=(*trace.assumptions, f"FSDP2's mixed precision: {recipe.mixed}"))
         return with_leftovers(trace, grads=self.recipe.drops == AFTER_FORWARD, others=self.recipe.keeps_output)
 
     @property
@@ -214,7 +217,8 @@ class Recorder:
         return steps.record(batch, blocks, static, primed, self._repeatable)
 
     def _primed(self, abstract: AbstractModel) -> PrimedOptimizer:
-        return PrimedOptimizer(abstract, self.fake, self.backend, self.recipe.optimizer, self.recipe.stepping)
+        recipe = self.recipe
+        return PrimedOptimizer(abstract, self.fake, self.backend, recipe.optimizer, recipe.stepping, recipe.kept)
 
     def _part(self, abstract: AbstractModel, stepped: tuple[int, ...], primed: PrimedOptimizer | None) -> OptimizerPart:
         """What the optimizer adds when these of the model's parameters are stepped; with `primed` they were already."""

@@ -104,7 +104,8 @@ class Session:
 
     def predict(self) -> Prediction:
         """What the model needs as it stands."""
-        trace = self.recorder.record(self.sample)
+        with self.recipe.computing(self.model):
+            trace = self.recorder.record(self.sample)
         tick = trace.peak_tick
         usage = None if self.gpu.kind == "cpu" else usage_of(trace, self._allocator, completes=True)
         peak_bytes, breakdown = peak_of(trace, usage)
@@ -148,6 +149,10 @@ class Session:
 
         "uncertain" is a plan that takes more than the budget, but not so much that it surely fails (see `risk`).
         """
+        with self.recipe.computing(self.model):
+            return self._solved(strategy, effective_batch, micro_batch)
+
+    def _solved(self, strategy: Strategy, effective_batch: int | None, micro_batch: int | None) -> Plan:
         check_plannable(self.model)
         pairs = splits(effective_batch, micro_batch, self._can_split)
         points = self._clearest_first(profiled(pairs) if effective_batch or micro_batch else POINTS)
@@ -342,9 +347,10 @@ class Session:
             autocast=_name(self.recipe.autocast),
             how=trace.how,
             model=type(self.model).__name__,
-            signature=signature(self.model),
+            signature=signature(self.model, self.recipe.kept),
             replicas=self.recipe.replicas,
             shards=self.recipe.shards,
+            mp_policy=str(self.recipe.mixed or ""),
             sample=self.sample.fields(),
             assumptions=(
                 *self._assumptions(trace),

@@ -8,6 +8,9 @@ gathers a block's weights when it runs. What that adds to a step follows torch/d
   has gathered (implicit prefetch), the copies until the block has returned. Those outside of blocks stay to the end.
 - backward: while a block runs, the one to come is gathered already. Behind it, its gradients are copied into a flat
   buffer, which stays until the next block's are, and scattered: a rank keeps its part.
+- mixed precision (`memplan.mixed_precision`): what a rank has of a unit's weights is cast into a flat buffer, which
+  stays while the others' are gathered. Gradients are scattered in the type in which they are reduced, and cast to that
+  in which they are kept; what was scattered stays to the end of the backward where replicas add it up.
 
 A parameter is cut along its first dimension into equal parts, the last ones padded; sizes here are the first rank's.
 Collective libraries take memory of a card beside all that; it is not counted.
@@ -23,23 +26,27 @@ from memplan.trace import CATEGORIES, BlockRun, MicroStep, Span, Trace
 
 _CODE = {name: number for number, name in enumerate(CATEGORIES)}
 
-# Where, beside the event of a tick, others are put: before it up to 7, behind it from 9 on.
-_STRIDE = 16
-_EVENT = 8
-_GATHER, _FREE_LAST_GATHERED, _COPY_OUT, _FREE_GATHERED, _PREFETCH = 1, 3, 4, 5, 6
-_RESHARD, _FREE_LAST_SCATTERED, _SCATTER, _FREE_GRADS, _KEEP, _FREE_SCATTERED = 9, 10, 11, 12, 13, 14
+# Where, beside the event of a tick, others are put: before it up to 15, behind it from 17 on.
+_STRIDE = 32
+_EVENT = 16
+_CAST, _GATHER, _FREE_CAST, _FREE_LAST_GATHERED, _COPY_OUT, _FREE_GATHERED = 1, 2, 3, 4, 5, 6
+_CAST_AHEAD, _PREFETCH, _FREE_CAST_AHEAD = 7, 8, 9
+_RESHARD, _FREE_LAST_SCATTERED, _SCATTER, _FREE_GRADS, _REDUCE, _KEEP, _FREE_REDUCED, _FREE_SCATTERED = range(17, 25)
 
 _SCALARS = 8  # bytes: an optimizer's step counter is not cut
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is gathered together: the parameters of a block, or (path "") all others. Sizes in bytes."""
+    """What is gathered together: the parameters of a block, or (path "") all others. Sizes in bytes, padded."""
 
     path: str
-    whole_bytes: tuple[int, ...]  # of each parameter, as gathered: padded to a multiple of the ranks
-    part_bytes: tuple[int, ...]  # of each one's part on a rank, padded
-    grad_bytes: int  # of all that are trained, as scattered: padded
+    whole_bytes: tuple[int, ...]  # of each parameter, as gathered
+    part_bytes: tuple[int, ...]  # of each one's part on a rank, as kept
+    cast_bytes: int  # of all parts that are cast to be gathered, as cast
+    grad_bytes: int  # of the gradients of all that are trained, as scattered
+    kept_grad_bytes: int  # of a rank's part of them, as kept
+    reduced_bytes: int  # of that part before it is cast to be kept; 0 if it is not
 
     @property
     def gathered_bytes(self) -> int:
@@ -54,13 +61,16 @@ def padded_bytes(shape: Sequence[int], itemsize: int, shards: int) -> int:
     return rows * int(np.prod(shape[1:], dtype=np.int64)) * itemsize
 
 
-def sharded(trace: Trace, units: Sequence[Unit], shards: int, rounded: Callable[[int], int] = int) -> Trace:
+def sharded(
+    trace: Trace, units: Sequence[Unit], shards: int, replicas: int = 1, rounded: Callable[[int], int] = int
+) -> Trace:
     """The step on one of so many ranks.
 
     Args:
         trace: of the whole model on one device, with its optimizer, no gradients left from the step before.
         units: the blocks' and, with path "", that of all other parameters. Blocks that the trace does not have run
             with the model's.
+        replicas: of the model, each on so many ranks.
         rounded: what the device's allocator makes of a size.
     """
     events = _Events(trace, rounded)
@@ -72,19 +82,19 @@ def sharded(trace: Trace, units: Sequence[Unit], shards: int, rounded: Callable[
     for number, step in enumerate(trace.steps):
         runs = [run for run in step.blocks if run.path in by_path]
         _forward(events, step, runs, by_path, rest)
-        _backward(events, step, runs, by_path, rest, keep=number == 0, shards=shards)
+        _backward(events, step, runs, by_path, rest, keep=number == 0, adds_up=replicas > 1)
     return events.trace(shards)
 
 
 def _forward(events: "_Events", step: MicroStep, runs: Sequence[BlockRun], units: dict[str, Unit], rest: Unit) -> None:
     begins = [run.forward.start for run in runs]
     ends = [(tick, _FREE_LAST_GATHERED) for tick in begins] + [(step.backward.start, 0)]
-    events.add("temporaries", rest.gathered_bytes, (step.forward.start, _GATHER), ends[0])
+    events.gather(rest, (step.forward.start, _GATHER), ends[0])
     for size in rest.whole_bytes:
         events.add("params", size, (step.forward.start, _COPY_OUT), (step.backward.stop - 1, _RESHARD))
     for run, end in zip(runs, ends[1:], strict=True):
         unit, start = units[run.path], run.forward.start
-        events.add("temporaries", unit.gathered_bytes, (start, _GATHER), end)
+        events.gather(unit, (start, _GATHER), end)
         for size in unit.whole_bytes:
             events.add("params", size, (start, _COPY_OUT), (run.forward.stop - 1, _RESHARD))
 
@@ -97,21 +107,26 @@ def _backward(
     rest: Unit,
     *,
     keep: bool,
-    shards: int,
+    adds_up: bool,
 ) -> None:
-    """With `keep` the gradients are the first of the step, which stay; others are added to those."""
+    """With `keep` the gradients are the first of the step, which stay; others are added to those.
+
+    With `adds_up` replicas do that with theirs, and what is reduced stays meanwhile
+    (`FSDPParamGroup._all_reduce_state`).
+    """
     back = sorted((r for r in runs if r.backward.stop > r.backward.start), key=lambda r: r.backward.start)
     fetched = (step.backward.start, _GATHER)
     last = step.backward.stop - 1
+    summed = (last, _FREE_SCATTERED) if adds_up else None
     ends = [*(run.backward.stop - 1 for run in back), last]
     for run, stop, following in zip(back, ends, ends[1:], strict=False):
         unit, start = units[run.path], run.backward.start
-        events.add("temporaries", unit.gathered_bytes, fetched, (start, _FREE_GATHERED))
+        events.gather(unit, fetched, (start, _FREE_GATHERED))
         for size in unit.whole_bytes:
             events.add("params", size, (start, _COPY_OUT), (stop, _RESHARD))
-        events.scatter(unit, run.backward, (following, _FREE_LAST_SCATTERED), keep=keep, shards=shards)
+        events.scatter(unit, run.backward, (following, _FREE_LAST_SCATTERED), summed, keep=keep)
         fetched = (start, _PREFETCH)
-    events.scatter(rest, step.backward, (last, _FREE_SCATTERED), keep=keep, shards=shards)
+    events.scatter(rest, step.backward, (last, _FREE_SCATTERED), summed, keep=keep)
 
 
 Moment = tuple[int, int]  # a tick, and a place beside its event
@@ -138,8 +153,17 @@ class _Events:
             until = self._end if died is None else died[0] * _STRIDE + died[1]
             self._added.append((_CODE[category], self._rounded(size), begin, max(until, begin)))
 
-    def scatter(self, unit: Unit, backward: Span, freed: Moment, *, keep: bool, shards: int) -> None:
-        """Gradients that were born in a backward are whole until they are scattered behind it."""
+    def gather(self, unit: Unit, begin: Moment, freed: Moment) -> None:
+        """A flat buffer of the unit's weights and, while it is filled, what the rank casts for it."""
+        tick, place = begin
+        self.add("temporaries", unit.cast_bytes, (tick, place - 1), (tick, place + 1))
+        self.add("temporaries", unit.gathered_bytes, begin, freed)
+
+    def scatter(self, unit: Unit, backward: Span, freed: Moment, summed: Moment | None, *, keep: bool) -> None:
+        """Gradients that were born in a backward are whole until they are scattered behind it.
+
+        What is reduced in another type than it is kept in stays until it is cast, or `summed`.
+        """
         if not unit.grad_bytes:
             return
         last = backward.stop - 1
@@ -152,7 +176,8 @@ class _Events:
             mine = self._like_the_first(unit.path, backward)
         self.died[mine] = last * _STRIDE + _FREE_GRADS
         self.add("temporaries", unit.grad_bytes, (last, _SCATTER), freed)
-        self.add("grads", unit.grad_bytes // shards, (last, _KEEP), None if keep else (last, _FREE_SCATTERED))
+        self.add("temporaries", unit.reduced_bytes, (last, _REDUCE), summed or (last, _FREE_REDUCED))
+        self.add("grads", unit.kept_grad_bytes, (last, _KEEP), None if keep else (last, _FREE_SCATTERED))
 
     def _like_the_first(self, path: str, backward: Span) -> NDArray[np.int64]:
         """What the trace has added to the first gradients as it came: of each one's size, born in its turn or near.

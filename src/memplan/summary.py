@@ -113,7 +113,8 @@ def module_at(trace: Trace, tick: int) -> str:
 def saved_of(trace: Trace) -> dict[str, int]:
     """Bytes by module that its forward leaves behind for its backward."""
     step = trace.steps[-1]
-    kept = (trace.born >= step.forward.start) & (trace.born < step.backward.start) & (trace.died > step.backward.start)
+    first = max(step.forward.start, 1)  # at 0 is what is there all the time
+    kept = (trace.born >= first) & (trace.born < step.backward.start) & (trace.died > step.backward.start)
     totals: dict[str, int] = {}
     for module, size in zip(trace.storage_module[kept], trace.storage_bytes[kept], strict=True):
         path = trace.modules[int(module)]

@@ -2,8 +2,8 @@
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch.distributed as dist
 from pydantic import TypeAdapter
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from memplan.blocks import signature
 from memplan.errors import BadSample, MemplanError, ModelFailed, PlanMismatch, UsageError
+from memplan.mixed_precision import check_policy
 from memplan.plan_record import Plan
 from memplan.samples import Sample
 from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _Said = TypeVar("_Said")
 _Made = TypeVar("_Made", Plan, list[Plan])
@@ -28,19 +32,25 @@ class World:
     Attributes:
         replicas: each with samples of its own (DistributedDataParallel; with shards, FSDP2's hybrid).
         shards: cards that share one replica's weights, gradients and optimizer state (FSDP2, each block by itself).
+        mp_policy: FSDP2's mixed precision, as `fully_shard` is given it: the model's own types are those in which the
+            ranks keep their parts.
 
     Raises:
-        UsageError: a number below 1.
+        UsageError: a number below 1; a policy that is none, or without shards.
     """
 
     replicas: int = 1
     shards: int = 1
+    mp_policy: "MixedPrecisionPolicy | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("replicas", "shards"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UsageError(f"World({name}={value!r}) has to be a whole number and at least 1")
+        check_policy(self.mp_policy)
+        if self.mp_policy is not None and self.shards == 1:
+            raise UsageError("mp_policy is FSDP2's, for weights that several cards share; this World has shards=1")
 
     @property
     def cards(self) -> int:

@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from typer.testing import CliRunner, Result
 
 import memplan
@@ -139,6 +140,7 @@ class TestPlan:
         pipeline = stand_in(a_plan())
         options = ("--seq-len", 16, "--micro-batch", 2, "--effective-batch", 8, "--strategy", "throughput")
         options += ("--clip-grad-norm", "--replicas", 2, "--shards", 4)
+        options += ("--param-dtype", "bf16", "--reduce-dtype", "fp32")
         result = run(
             "plan", "--config", config, "--gpu", "rtx-4090", "--optimizer", "sgd", "--autocast", "bf16", *options
         )
@@ -154,7 +156,7 @@ class TestPlan:
             "strategy": "throughput",
             "seq_len": 16,
             "risk": None,
-            "world": World(2, 4),
+            "world": World(2, 4, MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
         }
 
     def test_what_no_option_says_is_in_the_settings(

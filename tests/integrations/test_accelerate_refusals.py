@@ -217,6 +217,15 @@ def test_a_plan_for_another_world(accelerator: Accelerator, tmp_path: Path) -> N
         attach(accelerator, plan=tmp_path / "plan.json").prepare(*parts())
 
 
+def test_a_plan_for_another_mixed_precision(accelerator: Accelerator, tmp_path: Path) -> None:
+    plan = memplan.Plan.load(scripts.plan_file("llama", 2, 8))
+    plan.model_copy(update={"mp_policy": "param_dtype=bfloat16"}).save(tmp_path / "plan.json")
+    with pytest.raises(
+        PlanMismatch, match="for FSDP2 with param_dtype=bfloat16, and this run is without mixed precision"
+    ):
+        attach(accelerator, plan=tmp_path / "plan.json").prepare(*parts())
+
+
 def test_no_room(accelerator: Accelerator) -> None:
     with pytest.raises(DoesNotFit):
         attach(accelerator, gpu="cpu:600KiB", strategy="huggingface").prepare(*parts())

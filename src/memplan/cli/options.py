@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from memplan.world import World
+
 
 class Method(StrEnum):
     """What is trained."""
@@ -35,6 +37,19 @@ class Autocast(StrEnum):
         import torch
 
         return {Autocast.NONE: None, Autocast.BF16: torch.bfloat16, Autocast.FP16: torch.float16}[self]
+
+
+class Casting(StrEnum):
+    """A dtype of FSDP2's mixed precision; its value is what the user types."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    def dtype(self) -> "torch.dtype":
+        import torch
+
+        return {Casting.BF16: torch.bfloat16, Casting.FP16: torch.float16, Casting.FP32: torch.float32}[self]
 
 
 ModelArgument = Annotated[
@@ -60,11 +75,29 @@ AutocastOption = Annotated[Autocast, typer.Option(help="Forward under torch.auto
 ClipOption = Annotated[
     bool, typer.Option("--clip-grad-norm", help="Gradients are clipped by their norm before the optimizer's step.")
 ]
+ParamDtypeOption = Annotated[
+    Casting | None,
+    typer.Option(help="With --shards: the dtype in which FSDP2 gathers weights and computes. Default: --dtype."),
+]
+ReduceDtypeOption = Annotated[
+    Casting | None, typer.Option(help="With --shards: the dtype in which gradients are reduced. Default: as computed.")
+]
 SaveOption = Annotated[Path | None, typer.Option(help="Write the plan to this file, for memplan.Plan.load.")]
 StrategyOption = Annotated[
     str | None,
     typer.Option(help=f"One of {', '.join(shipped_strategies())}, or the path of a TOML file. Default: balanced."),
 ]
+
+
+def world_of(replicas: int, shards: int, param_dtype: Casting | None, reduce_dtype: Casting | None) -> "World":
+    from memplan.world import World
+
+    if param_dtype is None and reduce_dtype is None:
+        return World(replicas, shards)
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    param, reduce = (None if dtype is None else dtype.dtype() for dtype in (param_dtype, reduce_dtype))
+    return World(replicas, shards, MixedPrecisionPolicy(param, reduce))
 
 
 def one_model(model: str | None, config: Path | None) -> str:

@@ -16,11 +16,14 @@ from memplan.cli.options import (
     MethodOption,
     ModelArgument,
     OptimizerOption,
+    ParamDtypeOption,
+    ReduceDtypeOption,
     SaveOption,
     SeqLenOption,
     StrategyOption,
     build,
     one_model,
+    world_of,
 )
 from memplan.cli.terminal import (
     EXIT_DOES_NOT_FIT,
@@ -107,6 +110,8 @@ def plan(
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Cards that share the weights, by FSDP2.")] = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the model, each with samples of its own.")] = 1,
+    param_dtype: ParamDtypeOption = None,
+    reduce_dtype: ReduceDtypeOption = None,
     save: SaveOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,11 +125,11 @@ def plan(
         check_writable(save)  # before the seconds that a model takes
         check_named(settings.gpu)
         load_strategy(settings.strategy)
+        world = world_of(replicas, shards, param_dtype, reduce_dtype)
         built = build(console, one_model(model, config), method, lora_rank, dtype)
         with progress(console, f"planning for {settings.gpu}"):
             from memplan.pipeline import plan as make_plan
             from memplan.plan_record import Verdict
-            from memplan.world import World
 
             made = make_plan(
                 built,
@@ -138,7 +143,7 @@ def plan(
                 strategy=settings.strategy,
                 seq_len=seq_len,
                 risk=settings.risk,
-                world=World(replicas, shards),
+                world=world,
             )
     _show(console, made, built, plan_file=str(save or "plan.json"))
     hand_out(made, save, as_json=as_json)

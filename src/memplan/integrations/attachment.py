@@ -307,7 +307,7 @@ class Attachment:
             PRECISIONS[accelerator.mixed_precision],
             keeps_output=True,
             clips=True,
-            **ranks_in(accelerator),
+            **ranks_in(accelerator, model),
         )
         return as_the_engine_runs(recipe, accelerator, model) if is_deepspeed(accelerator) else recipe
 

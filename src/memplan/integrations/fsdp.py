@@ -21,6 +21,7 @@ from torch import nn
 
 from memplan.blocks import find_blocks
 from memplan.errors import UsageError
+from memplan.mixed_precision import MixedPrecision
 from memplan.packed import bits_of
 
 
@@ -67,9 +68,9 @@ def refuse_uncounted(accelerator: Accelerator) -> None:
         "cpu_offload": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "weights are counted on the device"),
         "ignored_modules": (plugin.ignored_modules is not None, "all weights are counted as sharded"),
         "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "each rank has to have the weights"),
-        "mixed_precision": (
-            accelerator.mixed_precision != "no" or plugin.mixed_precision_policy is not None,
-            "weights are counted as gathered in the type in which they are kept; a model in bfloat16 is another way",
+        "mixed_precision='fp16'": (
+            accelerator.mixed_precision == "fp16" or torch.float16 in _types(plugin),
+            "scaling a loss whose gradients are spread over ranks has not been tried; bf16 needs none",
         ),
         "even_batches=False": (
             not accelerator.even_batches,
@@ -79,12 +80,32 @@ def refuse_uncounted(accelerator: Accelerator) -> None:
             getattr(accelerator, "parallelism_config", None) is not None,
             "all processes are to share the weights",
         ),
+        "one process": (accelerator.num_processes == 1, "there is nobody to share its weights with"),
     }
     for what, (is_asked, why) in asked.items():
         if is_asked:
             raise UsageError(
                 f"{what} is not counted with FSDP2: {why}. Leave it out, also of Accelerate's config file."
             )
+
+
+def _types(plugin: MemplanFSDPPlugin) -> tuple[torch.dtype | None, ...]:
+    policy = plugin.mixed_precision_policy
+    return () if policy is None else (policy.param_dtype, policy.reduce_dtype, policy.output_dtype)
+
+
+def mixed_in(accelerator: Accelerator, model: nn.Module) -> MixedPrecision | None:
+    """What FSDP2 is going to cast of a model. With mixed precision what is trained is kept in float32.
+
+    That is Accelerate's own rule for models that it shards itself (`fsdp2_prepare_model` in
+    accelerate/utils/fsdp_utils.py), so it is kept here.
+    """
+    if accelerator.mixed_precision != "no":
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.to(torch.float32)
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    return None if policy is None else MixedPrecision.of(model, policy)
 
 
 @contextmanager
@@ -94,8 +115,9 @@ def sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[tor
     Raises:
         UsageError: packed weights.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
     packed = [name for name, parameter in model.named_parameters() if bits_of(parameter)]
     if packed:
         raise UsageError(
@@ -112,8 +134,8 @@ def sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[tor
                 group["params"] = [parameters[name] for name in own]
 
     for path in find_blocks(model):
-        fully_shard(model.get_submodule(path))
-    fully_shard(model)
+        fully_shard(model.get_submodule(path), mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     hand_out()
     # Gradients are counted as scattered after each micro-batch. `accumulate()` would hold them whole until the last.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

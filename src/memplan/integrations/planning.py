@@ -154,6 +154,16 @@ def _check_world(plan: Plan, recipe: Recipe) -> None:
     planned, here = World(plan.replicas, plan.shards), World(recipe.replicas, recipe.shards)
     if planned != here:
         raise PlanMismatch(f"the plan is for {planned}, this run is {here}. Plan with world=memplan.{here}.")
+    casts = str(recipe.mixed or "")
+    if plan.mp_policy != casts:
+        raise PlanMismatch(
+            f"the plan is for FSDP2 {_casting(plan.mp_policy)}, and this run is {_casting(casts)}. Plan with the "
+            "mp_policy of the run in memplan.World, or for this run, without a file."
+        )
+
+
+def _casting(policy: str) -> str:
+    return f"with {policy}" if policy else "without mixed precision"
 
 
 def _check_batch(plan: Plan, effective: int, own_rows: int, can_split: bool, can_join: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import nn
 
 from memplan.errors import PlanMismatch
-from memplan.integrations.fsdp import is_sharded
+from memplan.integrations.fsdp import is_sharded, mixed_in
 from memplan.integrations.scripts import REPLICATED
 from memplan.levers.loss_head import find_head, rows_of
 from memplan.plan_record import Plan
@@ -87,10 +87,10 @@ def _way_out(option: str, is_trainer: bool) -> str:
     return words[0].upper() + words[1:]
 
 
-def ranks_in(accelerator: Any) -> dict[str, Any]:
+def ranks_in(accelerator: Any, model: nn.Module) -> dict[str, Any]:
     """What DistributedDataParallel or FSDP2 make of a step, as arguments of a `Recipe`."""
     if is_sharded(accelerator):
-        return {"shards": accelerator.num_processes}
+        return {"shards": accelerator.num_processes, "mixed": mixed_in(accelerator, model)}
     if accelerator.distributed_type not in REPLICATED or accelerator.num_processes == 1:
         return {}
     handler = accelerator.ddp_handler

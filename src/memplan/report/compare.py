@@ -23,6 +23,7 @@ _FACTS = (
     "effective_batch",
     "replicas",
     "shards",
+    "mp_policy",
     "stepping",
     "peak_phase",
     "peak_module",
