@@ -159,6 +159,11 @@ class TestPlan:
             "world": World(2, 4, MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
         }
 
+    def test_mixed_precision_needs_shards(self, config: Path) -> None:
+        result = run("plan", config, "--gpu", "rtx-4090", "--param-dtype", "bf16")
+        assert result.exit_code == 2
+        assert "give --shards too" in result.stderr
+
     def test_what_no_option_says_is_in_the_settings(
         self, config: Path, stand_in: Callable[[object], Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -94,6 +94,8 @@ def world_of(replicas: int, shards: int, param_dtype: Casting | None, reduce_dty
 
     if param_dtype is None and reduce_dtype is None:
         return World(replicas, shards)
+    if shards == 1:
+        raise UsageError("--param-dtype and --reduce-dtype are FSDP2's, of weights that cards share: give --shards too")
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     param, reduce = (None if dtype is None else dtype.dtype() for dtype in (param_dtype, reduce_dtype))
