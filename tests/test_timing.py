@@ -189,3 +189,37 @@ def test_a_model_that_checkpoints_its_blocks_itself_has_parts_to_drop() -> None:
     assert study.can_time
     assert study.menu.selections
     assert model.model.layers[0].gradient_checkpointing
+
+
+class Unseen(nn.Module):
+    """Adds what a kernel that is not torch's has written, which nobody sees: made again it is zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unseen = torch.zeros(16)
+        unseen.numpy()[:] = 7
+        return x + self.last(torch.nn.functional.gelu(self.norm(x)) * (unseen + 1))
+
+
+def test_what_comes_out_differently_when_it_is_made_again_is_not_offered_and_said() -> None:
+    model = nn.Sequential(*(Unseen() for _ in range(4)), nn.Linear(16, 1))
+    study = Study(
+        model,
+        Sample.of(torch.randn(64, 16)),
+        recipe := Recipe(loss=lambda model, batch: model(batch).sum()),
+        Recorder(model, recipe, backend_for(find_gpu("cpu"))),
+        find_gpu("cpu"),
+        CpuDevice(),
+        (64,),
+        1,
+    )
+    assert study.menu.selections
+    names = {name for selection in study.menu.selections.values() for name in selection.dropped}
+    assert "mul" in names
+    assert "add" not in names
+    (said,) = (line for line in study.refusals if "come out differently" in line)
+    assert said.startswith("1 of the values that 0 saves are held")
+    assert said.endswith(": add")

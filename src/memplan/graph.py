@@ -9,7 +9,7 @@ its own, and those of every value that these read and that is neither given nor 
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -46,6 +46,12 @@ class BlockGraph:
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
+    unlike: tuple[str, ...] = ()  # names of values that were made again, and came out differently
+
+    def without(self, unlike: Collection[int]) -> "BlockGraph":
+        """The graph in which what makes these values is not run again."""
+        nodes = (replace(node, repeatable=node.repeatable and not set(unlike) & {*node.writes}) for node in self.nodes)
+        return BlockGraph(self.values, tuple(nodes), tuple(self.values[v].name for v in sorted(unlike)))
 
     @property
     def droppable(self) -> tuple[int, ...]:

@@ -22,11 +22,11 @@ from memplan.errors import CannotTrace, ModelFailed
 from memplan.fresh_memory import relieved, seconds_per_byte
 from memplan.gpus import Gpu
 from memplan.graph import BlockGraph
-from memplan.levers import loss_head, offload, recompute, stepping
+from memplan.levers import loss_head, offload, recompute, select, stepping
 from memplan.levers.capture import Captured
 from memplan.levers.host_pool import HostPool
 from memplan.levers.lanes import queued_on_paper
-from memplan.levers.select import found_in, unrepeatable, watched
+from memplan.levers.select import found_in, watched
 from memplan.levers.uses import Uses
 from memplan.menu import Menu
 from memplan.optimizer_step import IN_BACKWARD, SINGLE
@@ -175,10 +175,10 @@ class Study:
         lines = []
         if self.blocks and isinstance(self._recomputed, str) and self._recomputed:
             lines.append(f"blocks cannot be recomputed: {self._recomputed}")
-        if "select" in self.levers and not self.menu.selections:
-            found = (self._first[1].get(path) for path in self.blocks)
-            if (why := unrepeatable(each.graph for each in found if each is not None)) is not None:
-                lines.append(f"no part of a block can be recomputed: {why}")
+        if "select" in self.levers:
+            graphs = {path: graph for path, (graph, _) in self._graphs.items()}
+            traced = [found.graph for path, found in self._first[1].items() if path in self.blocks]
+            lines += select.refusals(graphs, traced, bool(self.menu.selections))
         if isinstance(self._chunked, str):
             lines.append(f"the loss cannot be computed in chunks: {self._chunked}")
         if "step-in-backward" in self.levers and _VARIANTS[IN_BACKWARD] not in self.steppings:
@@ -232,9 +232,10 @@ class Study:
             return Menu({}, {})
         is_repeatable = isinstance(self._recomputed, Trace)
         copies = offload.OPTIONS if is_repeatable else (offload.SAVED,)  # beside the boundary a block is recomputed
-        graphs = self._graphs() if "select" in self.levers else {}
+        graphs = self._graphs if "select" in self.levers else {}
         return Menu.of(self._groups, graphs, is_repeatable, copies if self.host_bytes > 0 else ())
 
+    @cached_property
     def _graphs(self) -> dict[str, tuple[BlockGraph, Sequence[float]]]:
         """With seconds from the device itself where the model is there, else from the card's figures."""
         if self.can_time:

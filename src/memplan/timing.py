@@ -13,7 +13,7 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from memplan import levers
 from memplan._compat import is_cache
@@ -23,7 +23,8 @@ from memplan.device import Device
 from memplan.errors import ModelFailed, PlanNotFollowed
 from memplan.graph import BlockGraph
 from memplan.laps import by_turns
-from memplan.levers.select import capturing
+from memplan.levers.replay import random_state
+from memplan.levers.select import capturing, proved
 from memplan.losses import loss_of
 from memplan.menu import Menu
 from memplan.problem import KEEP, RECOMPUTE
@@ -254,14 +255,17 @@ class _Clock:
                 return {group[0]: self._graph(group[0], call) for group, call in calls.items()}
 
     def _graph(self, path: str, call: _Call) -> tuple[BlockGraph, list[float]]:
-        """The first run warms up."""
+        """The first run warms up; what the last one saves is made again, and has to be the same."""
         block = self.model.get_submodule(path)
+        inputs = [leaf for leaf in tree_iter((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
         laps = []
         for _ in range(_REPEATS + 1):
+            state = random_state(self.device.torch_device)
             with self._casting():
-                run = capturing(block, block.forward, call.args, call.kwargs, self.device.synchronize)
-            laps.append(run[0].node_s)
-        return run[0].graph, [min(node) for node in zip(*laps[1:], strict=True)]
+                captured, saved, _ = capturing(block, block.forward, call.args, call.kwargs, self.device.synchronize)
+            laps.append(captured.node_s)
+        graph = proved(block, captured, saved, inputs, state)
+        return graph, [min(node) for node in zip(*laps[1:], strict=True)]
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:

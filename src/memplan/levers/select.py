@@ -20,7 +20,7 @@ import logging
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import BuiltinFunctionType, FunctionType
@@ -67,14 +67,41 @@ def install(block: nn.Module, path: str, dropped: Sequence[str], proved: set[obj
     )
 
 
-def unrepeatable(graphs: Iterable[BlockGraph]) -> str | None:
-    """Why no part of a block can be dropped, where that is so of one. Without autograd it saves nothing and is none."""
-    if all(node.repeatable for graph in graphs for node in graph.nodes):
-        return None
-    return (
-        "nothing that autograd saves there can be made again, since it is written to in place, or comes of random "
-        "numbers from a generator of its own or from Python's or NumPy's, or after Python has asked what a tensor holds"
-    )
+def refusals(graphs: Mapping[str, BlockGraph], traced: Sequence[BlockGraph], offered: bool) -> list[str]:
+    """What of blocks cannot be dropped and why, in lines.
+
+    Args:
+        graphs: of blocks by their paths, what they are planned by.
+        traced: those that a trace of the model has shown. Of a block without autograd, which saves nothing, there is
+            none.
+        offered: whether there is a part that can be dropped.
+    """
+    lines = [
+        f"{len(graph.unlike)} of the values that {path} saves are held, since they come out differently when they are "
+        f"computed again here: {', '.join(graph.unlike[:3])}{', ...' if len(graph.unlike) > 3 else ''}"
+        for path, graph in graphs.items()
+        if graph.unlike
+    ]
+    if offered or lines or all(node.repeatable for graph in traced for node in graph.nodes):
+        return lines
+    return [
+        "no part of a block can be recomputed: nothing that autograd saves there can be made again, since it is "
+        "written to in place, or comes of random numbers from a generator of its own or from Python's or NumPy's, or "
+        "after Python has asked what a tensor holds"
+    ]
+
+
+def proved(
+    block: nn.Module, captured: Captured, saved: Sequence[Saved], inputs: Sequence[Tensor], state: Tensor
+) -> BlockGraph:
+    """The graph of a forward that was just captured, in which only that is run again which then gives the same.
+
+    Args:
+        saved, inputs: what `capturing` gave back, and the tensors that the block was called with.
+        state: the random state before.
+    """
+    alone = {v: parts_of(captured, frozenset({v})) for v in captured.graph.droppable}
+    return captured.graph.without([v for v, parts in alone.items() if unlike(parts, saved, block, inputs, state)])
 
 
 class Selected(StandIn):
