@@ -1,6 +1,6 @@
 """Feature probes of other packages, in one place.
 
-transformers is not imported for the questions: who has a model of its classes has done that.
+They are not imported for the questions: who has a model of their classes has done that.
 """
 
 import sys
@@ -16,6 +16,11 @@ def is_checkpointing_layer(module: nn.Module) -> bool:
 def keeps_cache(layer: nn.Module) -> bool:
     """Whether such a layer only reads the key/value cache, so that it can be run again with it."""
     return bool(getattr(layer, "_can_checkpoint_with_cache", False))
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is sharded by FSDP2 as a unit of its own."""
+    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def is_cache(value: object) -> bool:

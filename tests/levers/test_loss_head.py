@@ -18,8 +18,10 @@ import heads
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from imprint import Imprint
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from memplan.errors import ModelError, PlanMismatch, PlanNotFollowed
@@ -577,6 +579,24 @@ def test_a_hook_of_those_who_share_weights_does_not_compute_the_logits() -> None
         output.loss.backward()
         assert uses(head) == Uses(losses=1)
         assert waited == [torch.Size([*batch["labels"].shape, head.in_features])]
+
+
+def test_a_head_that_is_sharded_by_itself_makes_its_logits_at_once() -> None:
+    """Its weight is gone when the loss would come for it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, batch = tiny.llama(layers=1)
+        plain = model(**batch).loss
+        with chunked(model) as head:
+            for part in (head, model):
+                fully_shard(part)
+            with pytest.warns(PlanNotFollowed, match="sharded by FSDP2 as a unit of its own"):
+                output = model(**batch)
+            output.loss.backward()
+            assert torch.equal(output.loss, plain)
+            assert uses(head) == Uses()
+    finally:
+        dist.destroy_process_group()
 
 
 @reads_on_purpose

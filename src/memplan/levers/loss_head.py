@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memplan._compat import is_unit
 from memplan.blocks import find_blocks
 from memplan.errors import PlanMismatch, PlanNotFollowed
 from memplan.levers.lazy_logits import Call, lazy
@@ -182,9 +183,22 @@ class _Chunked(StandIn):
         assert bias is None or isinstance(bias, Tensor)
         tensors = [input, weight] if bias is None else [input, weight, bias]
         learns = self.block.training and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if not learns or not _agree(tensors):
+        if not learns or not _agree(tensors) or self._is_unit():
             return self.__wrapped__(input)
         return lazy(Call(self.__wrapped__, input, weight, bias, self.rows, self.uses))
+
+    def _is_unit(self) -> bool:
+        """Whether FSDP2 takes the weight away when the head has returned, before the loss could come for it."""
+        if is_unit(self.block):
+            warnings.warn(
+                "the loss head is sharded by FSDP2 as a unit of its own, so its weight is gone before the loss is "
+                "computed: the logits are made at once, and the step takes more memory than planned. Shard the head "
+                "with the model (fully_shard(model), not fully_shard(model.lm_head)), or plan without 'loss-head'.",
+                PlanNotFollowed,
+                stacklevel=3,
+            )
+            return True
+        return False
 
 
 def _agree(tensors: list[Tensor]) -> bool:
