@@ -27,7 +27,7 @@ from memplan.levers.host_pool import HostPool
 from memplan.losses import Loss, loss_of
 from memplan.optimizer_step import IN_BACKWARD, PLAIN
 from memplan.plan_record import Measured, Plan, Verdict
-from memplan.recipe import Recipe
+from memplan.recipe import Recipe, dtype_of
 from memplan.samples import Sample, sample_for
 from memplan.units import format_bytes
 from memplan.world import World
@@ -65,6 +65,7 @@ class Fit:
         self.plan = plan
         self.measured: Measured | None = None
         self._undo: Callable[[], None] | None = undo
+        self._let_go: Callable[[], object] = lambda: None
         self._live = live
         self._step = step
         self._unstep = step() if step is not None else None
@@ -76,6 +77,7 @@ class Fit:
                 self._unstep()
             self._undo()
             self._undo = None
+            self._let_go()
             _applied.pop(self.model, None)
 
     @contextmanager
@@ -227,7 +229,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         DoesNotFit: the plan itself says that it does not fit.
         MemoryTaken: it did, but other processes have taken memory of the card since.
         AlreadyApplied: the model runs by a plan already.
-        PlanMismatch: the plan was made for other modules or shapes, or for more cards than train here.
+        PlanMismatch: it is for other modules, shapes or cards than are here, or not the one of another rank.
         UsageError: it is no plan, or the model is compiled already.
     """
     if not isinstance(plan, Plan):
@@ -240,9 +242,15 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         )
     check_bare(model, "apply")
     _check_match(model, plan)
-    World(plan.replicas, plan.shards).check_here()
-    _check_room(model, plan)
-    return reapply(model, plan, optimizer)
+    let_go = World(plan.replicas, plan.shards).held_to(plan, model)
+    try:
+        _check_room(model, plan)
+        fit = reapply(model, plan, optimizer)
+    except BaseException:
+        let_go()
+        raise
+    fit._let_go = let_go
+    return fit
 
 
 def reapply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Fit:
@@ -390,7 +398,3 @@ def sample_in(plan: Plan, model: nn.Module) -> Sample:
     if plan.sample:
         return Sample.from_fields(plan.sample, plan.micro_batch)
     return sample_for(model, plan.micro_batch)
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)

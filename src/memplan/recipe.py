@@ -88,3 +88,8 @@ class Recipe:
                 "would use those of one alone. Step plainly."
             )
         return None
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """A type by the name that a plan's file has for it."""
+    return None if name is None else getattr(torch, name)

@@ -9,9 +9,9 @@ from torch import nn
 from memplan.blocks import signature, statement
 from memplan.device import resolve_gpu
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
-from memplan.fitting import dtype_of, sample_in
+from memplan.fitting import sample_in
 from memplan.plan_record import Plan, Verdict
-from memplan.recipe import Recipe
+from memplan.recipe import Recipe, dtype_of
 from memplan.report.explain import Again
 from memplan.session import Session
 from memplan.strategy import Strategy, load_strategy
