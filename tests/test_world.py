@@ -45,6 +45,17 @@ def test_a_policy_is_that_of_fsdp2_and_needs_shards(mp_policy: Any, words: str) 
         memplan.World(mp_policy=mp_policy)
 
 
+@pytest.mark.slow
+def test_classes_of_lengths_are_the_same_on_all(heard: Heard) -> None:
+    first, second = (found["by length"] for found in heard)
+    assert first == second
+    (short, less), (long, most) = first["needs"]["16"][0], first["needs"]["64"][0]
+    assert (short, long) == (16, 64)
+    assert less < most
+    assert first["in force"] == [16, 64, 16]
+
+
+@pytest.mark.slow
 def test_ranks_do_not_run_by_plans_of_their_own(heard: Heard) -> None:
     first, second = (found["applied"] for found in heard)
     assert first["error"] == "none: 1"

@@ -18,6 +18,7 @@ from two_ranks import leave
 import memplan
 from memplan import fitting, pipeline
 from memplan.errors import MemoryTaken, MemplanError, UsageError
+from memplan.rungs import ladders
 from memplan.samples import Sample
 from memplan.world import World, largest, odd_ranks, of_first, on_all, rooms_of_all
 
@@ -121,6 +122,31 @@ def ladder() -> dict[str, Any]:
     return {"needs": needs, "changed": changed}
 
 
+def by_length() -> dict[str, Any]:
+    """Classes of lengths for a guard on both: each one's first two plans, and a step of either class."""
+    model = texts(False)
+    fit = memplan.autofit(model, "cpu:1GiB", sample=ids(64), world=WORLD, strategy=KEEP, **SIZES)
+    fit.undo()
+    made = {n: list(plans)[:2] for n, plans in ladders(model, fit.plan, [16], BLOCKS, 2, WORLD).items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    replica = torch.nn.parallel.DistributedDataParallel(model)
+    guard = memplan.Guard(memplan.apply(model, fit.plan), optimizer, made, replica=replica)
+    in_force = []
+
+    def run() -> None:
+        replica(ids(length)).mean().backward()
+        guard.exchange()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for length in (16, 64, 12):
+        guard.step(run, tokens=length)
+        in_force.append(guard.plan.sample[0].shape[-1])
+    guard.undo()
+    needs = {n: [(p.sample[0].shape[-1], p.needs_bytes) for p in plans] for n, plans in made.items()}
+    return {"needs": needs, "in force": in_force}
+
+
 def applied(rank: int) -> dict[str, Any]:
     """By plans that each rank has made by itself, the second one's with another micro-batch; then by the same one."""
     model = texts(False)
@@ -157,6 +183,7 @@ def main() -> None:
         "unequal": unequal(rank),
         "taken": taken(rank),
         "ladder": ladder(),
+        "by length": by_length(),
     }
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(heard))
 
