@@ -84,6 +84,8 @@ def test_the_best_is_measured_within_the_budget(first: tuple[Path, Tuned]) -> No
     assert found.plan.decisions == taken.plan.decisions
     assert found.gap == 1  # one run says nothing of the others
     text = found.describe()
+    assert str(found) == text
+    assert len(repr(found)) < 300
     assert f"measured 1 of {len(found.trials)} plans" in text
     assert f"{found.plan.micro_batch} x {found.plan.accumulation} accumulated" in text
 

@@ -14,8 +14,8 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Described(Record):
-    """A record that tells in plain text what it holds. Printed, it tells that; its fields are thousands of numbers."""
+class Telling:
+    """What tells in plain text what it holds. Printed, it tells that; its fields are thousands of numbers."""
 
     def describe(self) -> str:
         """A few lines of plain text."""
@@ -26,6 +26,10 @@ class Described(Record):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.describe().partition(chr(10))[0]}>"
+
+
+class Described(Telling, Record):
+    """A record that does."""
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -31,6 +31,7 @@ from memplan.optimizer_step import IN_BACKWARD, PLAIN, SINGLE
 from memplan.plan_record import Measured, Plan, SampleField, Verdict
 from memplan.problem import levers_of
 from memplan.progress import part, shown
+from memplan.records import Telling
 from memplan.session import Session
 from memplan.storages import storage_of
 from memplan.strategy import SAFE_LEVERS, Lever, Strategy, load_strategy
@@ -53,8 +54,8 @@ _STEPPING: Final[dict[str, Lever]] = {SINGLE: "optimizer", IN_BACKWARD: "step-in
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Tuned:
+@dataclass(frozen=True, slots=True, repr=False)
+class Tuned(Telling):
     """What `tune` found.
 
     Attributes:
