@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning's own imports warn of
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
+    from lightning.pytorch.strategies import FSDPStrategy
     from lightning.pytorch.utilities import CombinedLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
@@ -220,10 +221,11 @@ def test_a_module_that_optimizes_by_hand() -> None:
     refused(UsageError, r"automatic_optimization=False.*memplan.autofit\(module", module=Module(by_hand=True))
 
 
-def test_several_devices() -> None:
-    """Told by the trainer's world size, before it is asked for anything else."""
-    with pytest.raises(UsageError, match=r"one device, and this fit has 2: .* Use memplan\.attach with Accelerate"):
-        MemplanCallback(gpu="cpu:1GiB").on_fit_start(SimpleNamespace(world_size=2), Module())  # type: ignore[arg-type]
+def test_several_devices_by_another_strategy() -> None:
+    """Told before the trainer is asked for anything else."""
+    fsdp = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
+    with pytest.raises(UsageError, match=r"this fit has 2 by a FSDPStrategy\. Use memplan\.attach with Accelerate"):
+        MemplanCallback(gpu="cpu:1GiB").on_fit_start(fsdp, Module())  # type: ignore[arg-type]
 
 
 class Once(IterableDataset[dict[str, list[int]]]):

@@ -7,6 +7,7 @@
 It plans when the fit begins, when module, data and optimizers are there and no batch was drawn yet. Batches of the
 training loader come in micro-batches then; as many optimizer steps are taken, with the same gradients up to rounding.
 Lightning divides the loss of each micro-batch by their number, so each is multiplied by its part of the step before.
+With DistributedDataParallel the first rank plans for all, and each cuts what Lightning has dealt out to it.
 """
 
 import inspect
@@ -18,10 +19,13 @@ from typing import Any, Final
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled
+from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import (
@@ -33,14 +37,16 @@ from memplan.integrations.loaders import (
 )
 from memplan.integrations.part_log import PartLog
 from memplan.integrations.parts import Split, nothing_to_learn
-from memplan.integrations.planning import plan_for
+from memplan.integrations.planning import place_of, plan_for
+from memplan.integrations.scripts import refuse_other_batches
 from memplan.integrations.watching import SecondStep
-from memplan.means import SAMPLES, SUM, Count, Undecided, counter, mean_over, rows_in
+from memplan.means import SAMPLES, SUM, Undecided, counter, mean_over, rows_in
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
+from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
 
 _WHOLE_WITHIN: Final = 1e-6  # batches
 _PRECISIONS: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -56,8 +62,8 @@ class MemplanCallback(Callback):
         settings: names and values of `memplan.settings.Settings`.
 
     Raises:
-        UsageError: an unknown setting or value. When the fit begins: several devices, manual optimization, or a loader
-            whose batches cannot be cut. DoesNotFit if no plan meets the budget.
+        UsageError: an unknown setting or value. When the fit begins: several devices by another strategy than "ddp",
+            manual optimization, or a loader whose batches cannot be cut. DoesNotFit if no plan meets the budget.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -72,24 +78,25 @@ class MemplanCallback(Callback):
         if not self.settings.enabled:
             return
         _refuse(trainer, pl_module)
-        source = trainer.fit_loop._data_source
-        loader = source.dataloader()
-        if not isinstance(loader, DataLoader):
-            raise UsageError(f"memplan plans for one training DataLoader; this fit has a {type(loader).__name__}")
-        own_rows, own_batches = batch_size_of(loader), trainer.accumulate_grad_batches
+        loader = on_all(partial(_dealt, trainer))
+        own_rows, own_batches = on_all(partial(batch_size_of, loader)), trainer.accumulate_grad_batches
+        refuse_other_batches(own_rows)
         recipe = Recipe(
             _step_loss,
             trainer.optimizers[0] if len(trainer.optimizers) == 1 else "adamw",
             _PRECISIONS.get(trainer.precision),
             drops=AFTER_FORWARD,  # the closure calls zero_grad between forward and backward
             clips=trainer.gradient_clip_val is not None,
+            **_replicas(trainer),
         )
         with _not_logging(pl_module):
-            sample, said = longest_batch(loader)
+            sample, told = largest(*on_all(partial(longest_batch, loader)))
             sample = sample.map(trainer.precision_plugin.convert_input)
-            is_fixed = is_batch_coupled(pl_module) or is_cut_by_workers(loader)
-            by = None if is_fixed else self._counted(pl_module, recipe, sample)
-            plan = plan_for(
+            is_fixed = on_any(is_batch_coupled(pl_module) or is_cut_by_workers(loader))
+            name = None if is_fixed else of_first(on_all(partial(self._count_name, pl_module, recipe, sample)))
+            by = None if name is None else counter(name)
+            make = partial(
+                plan_for,
                 pl_module,
                 recipe,
                 sample,
@@ -99,17 +106,20 @@ class MemplanCallback(Callback):
                 own_batches=own_batches,
                 can_split=by is not None,
                 can_join=may_be_joined(loader),
+                rooms=self._rooms(trainer, pl_module),
             )
+            plan = World(trainer.world_size).agreed(make, pl_module)
         if plan.micro_batch != own_rows:
-            _refuse_divided(trainer, loader)
-        told = () if self.settings.plan else (said,)  # it was made for another sample
+            on_all(partial(_refuse_divided, trainer, loader))
+        told = () if self.settings.plan else told  # it was made for another sample
         self.plan = plan.assuming(*told)
         split = Split(by or counter(SAMPLES), plan.accumulation, own_batches, own_rows)
-        fit = apply(pl_module, plan)
+        fit = on_all(partial(apply, pl_module, plan), Fit.undo)
         self._install(trainer, pl_module, loader, split, fit)
-        announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=told))
+        if trainer.is_global_zero:
+            announce(banner(self.plan, (own_rows, own_batches), "MemplanCallback(enabled=False)", said=told))
         _log(trainer, self.plan.record())
-        self._second = SecondStep(fit, partial(_log, trainer))
+        self._second = SecondStep(fit, partial(_log, trainer)) if trainer.world_size == 1 else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # Lightning's signature
         """The checkpoint, if the fit goes on from one, is there.
@@ -150,14 +160,21 @@ class MemplanCallback(Callback):
         """Everything as it was, also after a run that failed."""
         self.on_fit_end(trainer, pl_module)
 
-    def _counted(self, module: nn.Module, recipe: Recipe, sample: Sample) -> Count | None:
-        name = self.settings.normalise
-        if name != "auto":
-            return counter(name)
+    def _count_name(self, module: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
+        """What the loss is a mean over; None if its batch must not be split."""
+        if self.settings.normalise != "auto":
+            return self.settings.normalise
         with suppress(Undecided):
             found = mean_over(module, recipe, sample)
-            return None if found in (None, SUM) else counter(found)
+            return None if found == SUM else found
         return None
+
+    def _rooms(self, trainer: Trainer, module: nn.Module) -> Rooms:
+        """The memory that other ranks have, if it matters."""
+        if trainer.world_size == 1 or self.settings.plan is not None:
+            return ALONE
+        place = place_of(self.settings, next(module.parameters()).device)
+        return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
 
     def _install(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], split: Split, fit: Fit
@@ -166,7 +183,7 @@ class MemplanCallback(Callback):
         if fit.plan.micro_batch == split.own_rows:
             return
         source, own = trainer.fit_loop._data_source, module.__dict__.get("training_step")
-        weighed = _weighed(cut(loader, split.own_batches, fit.plan.micro_batch), split)
+        weighed = _weighed(loader.sampler, cut(loader, split.own_batches, fit.plan.micro_batch), split)
         instance = source.instance
 
         def undo() -> None:
@@ -205,9 +222,10 @@ class _Weighed(DataLoader[Any]):
         yield from step
 
 
-def _weighed(loader: DataLoader[Any], split: Split) -> _Weighed:
+def _weighed(sampler: Any, loader: DataLoader[Any], split: Split) -> _Weighed:
+    """By the sampler that it was cut from Lightning sees that its rows are dealt out already."""
     loader.__class__ = type("Weighed", (_Weighed, type(loader)), {})
-    loader.__dict__.update(split=split, weights=[])
+    loader.__dict__.update(split=split, weights=[], sampler=sampler)
     assert isinstance(loader, _Weighed)
     return loader
 
@@ -264,11 +282,29 @@ def _nothing(*_: object, **__: object) -> None:
     """What becomes of a log record."""
 
 
+def _dealt(trainer: Trainer) -> DataLoader[Any]:
+    """The training loader, with the rows of this rank, as Lightning is going to deal them out."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    if not isinstance(loader, DataLoader):
+        raise UsageError(f"memplan plans for one training DataLoader; this fit has a {type(loader).__name__}")
+    dealt = trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
+    assert isinstance(dealt, DataLoader)
+    return dealt
+
+
+def _replicas(trainer: Trainer) -> dict[str, Any]:
+    """What DistributedDataParallel makes of a step, as arguments of a `Recipe`."""
+    if trainer.world_size == 1:
+        return {}
+    return {"replicas": trainer.world_size, "bucket_view": bool(getattr(trainer.model, "gradient_as_bucket_view", 0))}
+
+
 def _refuse(trainer: Trainer, module: LightningModule) -> None:
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         raise UsageError(
-            f"memplan's callback plans for one device, and this fit has {trainer.world_size}: Lightning deals out rows "
-            "anew after the callback. Use memplan.attach with Accelerate for several."
+            "memplan's callback plans for one device, or for several by strategy='ddp', and this fit has "
+            f"{trainer.world_size} by a {type(trainer.strategy).__name__}. Use memplan.attach with Accelerate, which "
+            "has FSDP2 and DeepSpeed too."
         )
     if str(trainer.precision).startswith("transformer-engine"):
         raise UsageError(
