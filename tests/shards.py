@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from memplan import levers
 from memplan.blocks import find_blocks
+from memplan.levers import loss_head
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -27,13 +28,18 @@ def llama() -> tiny.Made:
     return tiny.llama(layers=6, rows=4, length=64, **sizes)
 
 
+def wide() -> tiny.Made:
+    """Whose logits decide the peak."""
+    return tiny.llama(layers=2, rows=4, length=64, hidden_size=64, vocab_size=8192, use_cache=False)
+
+
 def lora() -> tiny.Made:
     """Adapters with dropout on a frozen base."""
     base, batch = llama()
     return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")).train(), batch
 
 
-MODELS: dict[str, Callable[[], tiny.Made]] = {"llama": llama, "lora": lora, "gpt2": tiny.gpt2}
+MODELS: dict[str, Callable[[], tiny.Made]] = {"llama": llama, "lora": lora, "wide": wide, "gpt2": tiny.gpt2}
 
 
 class Case(NamedTuple):
@@ -50,6 +56,9 @@ CASES = {
     "recomputed": Case("llama", "recompute", 1),
     "both": Case("llama", "recompute", 2),
     "frozen": Case("lora", "keep", 1),
+    "logits": Case("wide", "keep", 1),
+    "chunked": Case("wide", "chunked-32", 2),
+    "mixed-chunked": Case("wide", "chunked-32", 1, MixedPrecisionPolicy(HALF, FULL)),
     "mixed": Case("llama", "keep", 1, MixedPrecisionPolicy(HALF, FULL)),
     "mixed-both": Case("llama", "recompute", 2, MixedPrecisionPolicy(HALF, HALF, HALF)),
     "mixed-frozen": Case("lora", "keep", 2, MixedPrecisionPolicy(HALF)),
@@ -59,6 +68,9 @@ STEPS = 3
 
 
 def decided(model: nn.Module, option: str) -> dict[str, str]:
+    """An option of all blocks or, where it is one, of the loss head."""
+    if loss_head.is_option(option) and option != "keep":
+        return {str(loss_head.find_head(model)): option}
     return dict.fromkeys(find_blocks(model), option)
 
 

@@ -124,9 +124,10 @@ def _backward(
         events.gather(unit, fetched, (start, _FREE_GATHERED))
         for size in unit.whole_bytes:
             events.add("params", size, (start, _COPY_OUT), (stop, _RESHARD))
-        events.scatter(unit, run.backward, (following, _FREE_LAST_SCATTERED), summed, keep=keep)
+        events.scatter(unit, (run.backward,), (following, _FREE_LAST_SCATTERED), summed, keep=keep)
         fetched = (start, _PREFETCH)
-    events.scatter(rest, step.backward, (last, _FREE_SCATTERED), summed, keep=keep)
+    before = Span(step.forward.start, step.backward.start)  # where a loss in chunks makes its gradients
+    events.scatter(rest, (step.backward, before), (last, _FREE_SCATTERED), summed, keep=keep)
 
 
 Moment = tuple[int, int]  # a tick, and a place beside its event
@@ -141,7 +142,8 @@ class _Events:
         self.born = np.where(trace.born == 0, -1, trace.born * _STRIDE + _EVENT)
         self.died = np.where(trace.died >= trace.ticks, self._end, trace.died * _STRIDE + _EVENT)
         self._added: list[tuple[int, int, int, int]] = []  # category, bytes, born, died
-        self._firsts: dict[str, tuple[Span, NDArray[np.int64]]] = {}  # a unit's first backward, rows of its gradients
+        # Of a unit and the number of a span: that span in the first micro-step, and the rows of its gradients.
+        self._firsts: dict[tuple[str, int], tuple[Span, NDArray[np.int64]]] = {}
         self._is_grad = (trace.storage_category == _CODE["grads"]) & (trace.died >= trace.ticks) & (trace.born > 0)
 
     def always(self, category: str, size: int) -> None:
@@ -159,32 +161,35 @@ class _Events:
         self.add("temporaries", unit.cast_bytes, (tick, place - 1), (tick, place + 1))
         self.add("temporaries", unit.gathered_bytes, begin, freed)
 
-    def scatter(self, unit: Unit, backward: Span, freed: Moment, summed: Moment | None, *, keep: bool) -> None:
-        """Gradients that were born in a backward are whole until they are scattered behind it.
+    def scatter(self, unit: Unit, spans: Sequence[Span], freed: Moment, summed: Moment | None, *, keep: bool) -> None:
+        """Gradients that were born in these spans, the first a backward, are whole until they are scattered behind it.
 
         What is reduced in another type than it is kept in stays until it is cast, or `summed`.
         """
         if not unit.grad_bytes:
             return
-        last = backward.stop - 1
-        born = self._trace.born
-        if keep:
-            mine = np.flatnonzero(self._is_grad & (born >= backward.start) & (born < backward.stop))
-            self._is_grad[mine] = False
-            self._firsts[unit.path] = (backward, mine)
-        else:
-            mine = self._like_the_first(unit.path, backward)
+        last = spans[0].stop - 1
+        mine = np.concatenate([self._grads((unit.path, n), span, keep=keep) for n, span in enumerate(spans)])
         self.died[mine] = last * _STRIDE + _FREE_GRADS
         self.add("temporaries", unit.grad_bytes, (last, _SCATTER), freed)
         self.add("temporaries", unit.reduced_bytes, (last, _REDUCE), summed or (last, _FREE_REDUCED))
         self.add("grads", unit.kept_grad_bytes, (last, _KEEP), None if keep else (last, _FREE_SCATTERED))
 
-    def _like_the_first(self, path: str, backward: Span) -> NDArray[np.int64]:
+    def _grads(self, key: tuple[str, int], span: Span, *, keep: bool) -> NDArray[np.int64]:
+        if not keep:
+            return self._like_the_first(key, span)
+        born = self._trace.born
+        mine = np.flatnonzero(self._is_grad & (born >= span.start) & (born < span.stop))
+        self._is_grad[mine] = False
+        self._firsts[key] = (span, mine)
+        return mine
+
+    def _like_the_first(self, key: tuple[str, int], backward: Span) -> NDArray[np.int64]:
         """What the trace has added to the first gradients as it came: of each one's size, born in its turn or near.
 
         Ticks would not do: an addition lets go of what was added, which is an event more.
         """
-        span, firsts = self._firsts[path]
+        span, firsts = self._firsts[key]
         old, found = self._trace, []
         inside = self._born_in(backward)
         turns = np.searchsorted(old.born[self._born_in(span)], old.born[firsts])

@@ -1,4 +1,4 @@
-"""A Lightning fit on two ranks by DistributedDataParallel: one plan for both, and the weights of the fit without one."""
+"""A Lightning fit on two ranks by DistributedDataParallel: one plan for both, the weights of the fit without one."""
 
 import json
 from pathlib import Path
