@@ -38,6 +38,37 @@ PART_BYTES: Final = 64 * 2**20
 enough for foreach, and little beside the activations, which are gone by then."""
 
 
+class Chance:
+    """The random states of torch (on the CPU and on cards), Python, NumPy and given generators, as they are now.
+
+    Args:
+        cards: whose generators count, beside the CPU's.
+        generators: of the user's own, beside the global ones.
+    """
+
+    def __init__(self, cards: Sequence[torch.device], generators: Sequence[torch.Generator] = ()) -> None:
+        # As bytes: a tensor of 5 KiB would be held through the step, and no plan knows of it.
+        self._global = random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes()
+        self._on_cards = [(card, torch.get_device_module(card).get_rng_state(card)) for card in cards]
+        self._of_generators = [(generator, generator.get_state()) for generator in generators]
+
+    def put_back(self) -> None:
+        """Make them what they were."""
+        python, numpy, torch_state = self._global
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch.frombuffer(bytearray(torch_state), dtype=torch.uint8))
+        for card, state in self._on_cards:
+            torch.get_device_module(card).set_rng_state(state, card)
+        for generator, state in self._of_generators:
+            generator.set_state(state)
+
+
+def cards_of(model: nn.Module) -> list[torch.device]:
+    """That hold parameters."""
+    return sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+
+
 class Before:
     """What a model and the sources of chance were before a step.
 
@@ -48,8 +79,7 @@ class Before:
     def __init__(self, model: nn.Module, generators: Sequence[torch.Generator] = ()) -> None:
         self._parameters = list(model.parameters())
         self._owners = [module._buffers for module in model.modules() if module._buffers]
-        self._cards = sorted({p.device for p in self._parameters if p.device.type not in ("cpu", "meta")}, key=str)
-        self._generators = tuple(generators)
+        self._cards, self._generators = cards_of(model), tuple(generators)
         self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: list[Tensor] = []
 
@@ -67,10 +97,7 @@ class Before:
         else:
             for copy, buffer in zip(self._copies, now, strict=True):
                 copy.copy_(buffer)
-        # As bytes: a tensor of 5 KiB would be held through the step, and no plan knows of it.
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes()
-        self._on_cards = [torch.get_device_module(card).get_rng_state(card) for card in self._cards]
-        self._of_generators = [generator.get_state() for generator in self._generators]
+        self._chance = Chance(self._cards, self._generators)
 
     def gradients(self) -> int:
         """How many parameters hold one."""
@@ -86,14 +113,7 @@ class Before:
             for (owner, name, buffer), copy in zip(self._buffers, self._copies, strict=True):
                 owner[name] = buffer
                 buffer.copy_(copy)
-        python, numpy, torch_state = self._random
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch.frombuffer(bytearray(torch_state), dtype=torch.uint8))
-        for card, state in zip(self._cards, self._on_cards, strict=True):
-            torch.get_device_module(card).set_rng_state(state, card)
-        for generator, state in zip(self._generators, self._of_generators, strict=True):
-            generator.set_state(state)
+        self._chance.put_back()
 
 
 def outcome(run: Callable[[], _Result]) -> tuple[tuple[_Result] | None, Exception | None]:
