@@ -20,8 +20,9 @@ from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.counting import length_of, said_of, steps_in
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
+from memplan.integrations.driving import asking, drive
 from memplan.integrations.fsdp import is_sharded, sharded
-from memplan.integrations.grouping import Group, asking, drive, grouped
+from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, may_be_joined
 from memplan.integrations.parts import LastOutput, Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
