@@ -18,7 +18,7 @@ from memplan.blocks import is_batch_coupled
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
-from memplan.integrations.counting import length_of, said_of, steps_in
+from memplan.integrations.counting import length_of, said_of
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.driving import asking, drive
 from memplan.integrations.fsdp import is_sharded, sharded
@@ -27,6 +27,7 @@ from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, 
 from memplan.integrations.parts import LastOutput, Split, full_precision_outputs, nothing_to_learn
 from memplan.integrations.planning import place_of, plan_for
 from memplan.integrations.replicas import for_replicas, ranks_in, refuse_copied
+from memplan.integrations.saved_run import SavedRun
 from memplan.integrations.scripts import (
     PRECISIONS,
     is_dealt_out,
@@ -45,8 +46,6 @@ from memplan.samples import Sample
 from memplan.settings import Settings
 from memplan.strategy import Strategy
 from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
-
-_PLAN_FILE, _STEPS_FILE = "memplan.json", "memplan_steps.txt"  # beside what `save_state` writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +77,10 @@ class Attachment:
         self._accelerator = accelerator
         self._wishes = wishes
         self._group: Group | None = None
-        # Of the run that saved the loaded checkpoint: samples in a batch, and steps that it had taken in its epoch.
-        self._counted_rows: int | None = None
-        self._taken_steps: int | None = None
         self._own = {name: getattr(accelerator, name) for name in _WRAPPED}
         for name, wrapper in _WRAPPED.items():
             setattr(accelerator, name, wraps(self._own[name])(partial(wrapper, self)))
-        hooked = accelerator.register_save_state_pre_hook, accelerator.register_load_state_pre_hook
-        self._hooks = [register(hook) for register, hook in zip(hooked, (self._save, self._load), strict=True)]
+        self._saved = SavedRun(accelerator, lambda: self.plan, lambda: self._group)
 
     @property
     def loss(self) -> "Tensor | float":
@@ -109,8 +104,7 @@ class Attachment:
         for name, own in self._own.items():
             setattr(self._accelerator, name, own)
         self._accelerator.gradient_state = GradientState()
-        for hook in self._hooks:
-            hook.remove()
+        self._saved.let_go()
 
     @property
     def _planned(self) -> Plan:
@@ -287,7 +281,7 @@ class Attachment:
         plan, group = self._planned, getattr(loader, "group", None)
         if not isinstance(group, Group) or group is not self._group:  # another loader, such as evaluation's
             return self._own["skip_first_batches"](loader, num_batches)
-        group.skipped = steps_in(num_batches, plan, group.split.own_rows, self._counted_rows, self._taken_steps)
+        group.skipped = self._saved.steps_in(num_batches, plan, group.split.own_rows)
         skipped = self._own["skip_first_batches"](loader, group.skipped * plan.accumulation)
         own_length: int | None = getattr(loader, "own_length", None)
         left = None if own_length is None else max(0, own_length - group.skipped * group.split.own_batches)
@@ -347,22 +341,6 @@ class Attachment:
             return ALONE
         place = place_of(self._wishes.settings, self._accelerator.device)
         return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save(self, _models: Any, _weights: Any, output_dir: str) -> None:
-        if self._accelerator.is_main_process and self.plan is not None:
-            self.plan.save(Path(output_dir) / _PLAN_FILE)
-            if self._group is not None:
-                (Path(output_dir) / _STEPS_FILE).write_text(f"{self._group.in_epoch}\n", encoding="utf-8")
-
-    def _load(self, _models: Any, input_dir: str) -> None:
-        path, steps = Path(input_dir) / _PLAN_FILE, Path(input_dir) / _STEPS_FILE
-        self._taken_steps = int(steps.read_text(encoding="utf-8")) if steps.is_file() else None
-        if path.is_file():
-            self._counted_rows = Plan.load(path).micro_batch
-        elif self._group is not None:  # it was trained without a plan
-            self._counted_rows = self._group.split.own_rows
 
 
 _WRAPPED: Final[dict[str, Callable[..., Any]]] = {
