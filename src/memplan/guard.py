@@ -28,10 +28,10 @@ from memplan import optimizers
 from memplan.device import Device
 from memplan.errors import MemoryTaken, UsageError
 from memplan.fitting import Fit, apply, reapply
-from memplan.out_of_memory import Diagnosis, Where, diagnose
+from memplan.out_of_memory import diagnose
 from memplan.plan_record import Plan
 from memplan.ranks import OthersRanOut, Replicas, Word, Words, check_whole
-from memplan.rewind import Before, CarefulStep, device_of, forget, outcome
+from memplan.rewind import Before, CarefulStep, device_of, forget, outcome, ran_out
 from memplan.rungs import Ladders, nothing_smaller
 from memplan.units import format_bytes
 
@@ -151,7 +151,7 @@ class Guard:
             self._recover(failure)
             del failure
 
-    def micro_step(self, run: Callable[[], _Result], is_last: bool = True) -> _Result:
+    def micro_step(self, run: Callable[[], _Result], is_last: bool = True, begins: bool | None = None) -> _Result:
         """One micro-step of a step that another's loop takes, and what `run` returns. Raises as `step` does.
 
         `run` does a forward and a backward. Where memory runs out in it, the gradients so far are dropped, and the
@@ -161,11 +161,13 @@ class Guard:
 
         Args:
             is_last: of its step; with several ranks, which have to be as far, their gradients are exchanged behind it.
+            begins: whether a step begins with it; None: where no gradients are there, or the optimizer has stepped.
+                So `run` can be a forward or a backward alone: say False for the backward.
         """
         if self._ladders.by_length:
             raise UsageError("micro-steps are guarded with plans for any length: call guard.step(run)")
         held = self._before.gradients()
-        if self._careful.begun or not (self._since and held):
+        if self._careful.begun or not (self._since and held) if begins is None else begins:
             self._watch(self._strained)
             self._careful.reset()
             self._since.clear()
@@ -173,6 +175,8 @@ class Guard:
                 return run()
             self._begin(held)
             self._strained, (self._retries, self._reserved) = False, self._device.pressure()
+        elif not self._since:
+            return run()
         self._since.append(run)
         try:
             result, failure = self._micro_outcome(run, is_last)
@@ -188,6 +192,10 @@ class Guard:
         self._strained |= self._is_close()
         assert result is not None
         return result[0]
+
+    def leave_step(self) -> None:
+        """Micro-steps since the optimizer's last step cannot be run again; nothing is guarded until the next begins."""
+        self._since.clear()
 
     def _micro_outcome(
         self, run: Callable[[], _Result], is_last: bool
@@ -287,7 +295,7 @@ class Guard:
     def _recover(self, failure: Exception) -> None:
         """Back to before the step, and to a smaller plan. Raises if there is no way on."""
         told = isinstance(failure, OthersRanOut)
-        found = None if told else self._found(failure)
+        found = None if told else ran_out(failure, self._device)
         late = self._careful.begun or (self._replicas is not None and self._exchanged and not told)
         if not told and (found is None or late):
             self._words.give_up(self._bucket)
@@ -313,16 +321,10 @@ class Guard:
 
     def _tell_of(self, failure: Exception | None) -> None:
         """Say how an evaluation, or a part of it, went. Raises what went wrong if it was not memory."""
-        if failure is not None and self._found(failure) is None:
+        if failure is not None and ran_out(failure, self._device) is None:
             self._words.give_up(self._bucket)
             raise failure
         self._words.tell(Word.WELL if failure is None else Word.RAN_OUT, self._bucket)
-
-    def _found(self, failure: Exception) -> Diagnosis | None:
-        """What ran out, if it is what plans are about: the memory where the model is."""
-        found = diagnose(failure)
-        here = Where.HOST if self._device.torch_device.type == "cpu" else Where.DEVICE
-        return found if found is not None and found.where in (here, Where.DEVICE) else None
 
     def _free(self, failure: Exception | None, before: Before) -> None:
         before.put_back()

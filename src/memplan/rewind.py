@@ -28,7 +28,7 @@ from memplan.device import Device, resolve_gpu
 from memplan.errors import UsageError
 from memplan.levers import stepping
 from memplan.optimizer_step import SINGLE, tensors_in
-from memplan.out_of_memory import diagnose, inside
+from memplan.out_of_memory import Diagnosis, Where, diagnose, inside
 from memplan.recipe import Recipe
 
 _Result = TypeVar("_Result")
@@ -67,6 +67,9 @@ class Chance:
 def cards_of(model: nn.Module) -> list[torch.device]:
     """That hold parameters."""
     return sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+
+
+_SCHEDULED: Final = "_wrapped_by_lr_sched"  # by which torch's schedulers know a `step` that notes its calls for them
 
 
 class Before:
@@ -124,6 +127,13 @@ def outcome(run: Callable[[], _Result]) -> tuple[tuple[_Result] | None, Exceptio
         return None, error
 
 
+def ran_out(error: Exception, device: Device) -> Diagnosis | None:
+    """What ran out, if it is what plans are about: the memory of the device where the model is."""
+    found = diagnose(error)
+    here = Where.HOST if device.torch_device.type == "cpu" else Where.DEVICE
+    return found if found is not None and found.where in (here, Where.DEVICE) else None
+
+
 def forget(error: BaseException) -> None:
     """Let go of what an error's frames hold: the tensors of the step that it ended. Its lines can still be read."""
     for one in inside(error):
@@ -167,6 +177,8 @@ class CarefulStep:
         def step(optimizer: Optimizer, closure: Callable[[], float] | None = None) -> None:
             self._step(optimizer, closure)
 
+        if hasattr(self._own, _SCHEDULED):
+            setattr(step, _SCHEDULED, True)
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # schedulers take methods apart
 
     def reset(self) -> None:

@@ -1,6 +1,6 @@
 """memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -18,14 +18,16 @@ from memplan.blocks import is_batch_coupled
 from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
+from memplan.integrations.attached_guard import AttachedGuard, guarded
 from memplan.integrations.counting import length_of, said_of
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.driving import asking, drive
 from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, may_be_joined
-from memplan.integrations.parts import LastOutput, Split, full_precision_outputs, nothing_to_learn
+from memplan.integrations.parts import LastOutput, Split, full_precision_outputs
 from memplan.integrations.planning import place_of, plan_for
+from memplan.integrations.repeatable import weighted
 from memplan.integrations.replicas import for_replicas, ranks_in, refuse_copied
 from memplan.integrations.saved_run import SavedRun
 from memplan.integrations.scripts import (
@@ -77,6 +79,7 @@ class Attachment:
         self._accelerator = accelerator
         self._wishes = wishes
         self._group: Group | None = None
+        self._guard: AttachedGuard | None = None
         self._own = {name: getattr(accelerator, name) for name in _WRAPPED}
         for name, wrapper in _WRAPPED.items():
             setattr(accelerator, name, wraps(self._own[name])(partial(wrapper, self)))
@@ -96,6 +99,8 @@ class Attachment:
 
         The prepared loader goes on handing out micro-batches: prepare the plain one anew.
         """
+        if self._guard is not None:
+            self._guard.end()
         if self.fit is not None:
             self.fit.undo()
         if self._group is not None:
@@ -203,6 +208,10 @@ class Attachment:
             group.output_loss = OutputLoss(self.fit.model)
         if self.fit is not None and (is_sharded(accelerator) or group.by_engine):
             group.last_output = LastOutput(self.fit.model)  # whose blocks are gathered in every rank's backward
+        if self.fit is not None:
+            self._guard = guarded(
+                accelerator, self.fit, group, self._wishes.loss, self._wishes.settings, self._replanned
+            )
         for optimizer in group.optimizers:
             drive(optimizer, group)
         accelerator.gradient_state = asking(accelerator.gradient_state, group)
@@ -211,6 +220,14 @@ class Attachment:
             prepared[at].base_dataloader = cut(prepared[at].base_dataloader, split.own_batches, plan.micro_batch)
         grouped(prepared[at], group, own_length)
         return prepared
+
+    def _replanned(self, fit: Fit, happened: Sequence[str]) -> None:
+        """The model runs by a smaller plan. A step that is being measured was of neither."""
+        said = (line for line in (*self._planned.assumptions, *happened) if line not in fit.plan.assumptions)
+        self.fit, self.plan = fit, fit.plan.assuming(*dict.fromkeys(said))
+        if self._group is not None and self._group.second is not None:
+            self._group.second.stop()
+            self._group.second = SecondStep(fit, self._log)
 
     def _joined(self, objects: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What is prepared after the plan was made. Optimizers among it keep in step with the rest."""
@@ -244,15 +261,13 @@ class Attachment:
         group.note_backward(loss)
         group.stepped |= group.is_last and group.by_engine  # which steps in its backward
         group.loss = group.loss + loss.detach() * group.weight if group.weight else group.loss
-        if not group.weight:  # its loss is a mean over nothing, which is no number; replicas wait for its gradients
-            through = group.last_output
-            loss = nothing_to_learn(group.models) if through is None else through.nothing_to_learn(loss)
-        if group.last_output is not None:
-            group.last_output.forget()
         # The engine divides by its own number, Accelerate by the one that it has now.
         divisor = group.split.micro_batches if group.by_engine else self._accelerator.gradient_accumulation_steps
-        factor = group.weight * divisor
-        self._own["backward"](loss if factor in (0, 1) else loss * factor, **options)
+        own = partial(self._own["backward"], **options)
+        if self._guard is not None:
+            self._guard.backward(loss, group.weight * divisor, own)
+        else:
+            own(weighted(group.learned(loss), group.weight * divisor))
         if watches:
             group.note_gradients()
 

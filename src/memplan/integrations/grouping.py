@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from memplan.errors import UsageError
-from memplan.integrations.parts import LastOutput, Split
+from memplan.integrations.parts import LastOutput, Split, mapped, nothing_to_learn
 from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 
@@ -58,6 +58,7 @@ class Group:
         rates: the learning rates at the last of them, and of those before; they may be of the step before.
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients, as counted after the last backward.
+        batch: the micro-batch at hand, as the loader made it and as the loop got it.
         is_left: whether the loop has left the loader in the middle of a step.
     """
 
@@ -89,6 +90,7 @@ class Group:
     moves: Counter[int] = field(default_factory=Counter)
     moved_before: set[int] = field(default_factory=set)
     changes: tuple[int, int] | None = None
+    batch: tuple[Any, Any] = (None, None)
     is_left: bool = False
 
     @property
@@ -216,9 +218,19 @@ class Group:
             )
         self.backwards += 1
 
+    def learned(self, loss: Tensor) -> Tensor:
+        """The loss of the micro-batch at hand. Of one that is a mean over nothing, which is no number, a loss whose
+        gradients are zeros: replicas wait for them."""
+        through = self.last_output
+        if not self.weight:
+            loss = nothing_to_learn(self.models) if through is None else through.nothing_to_learn(loss)
+        if through is not None:
+            through.forget()
+        return loss
+
     def check_gradients(self) -> None:
         """Before a backward. Raises UsageError if the gradients of the step so far were changed since the last one."""
-        if self.changes is not None and self._changes() != self.changes:
+        if self.changes is not None and self.gradient_changes() != self.changes:
             raise UsageError(
                 "gradients were changed between two micro-batches of a step, as torch.nn.utils.clip_grad_norm_ and "
                 "model.zero_grad() do, to parts of what they are meant for. Use accelerator.clip_grad_norm_ (with an "
@@ -228,9 +240,9 @@ class Group:
 
     def note_gradients(self) -> None:
         """After a backward that is not the last of its step."""
-        self.changes = None if self.is_last else self._changes()
+        self.changes = None if self.is_last else self.gradient_changes()
 
-    def _changes(self) -> tuple[int, int]:
+    def gradient_changes(self) -> tuple[int, int]:
         """How many gradients there are, and how often they were written to in place."""
         parameters = (parameter for model in self.models for parameter in model.parameters())
         versions = [parameter.grad._version for parameter in parameters if parameter.grad is not None]
@@ -298,7 +310,11 @@ class _Grouped:
                     last = at == len(batches)
                     self.end_of_dataloader = ended and last
                     group.at(weight, last)
-                    yield batch if device is None else send_to_device(batch, device, non_blocking=self._non_blocking)
+                    made = mapped(lambda part: part, batch)  # from which a loop takes no labels away
+                    if device is not None:
+                        batch = send_to_device(batch, device, non_blocking=self._non_blocking)
+                    group.batch = made, batch
+                    yield batch
                 group.end()
                 if ended:
                     break
@@ -306,7 +322,7 @@ class _Grouped:
                 pass
         finally:
             inner.close()
-            group.weight = None
+            group.weight, group.batch = None, (None, None)
             group.is_left = group.split.micro_batches > 1 and group.backwards > 0 and not group.stepped
             if group.second is not None:
                 group.second.stop()

@@ -1,6 +1,7 @@
 """The loss of a batch from the losses of its parts: each weighted by how much of the batch it holds."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,18 @@ class Split:
             return _parted(items, present / self.own_batches)
         own = [items[at : at + self.inside] for at in range(0, len(items), self.inside)]
         return [part for group in own for part in _parted(group, 1 / self.own_batches)]
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """What is in it changed, in copies of the dicts, lists and tuples that it is in."""
+    if isinstance(value, MutableMapping):
+        made = copy.copy(value)
+        for name, inner in value.items():
+            made[name] = mapped(function, inner)
+        return made
+    if type(value) in (list, tuple):
+        return type(value)(mapped(function, inner) for inner in value)
+    return function(value)
 
 
 def _parted(items: Sequence[float], share: float) -> list[float]:

@@ -64,6 +64,20 @@ class OutputLoss:
         self._made_by = None
 
 
+def share_of(trained: Tensor, loss: Tensor) -> "Tensor | float | None":
+    """The derivative of a loss that is made of another one alone, by that one; None if there is more in it.
+
+    Both are scalars. Their graph stays.
+    """
+    if trained is loss:
+        return 1.0
+    beside = _nodes(trained.grad_fn, loss.grad_fn)
+    if loss.grad_fn not in beside or any(map(_is_leaf, beside)):
+        return None
+    found: Tensor = torch.autograd.grad(trained.sum(), loss, retain_graph=True)[0]
+    return found
+
+
 def _nodes(last: Any, border: Any = None) -> set[Any]:
     """The nodes of autograd's graph from which one was made, with itself; of those from which a border was made, only
     what something else was made from as well."""
