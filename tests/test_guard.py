@@ -31,6 +31,7 @@ import memplan
 from memplan import rewind
 from memplan.device import CpuDevice
 from memplan.errors import AlreadyApplied, UsageError
+from memplan.fake_memory import FakeMemory
 from memplan.guard import Guard
 from memplan.plan_record import Plan
 from memplan.rewind import Before
@@ -488,6 +489,53 @@ def test_a_second_fault_while_micro_steps_run_again() -> None:
     check_as_unfaulted(ours)
 
 
+@pytest.mark.parametrize(("where", "at"), [("forward", 8), ("backward", 7), ("backward", 8)])
+def test_a_forward_and_a_backward_of_their_own(where: str, at: int) -> None:
+    """Each is a part of a step: run again, a backward makes its forward anew."""
+    ours = loop()
+    guard = ours.guard
+    assert guard is not None
+    with Fault(where, at).on(ours.model):
+        for batch in batches():
+            total = 0.0
+            for part in batch.split(MICRO):
+                made: list[Tensor] = []
+
+                def forward(part: Tensor = part, made: list[Tensor] = made) -> None:
+                    made[:] = [ours.model(part) * (MICRO / ROWS)]
+
+                def backward(made: list[Tensor] = made) -> None:
+                    made[0].backward()
+
+                guard.micro_step(forward)
+                total += made[0].item()
+                guard.micro_step(backward, begins=False)
+            ours.optimizer.step()
+            ours.optimizer.zero_grad()
+            ours.schedule.step()
+            ours.fetched += 1
+            ours.losses.append(total)
+    assert len(guard.falls) == 1
+    check_as_unfaulted(ours)
+
+
+def test_a_step_that_is_left_is_not_run_again() -> None:
+    ours = loop()
+    guard, part = ours.guard, batches()[0][:MICRO]
+    assert guard is not None
+    guard.micro_step(lambda: ours.model(part).backward())
+    guard.leave_step()
+    before = [p.grad.clone() for p in ours.model.parameters() if p.grad is not None]
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        guard.micro_step(out_of_memory, begins=False)
+    assert not hasattr(raised.value, "__notes__")
+    assert all(torch.equal(p.grad, was) for p, was in zip(ours.model.parameters(), before, strict=True))
+    ours.optimizer.zero_grad()
+    with Fault("forward", 1).on(ours.model):
+        guard.micro_step(lambda: ours.model(part).backward())  # the next one is
+    assert len(guard.falls) == 1
+
+
 def test_a_step_that_begins_with_gradients_is_not_guarded() -> None:
     ours = loop()
     train_by_micro_steps(ours, keeps_zeros=True)
@@ -536,6 +584,40 @@ def test_a_closure_is_refused() -> None:
     ours = loop()
     with pytest.raises(UsageError, match="closure"):
         ours.optimizer.step(lambda: 1.0)
+
+
+@pytest.mark.parametrize("room", [0.0, 0.2, 10.0])
+def test_copies_stay_below_the_plan_s_peak(room: float) -> None:
+    """Of weights and states, which are half of each other's; half of the room is for temporaries."""
+    model = texts(norm=False)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    held = 4 * sum(p.nbytes for p in model.parameters())  # with gradients and two states
+    most = int((1 + room) * held)
+    careful = rewind.CarefulStep(model, optimizer, CpuDevice(), lambda: None, lambda: most)
+    model(batches()[0]).backward()
+    optimizer.step()
+    model(batches()[0]).backward()
+    with FakeMemory() as memory:
+        states = (t for state in optimizer.state.values() for t in state.values())
+        for tensor in (*model.parameters(), *(p.grad for p in model.parameters()), *states):
+            tensor.clone()  # what is older is no allocation
+        before = memory.held_bytes
+        memory.reset_peak()
+        optimizer.step()
+    careful.undo()
+    peak, largest = memory.peak_bytes - before, max(p.nbytes for p in model.parameters())
+    assert peak <= max(most - held, 6 * largest)
+    assert peak >= min((most - held) // 4, 3 * held // 4)
+
+
+def test_a_scheduler_that_is_older_than_the_guard_warns_of_nothing() -> None:
+    model = texts()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    Guard(memplan.apply(model, plans()[0]), optimizer, plans())
+    model(batches()[0]).backward()
+    optimizer.step()
+    schedule.step()  # warnings are errors here
 
 
 def test_hooks_and_schedulers_see_one_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,9 @@ class Guard:
         self._replicas = None if replica is None else Replicas(replica, patience_s)
         if self._replicas is not None:
             self._replicas.check_same(self._ladders.text())
-        self._careful = CarefulStep(fit.model, self._optimizer, self._device, self._check_exchanged)
+        self._careful = CarefulStep(
+            fit.model, self._optimizer, self._device, self._check_exchanged, lambda: self.plan.peak_bytes
+        )
         self._device.release()  # the peak so far is of what was before
         self._retries, self._reserved, self._strained = self._device.pressure()[0], 0, False
         self._bucket, self._exchanged, self._exchange_s = 0, False, 0.0

@@ -161,13 +161,25 @@ def device_of(model: nn.Module) -> Device:
 class CarefulStep:
     """Stands in for an optimizer's `step`: it is taken whole, or in part and said so, whatever memory does.
 
+    Args:
+        before: is called before each step.
+        peak_bytes: that the plan in force has at its peak, beyond which copies are not to go.
+
     Attributes:
         begun: whether it was called since `reset`.
         taken: parameters stepped since, or perhaps stepped.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: Device, before: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: Device,
+        before: Callable[[], None],
+        peak_bytes: Callable[[], int],
+    ) -> None:
         self.begun, self.taken = False, 0
+        self._peak_bytes = peak_bytes
         self._model, self._optimizer, self._device, self._before = model, optimizer, device, before
         self._own: Any = optimizer.step
         self._shadowed = vars(optimizer).get("step")
@@ -203,7 +215,8 @@ class CarefulStep:
             return
         for hook in list(optimizer._optimizer_step_pre_hooks.values()):
             hook(optimizer, (), {})
-        for part in _in_parts(params) if self._parts else [params]:
+        room_bytes = self._peak_bytes() - _held_bytes(self._model, optimizer)
+        for part in _in_parts(optimizer, params, room_bytes) if self._parts else [params]:
             failure = self._took(part)
             if failure is not None:
                 self._finish(part, len(params))
@@ -296,16 +309,27 @@ def _takes_no_memory(optimizer: Optimizer, params: Sequence[Parameter]) -> bool:
     return fused and all(parameter in optimizer.state for parameter in params)
 
 
-def _in_parts(params: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    """In order, of `PART_BYTES` at most; what is larger by itself is alone."""
+def _held_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Of weights, buffers, gradients and states: what is there when an optimizer steps, but for what a loop keeps."""
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    tensors = (*model.parameters(), *model.buffers(), *gradients, *tensors_in(optimizer.state.values()))
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _in_parts(optimizer: Optimizer, params: Sequence[Parameter], room_bytes: int) -> Iterator[list[Parameter]]:
+    """In order, of `PART_BYTES` at most, with copies that take half of the room: the other half is for temporaries.
+
+    What is larger by itself is alone.
+    """
     part: list[Parameter] = []
-    size = 0
+    size = copied = 0
     for parameter in params:
-        if part and size + parameter.nbytes > PART_BYTES:
+        copy_bytes = parameter.nbytes + sum(t.nbytes for t in tensors_in([optimizer.state.get(parameter, {})]))
+        if part and (size + parameter.nbytes > PART_BYTES or copied + copy_bytes > room_bytes // 2):
             yield part
-            part, size = [], 0
+            part, size, copied = [], 0, 0
         part.append(parameter)
-        size += parameter.nbytes
+        size, copied = size + parameter.nbytes, copied + copy_bytes
     if part:
         yield part
 
