@@ -225,9 +225,8 @@ class Attachment:
         """The model runs by a smaller plan. A step that is being measured was of neither."""
         said = (line for line in (*self._planned.assumptions, *happened) if line not in fit.plan.assumptions)
         self.fit, self.plan = fit, fit.plan.assuming(*dict.fromkeys(said))
-        if self._group is not None and self._group.second is not None:
-            self._group.second.stop()
-            self._group.second = SecondStep(fit, self._log)
+        if self._group is not None:
+            self._group.replanned(SecondStep(fit, self._log))
 
     def _joined(self, objects: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What is prepared after the plan was made. Optimizers among it keep in step with the rest."""

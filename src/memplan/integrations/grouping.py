@@ -117,8 +117,18 @@ class Group:
             for optimizer in self.optimizers:
                 optimizer.optimizer.zero_grad(set_to_none=True)
         self.asked_zero = False
+        self._measure()
+
+    def _measure(self) -> None:
         if self.second is not None:
             self.second.begin(self.steps, self.models[0], self.optimizers, self.device)
+
+    def replanned(self, second: SecondStep) -> None:
+        """The step under way goes on by another plan, of which the next may be the second."""
+        if self.second is not None:
+            self.second.stop()
+            self.second = None if self.steps else second
+            self._measure()
 
     def _drop_left(self) -> None:
         done, self.backwards, self.is_left = self.backwards, 0, False

@@ -59,8 +59,14 @@ def _all_in(output: Any) -> Iterator[Tensor]:
     yield from tensors_in(output)
     parts: Iterable[Any] = output.values() if isinstance(output, dict) else output if type(output) is tuple else ()
     for cache in filter(is_cache, parts):
-        for layer in getattr(cache, "layers", ()):  # keys and values
-            yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
+        yield from _keys_and_values(cache)
+
+
+def _keys_and_values(cache: Any) -> Iterator[Tensor]:
+    for inner in filter(is_cache, vars(cache).values()):  # of an encoder and a decoder
+        yield from _keys_and_values(inner)
+    for layer in getattr(cache, "layers", ()):
+        yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
 
 
 def _is_graph_view(value: object) -> bool:
