@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -485,6 +486,9 @@ def test_undo_and_copies(strategy: str) -> None:
                     parameter.zero_()
             logits = copied(input_ids=torch.ones(2, 4, dtype=torch.int64)).logits
             assert float(logits.detach().abs().max()) == 0 < float(out.logits.detach().abs().max())
+            saved = pickle.loads(pickle.dumps(model))
+            assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters(), strict=True))
+            saved(input_ids=torch.ones(2, 4, dtype=torch.int64))
         if number == 38:
             accelerator, optimizer = kept
             assert "forward" in vars(model)

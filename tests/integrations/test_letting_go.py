@@ -64,6 +64,14 @@ def test_lazy_logits() -> None:
     undo()
 
 
+def test_a_parameter_in_the_output_stays_one() -> None:
+    model = nn.Linear(4, 3)
+    output = {"loss": model(torch.ones(2, 4)).sum(), "scale": model.weight, "text": "x"}
+    Handed(output).let_go(output["loss"])
+    assert model.weight.requires_grad
+    assert not output["loss"].requires_grad
+
+
 def test_nothing_is_kept_alive() -> None:
     model, batch = tiny.llama()
     output, boxes = called(model, batch)

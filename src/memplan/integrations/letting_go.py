@@ -29,7 +29,7 @@ class Handed:
     """The tensors in a model's output that a loop has, none of which is kept alive here."""
 
     def __init__(self, output: Any) -> None:
-        self._tensors = [ref(tensor) for tensor in _all_in(output) if tensor.requires_grad]
+        self._tensors = [ref(tensor) for tensor in _all_in(output) if tensor.grad_fn is not None]  # no parameter
 
     def let_go(self, loss: Tensor) -> None:
         """Cut them off from what they were made of, and the loss that the loop has made of them."""
