@@ -530,6 +530,20 @@ def test_what_is_not_guarded_is_said(
     assert caplog.text.count(f"running out of memory ends this run, since {why}") == 1
 
 
+def test_a_closure_steps_as_ever(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "memplan")
+    made: list[Any] = []
+
+    def between(_: int, __: nn.Module, out: Any) -> None:
+        made[-1].step(lambda: out.loss)
+
+    def begins(_: Accelerator, __: nn.Module, optimizer: Any) -> None:
+        made.append(optimizer)
+
+    run(strategy, micro_batch=8, begins=begins, between=between)
+    assert caplog.text.count("running out of memory ends this run, since it steps by a closure") == 1
+
+
 def test_several_processes_are_not_guarded(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "memplan")
     several = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)

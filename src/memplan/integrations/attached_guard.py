@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from memplan import optimizers
+from memplan.device import Device
 from memplan.fitting import Fit
 from memplan.guard import Guard
 from memplan.integrations.deepspeed import is_deepspeed
@@ -67,9 +68,10 @@ class AttachedGuard:
         self._guard: Guard | None = None
         self._has_begun = self._is_at_work = False
         self._open: Repeatable | None = None  # the one whose backward is to come
-        self._device = device_of(fit.model)
+        self._device: Device | None = None
         self._gradients = 0, 0  # as they were behind the last part
         self._take_out = set_attributes(fit.model, {"forward": self._standing_in(fit.model)})
+        group.end_guard = self._give_up
 
     def end(self) -> None:
         """The model and the optimizer run by themselves again, by the plan in force."""
@@ -98,7 +100,7 @@ class AttachedGuard:
         group = self._group
         passes = self._is_at_work or not torch.is_grad_enabled() or group.weight is None or group.stepped
         guard = None if passes else self._begun()
-        if guard is None:
+        if guard is None or self._device is None:
             return run(*args, **kwargs)
         if self._open is not None or self._is_changed():  # a forward without a backward: its output may be trained yet
             self._leave_step(guard)
@@ -154,8 +156,8 @@ class AttachedGuard:
             self._group.changes = self._group.gradient_changes()
 
     def _give_up(self, why: str) -> None:
-        _log.info(_UNGUARDED, why)
         if self._guard is not None:
+            _log.info(_UNGUARDED, why)
             self._guard.end()
             self._guard = None
 
@@ -166,18 +168,22 @@ class AttachedGuard:
         if not self._has_begun:
             self._has_begun = True
             if why := self._why_not():
-                self._give_up(why)
+                _log.info(_UNGUARDED, why)
                 return None
             plan, strategy = self._fit.plan, load_strategy(self._settings.strategy)
             if self._settings.risk is not None:
                 strategy = replace(strategy, risk=self._settings.risk)
             smaller = ladder(self._fit.model, plan, strategy, plan.micro_batch)
+            self._device = device_of(self._fit.model)
             self._guard = Guard(self._fit, self._group.optimizers[0], smaller)
         return self._guard
 
     def _why_not(self) -> str | None:
         """Why the steps of this run cannot be guarded; None if they can."""
         plan, found = self._fit.plan, self._group.optimizers
+        place = next(self._fit.model.parameters()).device
+        if place.type not in ("cpu", "cuda"):
+            return f"the weights are on {place}, where nothing tells that memory nearly ran out"
         if self._accelerator.scaler is not None:
             return "a gradient scaler has steps of its own"
         if plan._live is None:

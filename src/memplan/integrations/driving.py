@@ -16,11 +16,8 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
 
     def step(_: Any, *args: Any, **options: Any) -> Any:
         if group.weight is not None:
-            if (args or options.get("closure") is not None) and group.split.micro_batches > 1:
-                raise UsageError(
-                    "optimizer.step(closure) computes the loss of the batch at hand anew, which is one micro-batch of "
-                    "a step now. Fix the script's own batch with micro_batch=, or use an optimizer without a closure."
-                )
+            if args or options.get("closure") is not None:
+                _by_closure(group)
             group.is_stepping(optimizer)
         stepped = own_step(*args, **options)
         group.has_stepped(optimizer)
@@ -34,6 +31,17 @@ def drive(optimizer: AcceleratedOptimizer, group: Group) -> None:
 
     optimizer.step = MethodType(step, optimizer)  # as a scheduler that is made later takes it to be
     optimizer.zero_grad = zero_grad
+
+
+def _by_closure(group: Group) -> None:
+    """The loop steps by one. Raises UsageError where its batch is split."""
+    if group.split.micro_batches > 1:
+        raise UsageError(
+            "optimizer.step(closure) computes the loss of the batch at hand anew, which is one micro-batch of a step "
+            "now. Fix the script's own batch with micro_batch=, or use an optimizer without a closure."
+        )
+    if group.end_guard is not None:
+        group.end_guard("it steps by a closure, of which nothing can be taken back")
 
 
 def asking(state: GradientState, group: Group) -> GradientState:

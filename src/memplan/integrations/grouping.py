@@ -7,7 +7,7 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -59,6 +59,7 @@ class Group:
         moves: how often they have changed since the first call of this step, and whether they had before that.
         changes: of the gradients, as counted after the last backward.
         batch: the micro-batch at hand, as the loader made it and as the loop got it.
+        end_guard: ends the guard of the steps, if there is one, for a reason.
         is_left: whether the loop has left the loader in the middle of a step.
     """
 
@@ -91,6 +92,7 @@ class Group:
     moved_before: set[int] = field(default_factory=set)
     changes: tuple[int, int] | None = None
     batch: tuple[Any, Any] = (None, None)
+    end_guard: Callable[[str], None] | None = None
     is_left: bool = False
 
     @property
