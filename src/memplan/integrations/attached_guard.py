@@ -25,12 +25,12 @@ from memplan.fitting import Fit
 from memplan.guard import Guard
 from memplan.integrations.deepspeed import is_deepspeed
 from memplan.integrations.fsdp import is_sharded
-from memplan.integrations.grouping import Group
+from memplan.integrations.grouping import Group, changes_of
 from memplan.integrations.repeatable import Repeatable, weighted
 from memplan.levers.undo import set_attributes
 from memplan.losses import Loss
 from memplan.optimizer_step import IN_BACKWARD
-from memplan.rewind import device_of, steps_in_parts
+from memplan.rewind import cards_of, device_of, steps_in_parts
 from memplan.rungs import ladder
 from memplan.settings import Settings
 from memplan.strategy import load_strategy
@@ -69,6 +69,10 @@ class AttachedGuard:
         self._has_begun = self._is_at_work = False
         self._open: Repeatable | None = None  # the one whose backward is to come
         self._device: Device | None = None
+        self._parameters, self._cards = (
+            list(fit.model.parameters()),
+            list[torch.device](),
+        )  # to look for them takes time
         self._gradients = 0, 0  # as they were behind the last part
         self._take_out = set_attributes(fit.model, {"forward": self._standing_in(fit.model)})
         group.end_guard = self._give_up
@@ -105,7 +109,7 @@ class AttachedGuard:
         if self._open is not None or self._is_changed():  # a forward without a backward: its output may be trained yet
             self._leave_step(guard)
             return run(*args, **kwargs)
-        step = Repeatable(self._fit.model, run, (args, kwargs), group.batch, self._loss, self._device)
+        step = Repeatable(self._fit.model, run, (args, kwargs), group.batch, self._loss, self._device, self._cards)
         output = self._part(guard, step.forward, None)
         self._open = step
         return output
@@ -135,11 +139,11 @@ class AttachedGuard:
         finally:
             self._is_at_work = False
             self._follow(guard)
-            self._gradients = self._group.gradient_changes()
+            self._gradients = changes_of(self._parameters)
 
     def _is_changed(self) -> bool:
         """Whether somebody else has written to the gradients of the step, which could not be made again then."""
-        now = self._group.gradient_changes()
+        now = changes_of(self._parameters)
         return now != self._gradients and now[0] > 0
 
     def _leave_step(self, guard: Guard) -> None:
@@ -174,7 +178,7 @@ class AttachedGuard:
             if self._settings.risk is not None:
                 strategy = replace(strategy, risk=self._settings.risk)
             smaller = ladder(self._fit.model, plan, strategy, plan.micro_batch)
-            self._device = device_of(self._fit.model)
+            self._device, self._cards = device_of(self._fit.model), cards_of(self._fit.model)
             self._guard = Guard(self._fit, self._group.optimizers[0], smaller)
         return self._guard
 

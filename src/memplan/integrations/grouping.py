@@ -7,7 +7,7 @@ Accelerate's synchronisation flag is set with every micro-batch; its optimizers 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -256,9 +256,7 @@ class Group:
 
     def gradient_changes(self) -> tuple[int, int]:
         """How many gradients there are, and how often they were written to in place."""
-        parameters = (parameter for model in self.models for parameter in model.parameters())
-        versions = [parameter.grad._version for parameter in parameters if parameter.grad is not None]
-        return len(versions), sum(versions)
+        return changes_of(parameter for model in self.models for parameter in model.parameters())
 
     def is_stepping(self, optimizer: Any) -> None:
         """The loop calls an optimizer's step.
@@ -291,6 +289,12 @@ class Group:
             self.to_step.discard(id(optimizer))
         if self.second is not None and not self.to_step:
             self.second.end()
+
+
+def changes_of(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    """How many gradients they have, and how often those were written to in place."""
+    versions = [parameter.grad._version for parameter in parameters if parameter.grad is not None]
+    return len(versions), sum(versions)
 
 
 class _Grouped:

@@ -1,6 +1,6 @@
 """A micro-step of somebody's loop that can be run again: a forward and, later, its backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from memplan.integrations.parts import mapped, nothing_to_learn
 from memplan.integrations.trained_loss import share_of
 from memplan.losses import Loss, loss_in
 from memplan.means import tensors_in
-from memplan.rewind import Chance, cards_of, ran_out
+from memplan.rewind import Chance, ran_out
 
 _SAME: Final = {"rtol": 1e-2, "atol": 1e-4}
 """How near a loss has to come to the one that it was. Chosen by hand: sums in another order differ by less."""
@@ -32,6 +32,7 @@ class Repeatable:
             on as it is, is kept where it came from, which spares a card the whole step's batch.
         loss: the script's own function of model and batch; None: the loss is in the output.
         device: where memory may run out.
+        cards: that have random numbers of their own.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Repeatable:
         batch: tuple[Any, Any],
         loss: Loss | None,
         device: Device,
+        cards: Sequence[torch.device],
     ) -> None:
         self._model, self._forward, self._loss_of, self._device = model, forward, loss, device
+        self._cards = cards
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = inputs
         self._batch, at_home = batch[0], _at_home(*batch)
         self._inputs = mapped(lambda tensor: at_home.get(id(tensor), tensor), inputs)
@@ -51,7 +54,7 @@ class Repeatable:
         self._handed: Handed | None = None
         self._loss: Any = None  # of the output, until it is trained
         self._trained: Tensor | None = None  # until its backward has begun
-        self._chance = [Chance(cards_of(model))]  # before the forward, and before the backward
+        self._chance = [Chance(cards)]  # before the forward, and before the backward
         self._value: Tensor | None = None
         self._share: Tensor | float = 1.0
         self._factor = 1.0
@@ -82,7 +85,7 @@ class Repeatable:
             return False
         self._share, self._value = share, loss.detach()
         self._trained, self._factor, self._backward = trained, factor, backward
-        self._chance.append(Chance(cards_of(self._model)))
+        self._chance.append(Chance(self._cards))
         return True
 
     def backward(self) -> None:
