@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import memplan
 from integrations import scripts
+from memplan.device import CpuDevice
 from memplan.fake_memory import FakeMemory
 from memplan.guard import Guard
 from memplan.integrations.attached_guard import guarded
@@ -361,25 +362,24 @@ def test_an_evaluation_is_the_loop_s_own(plain: Ran, strategy: str) -> None:
     ran.check_same(plain, 0)
 
 
-def test_a_step_that_was_close_falls_before_the_next(plain: Ran, strategy: str, caplog: Any) -> None:
-    def begins(accelerator: Accelerator, *_: object) -> None:
-        guard = accelerator.memplan._guard
-        own, asked = guard._device.pressure, []
+class Close(CpuDevice):
+    """Whose allocator has given back and asked again, once, in the second step."""
 
-        def pressure() -> tuple[int, int]:
-            asked.append(1)
-            return (1, 0) if len(asked) > 9 else own()
+    asked = 0
 
-        guard._device.pressure = pressure
-        monkeypatched.append(guard)
+    def pressure(self) -> tuple[int, int]:
+        self.asked += 1
+        return (1 if self.asked > 15 else 0), 0  # it is asked twice for each micro-batch
 
-    monkeypatched: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memplan.guard.device_of", lambda _: monkeypatched[0]._device)
-        close = run(strategy, begins=begins)
+
+def test_a_step_that_was_close_falls_before_the_next(
+    plain: Ran, strategy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("memplan.guard.device_of", lambda _: Close())
+    close = run(strategy)
     close.check_same(plain, 0)
     assert close.plan.changed
-    assert "a step nearly ran out of memory; its plan falls" in caplog.text
+    assert caplog.text.count("a step nearly ran out of memory; its plan falls") == 1
 
 
 def test_the_second_step_is_measured_by_whatever_plan(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
