@@ -37,6 +37,8 @@ PART_BYTES: Final = 64 * 2**20
 """Weights that are stepped together; with Adam's states copied, that takes 192 MiB for a moment. Chosen by hand: large
 enough for foreach, and little beside the activations, which are gone by then."""
 
+_SCHEDULED: Final = "_wrapped_by_lr_sched"  # by which torch's schedulers know a `step` that notes its calls for them
+
 
 class Chance:
     """The random states of torch (on the CPU and on cards), Python, NumPy and given generators, as they are now.
@@ -67,9 +69,6 @@ class Chance:
 def cards_of(model: nn.Module) -> list[torch.device]:
     """That hold parameters."""
     return sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
-
-
-_SCHEDULED: Final = "_wrapped_by_lr_sched"  # by which torch's schedulers know a `step` that notes its calls for them
 
 
 class Before:

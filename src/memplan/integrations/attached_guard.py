@@ -69,10 +69,8 @@ class AttachedGuard:
         self._has_begun = self._is_at_work = False
         self._open: Repeatable | None = None  # the one whose backward is to come
         self._device: Device | None = None
-        self._parameters, self._cards = (
-            list(fit.model.parameters()),
-            list[torch.device](),
-        )  # to look for them takes time
+        self._parameters = list(fit.model.parameters())  # to look for them takes time
+        self._cards: list[torch.device] = []
         self._gradients = 0, 0  # as they were behind the last part
         self._take_out = set_attributes(fit.model, {"forward": self._standing_in(fit.model)})
         group.end_guard = self._give_up
