@@ -310,6 +310,7 @@ def test_a_live_optimizer_is_measured_and_left_alone() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
 
 
+@pytest.mark.slow
 def test_accumulation_is_measured_too() -> None:
     model, batch = tiny.gpt2(layers=2)
     found = memplan.plan(model, "cpu:1GiB", sample=batch, micro_batch=1, effective_batch=3)
@@ -329,6 +330,7 @@ class Narrow(nn.Module):
         return sum((layer.weight.sum() for layer in self.layers), x.mean())
 
 
+@pytest.mark.slow
 def test_clipping_is_predicted_planned_and_measured() -> None:
     model, x, peaks = Narrow(), torch.randn(2, 2), {}
     for clips in (False, True):

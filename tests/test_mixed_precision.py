@@ -11,6 +11,8 @@ from memplan.blocks import find_blocks, signature
 from memplan.errors import BadLoss
 from memplan.mixed_precision import MixedPrecision
 from memplan.recipe import Recipe
+from memplan.recorder import Recorder
+from memplan.samples import Sample
 
 HALF, FULL = torch.bfloat16, torch.float32
 POLICY = MixedPrecisionPolicy(HALF, FULL)
@@ -48,6 +50,35 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+def test_a_copy_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = llama()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    own, asked = MixedPrecision.gathered, []
+
+    def gathered(mixed: MixedPrecision, parameter: torch.Tensor) -> torch.dtype:
+        asked.append(parameter)
+        if len(asked) == len(list(model.parameters())) + 6:  # all are asked about, then cast
+            raise torch.OutOfMemoryError("of 24 GiB none are free")
+        return own(mixed, parameter)
+
+    recipe = Recipe(mixed=MixedPrecision.of(model, POLICY))
+    monkeypatch.setattr(MixedPrecision, "gathered", gathered)
+    with pytest.raises(torch.OutOfMemoryError), recipe.computing(model):
+        pass
+    assert {parameter.dtype for parameter in model.parameters()} == {FULL}
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_parameters_may_be_replaced_between_two_looks() -> None:
+    model, batch = llama()
+    recipe = Recipe(shards=2, mixed=MixedPrecision.of(model, POLICY))
+    model.to("meta").to_empty(device="cpu")
+    with recipe.computing(model):
+        assert Recorder(model, recipe).record(Sample.of(batch)).peak_bytes > 0
+        assert {recipe.kept[id(parameter)] for parameter in model.parameters()} == {FULL}
+
+
 def test_integers_and_what_has_the_type_already_are_not_cast() -> None:
     model = nn.Linear(2, 2, dtype=HALF)
     model.table = nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False)
@@ -71,6 +102,7 @@ def test_what_is_kept_is_counted_in_its_own_type_and_the_rest_as_computed() -> N
     assert mixed.assumptions[0] == plain.assumptions[0]  # the weights are of float32
 
 
+@pytest.mark.slow
 def test_a_plan_is_for_the_model_as_it_is() -> None:
     model, batch = llama()
     world = memplan.World(shards=2, mp_policy=POLICY)
@@ -83,9 +115,14 @@ def test_a_plan_is_for_the_model_as_it_is() -> None:
     assert memplan.Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_replicas_hold_what_they_add_up() -> None:
-    """What is reduced in bfloat16 and kept in float32 stays to the end of the backward where replicas add it up."""
-    model, batch = llama()
-    policy = MixedPrecisionPolicy(HALF, HALF)
-    one, two = (memplan.predict(model, batch, world=memplan.World(n, 2, policy)) for n in (1, 2))
+@pytest.mark.parametrize("policy", [None, POLICY, MixedPrecisionPolicy(HALF, HALF)])
+def test_replicas_hold_what_they_add_up(policy: MixedPrecisionPolicy | None) -> None:
+    """What is reduced stays to the end of the backward where replicas add it up. The figures of the first two policies
+    are those of four ranks, measured within 160 bytes, in a step whose peak is at the backward's end."""
+    model, batch = tiny.llama(layers=6, rows=1, length=8, **LARGE)
+    asked = {"optimizer": "sgd", "accumulation": 2}
+    one, two = (memplan.predict(model, batch, world=memplan.World(n, 2, policy), **asked) for n in (1, 2))
+    parts = sum(parameter.numel() for parameter in model.parameters()) // 2
+    reduced = 2 if policy is not None and policy.reduce_dtype == HALF else 4
     assert two.peak_bytes > one.peak_bytes
+    assert two.peak_bytes <= one.peak_bytes + parts * reduced

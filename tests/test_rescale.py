@@ -54,6 +54,7 @@ def levels(monkeypatch: pytest.MonkeyPatch, name: str, gpu: str) -> tuple[list[L
     return seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [

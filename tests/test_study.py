@@ -287,6 +287,7 @@ class Together(torch.optim.SGD):
                 parameter -= parameter.grad / len(learning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "effective_batch", "why"),
     [
@@ -388,6 +389,7 @@ def test_a_step_that_would_take_for_ever_is_not_run_to_be_timed(monkeypatch: pyt
 # --- what is planned runs so ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levers", [("select",), ("loss-head",), ("select", "loss-head"), ("recompute", "select")])
 def test_a_plan_with_a_lever_takes_less_and_is_as_large_as_predicted(levers: tuple[Lever, ...]) -> None:
     model, batch = wide_llama()

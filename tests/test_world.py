@@ -55,15 +55,6 @@ def test_classes_of_lengths_are_the_same_on_all(heard: Heard) -> None:
     assert first["in force"] == [16, 64, 16]
 
 
-@pytest.mark.slow
-def test_ranks_do_not_run_by_plans_of_their_own(heard: Heard) -> None:
-    first, second = (found["applied"] for found in heard)
-    assert first["error"] == "none: 1"
-    assert second["error"].startswith("PlanMismatch: a plan of micro-batch x accumulation 2 x 1")
-    assert "another rank has applied one of 1 x 1" in second["error"]
-    assert first["same"] == second["same"] == 1
-
-
 def test_a_card_by_itself_agrees_with_itself() -> None:
     model, batch = tiny.llama()
     plan = memplan.World().agreed(lambda: memplan.plan(model, "cpu:1GiB", sample=batch))

@@ -147,20 +147,6 @@ def by_length() -> dict[str, Any]:
     return {"needs": needs, "in force": in_force}
 
 
-def applied(rank: int) -> dict[str, Any]:
-    """By plans that each rank has made by itself, the second one's with another micro-batch; then by the same one."""
-    model = texts(False)
-    own, same = (memplan.plan(model, "cpu:1GiB", sample=ids(8), micro_batch=n, world=WORLD) for n in (1 + rank, 1))
-    if rank == 1:
-        dist.barrier()
-    error = error_of(lambda: memplan.apply(model, own).plan.micro_batch)
-    if rank == 0:
-        dist.barrier()
-    told = memplan.apply(model, same).plan.micro_batch if rank == 1 else own.micro_batch
-    dist.barrier()
-    return {"error": error, "same": told}
-
-
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -178,7 +164,6 @@ def main() -> None:
         "all": on_all(lambda: rank),
         "failed": error_of(lambda: on_all(failing)),
         "samples": samples(rank),
-        "applied": applied(rank),
         "fitted": fitted(rank),
         "unequal": unequal(rank),
         "taken": taken(rank),

@@ -65,7 +65,6 @@ class Fit:
         self.plan = plan
         self.measured: Measured | None = None
         self._undo: Callable[[], None] | None = undo
-        self._let_go: Callable[[], object] = lambda: None
         self._live = live
         self._step = step
         self._unstep = step() if step is not None else None
@@ -77,7 +76,6 @@ class Fit:
                 self._unstep()
             self._undo()
             self._undo = None
-            self._let_go()
             _applied.pop(self.model, None)
 
     @contextmanager
@@ -229,7 +227,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         DoesNotFit: the plan itself says that it does not fit.
         MemoryTaken: it did, but other processes have taken memory of the card since.
         AlreadyApplied: the model runs by a plan already.
-        PlanMismatch: it is for other modules, shapes or cards than are here, or not the one of another rank.
+        PlanMismatch: the plan was made for other modules or shapes, or for more cards than train here.
         UsageError: it is no plan, or the model is compiled already.
     """
     if not isinstance(plan, Plan):
@@ -242,15 +240,9 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         )
     check_bare(model, "apply")
     _check_match(model, plan)
-    let_go = World(plan.replicas, plan.shards).held_to(plan, model)
-    try:
-        _check_room(model, plan)
-        fit = reapply(model, plan, optimizer)
-    except BaseException:
-        let_go()
-        raise
-    fit._let_go = let_go
-    return fit
+    World(plan.replicas, plan.shards).check_here()
+    _check_room(model, plan)
+    return reapply(model, plan, optimizer)
 
 
 def reapply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Fit:

@@ -7,7 +7,7 @@ the type in which the weights are kept, which is the optimizer's too (torch/dist
 for as long as it is looked at, it is made to compute as it is going to.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -29,11 +29,12 @@ class MixedPrecision:
     """What a `MixedPrecisionPolicy` makes of one model.
 
     Attributes:
-        kept: of each of the model's parameters, by its ``id``, the type that it has without the policy.
+        kept: of each of the parameters, by its ``id``, the type that it has without the policy. Parameters may be
+            replaced between two looks (`to_empty`), so each look at the model notes them anew.
         param_dtype, reduce_dtype, output_dtype, cast_forward_inputs: the policy's.
     """
 
-    kept: Mapping[int, torch.dtype]
+    kept: dict[int, torch.dtype]
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
@@ -60,21 +61,18 @@ class MixedPrecision:
 
         Gradients are taken off for the while.
         """
+        self.kept.update({id(parameter): parameter.dtype for parameter in model.parameters()})
         own = [(p, p.data, p.grad) for p in model.parameters() if self.gathered(p) != p.dtype]
         with ExitStack() as undone:
-            for parameter, data, _ in own:
+            for parameter, data, gradient in own:  # whatever fails from here on, memory for the copies perhaps
+                undone.callback(_put_back, parameter, data, gradient)
                 parameter.grad = None
                 parameter.data = data.to(self.gathered(parameter))
             for module in (model, *map(model.get_submodule, blocks)):
                 cast_in = module.register_forward_pre_hook(self._cast_inputs, prepend=True, with_kwargs=True)
                 undone.callback(cast_in.remove)
                 undone.callback(module.register_forward_hook(self._cast_outputs).remove)
-            try:
-                yield
-            finally:
-                for parameter, data, gradient in own:
-                    parameter.data = data
-                    parameter.grad = gradient
+            yield
 
     def _cast_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (self.cast_forward_inputs and self.param_dtype):
@@ -89,6 +87,11 @@ class MixedPrecision:
         types = {name: getattr(self, name) for name in _FIELDS[:-1]}
         said = [f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in types.items() if dtype is not None]
         return ", ".join([*said, *([] if self.cast_forward_inputs or not said else ["cast_forward_inputs=False"])])
+
+
+def _put_back(parameter: Tensor, data: Tensor, gradient: Tensor | None) -> None:
+    parameter.data = data
+    parameter.grad = gradient
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

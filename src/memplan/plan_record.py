@@ -1,6 +1,5 @@
 """`Plan`: what to do with a model, why, and what it is predicted to cost. Frozen, JSON, schema-versioned."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from enum import StrEnum
@@ -178,12 +177,6 @@ class Plan(Described):
     def __eq__(self, other: object) -> bool:
         """Whether the two say the same, one of them perhaps read from a file."""
         return isinstance(other, Plan) and self.model_dump() == other.model_dump()
-
-    @property
-    def course(self) -> str:
-        """A hash over what a model that runs by this plan does otherwise than by itself."""
-        done = json.dumps([sorted(self.decisions.items()), sorted(self.selections.items()), self.stepping])
-        return hashlib.sha256(done.encode()).hexdigest()[:8]
 
     @property
     def basis(self) -> str:

@@ -173,7 +173,8 @@ class _Events:
         self.died[mine] = last * _STRIDE + _FREE_GRADS
         self.add("temporaries", unit.grad_bytes, (last, _SCATTER), freed)
         self.add("temporaries", unit.reduced_bytes, (last, _REDUCE), summed or (last, _FREE_REDUCED))
-        self.add("grads", unit.kept_grad_bytes, (last, _KEEP), None if keep else (last, _FREE_SCATTERED))
+        added = (last, _FREE_SCATTERED) if unit.reduced_bytes or summed is None else summed  # into the first ones
+        self.add("grads", unit.kept_grad_bytes, (last, _KEEP), None if keep else added)
 
     def _grads(self, key: tuple[str, int], span: Span, *, keep: bool) -> NDArray[np.int64]:
         if not keep:

@@ -1,10 +1,7 @@
 """`World`: how many cards train together, and what each of them holds."""
 
 import pickle
-import weakref
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 _Said = TypeVar("_Said")
 _Made = TypeVar("_Made", Plan, list[Plan])
 
-_held: Counter[str] = Counter()  # models of this process that run by a plan of several ranks, by their signatures
 _MIXED: Final = 1.02  # of the first rank's memory: more is another card, or one that others use less
 
 
@@ -75,41 +71,6 @@ class World:
                 f"the plan is for one of {self.cards} cards, {self}, and {has}. Apply it on every rank, after "
                 "init_process_group, or plan again with the world that is here."
             )
-
-    def held_to(self, plan: Plan, model: nn.Module) -> Callable[[], object]:
-        """Before a model runs by a plan: ranks that train it by different ones would wait for each other for ever.
-
-        Nobody waits here: the ranks' store holds what the first of them runs by, and whoever comes later compares.
-
-        Returns:
-            What lets go of it when the model no longer runs by the plan; the model's end does so too.
-
-        Raises:
-            PlanMismatch: as `check_here`; or another rank runs a model with the same parameters by another plan.
-        """
-        self.check_here()
-        if self.cards == 1 or _ranks() != self.cards:  # ranks that are beside those of a plan may have another
-            return lambda: None
-        store, name = dist.distributed_c10d._get_default_store(), plan.signature
-        key = f"memplan/{name}/{_held[name]}"  # this process may have several such models
-        own = f"{plan.micro_batch} x {plan.accumulation} (blocks {plan.course})"
-        first = store.compare_set(key, "", own).decode()
-        if first != own:
-            raise PlanMismatch(
-                f"a plan of micro-batch x accumulation {own} was to be applied on rank {dist.get_rank()}, and another "
-                f"rank has applied one of {first}: they would wait for each other. One plan is for all: "
-                "memplan.autofit(model, ..., world=...) on every rank, or world.agreed(lambda: memplan.plan(...))."
-            )
-        _held[name] += 1
-
-        def let_go() -> None:
-            _held[name] -= 1
-            with suppress(RuntimeError):  # the store's process may have ended
-                store.compare_set(key, own, "")
-
-        ended = weakref.finalize(model, let_go)
-        ended.atexit = False
-        return ended
 
     def agreed(self, make: Callable[[], _Made], model: nn.Module | None = None) -> _Made:
         """The plan that `make` makes on the first rank, on all of them: what is timed differs from rank to rank.
