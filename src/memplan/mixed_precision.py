@@ -61,6 +61,7 @@ class MixedPrecision:
 
         Gradients are taken off for the while.
         """
+        self.kept.clear()
         self.kept.update({id(parameter): parameter.dtype for parameter in model.parameters()})
         own = [(p, p.data, p.grad) for p in model.parameters() if self.gathered(p) != p.dtype]
         with ExitStack() as undone:
