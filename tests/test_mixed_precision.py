@@ -117,8 +117,7 @@ def test_a_plan_is_for_the_model_as_it_is() -> None:
 
 @pytest.mark.parametrize("policy", [None, POLICY, MixedPrecisionPolicy(HALF, HALF)])
 def test_replicas_hold_what_they_add_up(policy: MixedPrecisionPolicy | None) -> None:
-    """What is reduced stays to the end of the backward where replicas add it up. The figures of the first two policies
-    are those of four ranks, measured within 160 bytes, in a step whose peak is at the backward's end."""
+    """What is reduced stays to the end of the backward, where this step's peak is."""
     model, batch = tiny.llama(layers=6, rows=1, length=8, **LARGE)
     asked = {"optimizer": "sgd", "accumulation": 2}
     one, two = (memplan.predict(model, batch, world=memplan.World(n, 2, policy), **asked) for n in (1, 2))
