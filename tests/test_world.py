@@ -1,6 +1,5 @@
 """How many cards train together, and the one plan of theirs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ Heard = list[dict[str, Any]]
 def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
     """What each of two ranks has heard."""
     folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(RANK, folder, bound_s=BOUND_S)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return two_ranks.heard(RANK, folder, bound_s=BOUND_S)
 
 
 @pytest.mark.parametrize("wrong", [{"shards": 0}, {"replicas": 1.5}])

@@ -6,7 +6,7 @@ that is neither, such as one that compares the samples of a batch with each othe
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
@@ -108,6 +108,14 @@ def has_tokens(batch: Any) -> bool:
 
 class Undecided(Exception):
     """What a loss is a mean over cannot be found out by trying."""
+
+
+def divisible_by(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
+    """By which count a batch may be divided, its loss being a mean over that; None if by none, or nothing tells."""
+    with suppress(Undecided):
+        found = mean_over(model, recipe, sample)
+        return None if found == SUM else found
+    return None
 
 
 def mean_over(model: nn.Module, recipe: Recipe, sample: Sample) -> str | None:

@@ -43,7 +43,7 @@ class MixedPrecision:
     @classmethod
     def of(cls, model: nn.Module, policy: "MixedPrecisionPolicy | None" = None) -> "MixedPrecision":
         """Without a policy nothing is cast."""
-        kept = {id(parameter): parameter.dtype for parameter in model.parameters()}
+        kept = _types_of(model)
         return cls(kept) if policy is None else cls(kept, *(getattr(policy, name) for name in _FIELDS))
 
     def gathered(self, parameter: Tensor) -> torch.dtype:
@@ -62,7 +62,7 @@ class MixedPrecision:
         Gradients are taken off for the while.
         """
         self.kept.clear()
-        self.kept.update({id(parameter): parameter.dtype for parameter in model.parameters()})
+        self.kept.update(_types_of(model))
         own = [(p, p.data, p.grad) for p in model.parameters() if self.gathered(p) != p.dtype]
         with ExitStack() as undone:
             for parameter, data, gradient in own:  # whatever fails from here on, memory for the copies perhaps
@@ -88,6 +88,10 @@ class MixedPrecision:
         types = {name: getattr(self, name) for name in _FIELDS[:-1]}
         said = [f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in types.items() if dtype is not None]
         return ", ".join([*said, *([] if self.cast_forward_inputs or not said else ["cast_forward_inputs=False"])])
+
+
+def _types_of(model: nn.Module) -> dict[int, torch.dtype]:
+    return {id(parameter): parameter.dtype for parameter in model.parameters()}
 
 
 def _put_back(parameter: Tensor, data: Tensor, gradient: Tensor | None) -> None:

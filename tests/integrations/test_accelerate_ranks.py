@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import two_ranks
 
 import memplan
@@ -27,21 +26,16 @@ def run(
     ]
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    pairs = zip(one["weights"], other["weights"], strict=True)
-    return max(float((torch.tensor(a) - torch.tensor(b)).abs().max()) for a, b in pairs)
-
-
 @pytest.mark.slow
 def test_ddp(tmp_path: Path) -> None:
     """37 rows: at the end of an epoch Accelerate repeats some, by the script's batch and not by the micro-batch."""
     plain = run(tmp_path / "plain", "none", 37)
     ours = run(tmp_path / "planned", scripts.plan_file("llama", 2, 8, replicas=2), 37)
     for a, b in zip(plain, ours, strict=True):
-        assert difference(a, b) <= 1e-5
+        assert two_ranks.difference(a, b) <= 1e-5
         assert a["rates"] == b["rates"]
         assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
-    assert difference(ours[0], ours[1]) == 0
+    assert two_ranks.difference(ours[0], ours[1]) == 0
     assert ours[0]["plan"] == ours[1]["plan"]
 
 
@@ -60,10 +54,10 @@ def test_batches_that_are_dealt_out_otherwise(
     ours = run(tmp_path / "planned", plan, 40, switches=switches)
     assert len(plain) == len(ours) == 2
     for a, b in zip(plain, ours, strict=True):
-        assert difference(a, b) <= 1e-5
+        assert two_ranks.difference(a, b) <= 1e-5
         assert a["rates"] == b["rates"]
         assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
-    assert difference(ours[0], ours[1]) == 0
+    assert two_ranks.difference(ours[0], ours[1]) == 0
     planned = memplan.Plan.model_validate_json(ours[0]["plan"])
     assert (planned.micro_batch, planned.effective_batch) == (micro_batch, batch)
     assert len(planned.recomputed) == 4

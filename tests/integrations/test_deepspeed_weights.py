@@ -4,7 +4,6 @@ On a stand-in for DeepSpeed's engine; on DeepSpeed itself, with two ranks, where
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -81,8 +80,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(RANK, folder, bound_s=BOUND_S)
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return two_ranks.heard(RANK, folder, bound_s=BOUND_S)
 
 
 @pytest.mark.slow

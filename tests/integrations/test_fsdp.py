@@ -1,6 +1,5 @@
 """FSDP2 in an Accelerate script: weights of the run without memplan, the peak that was predicted, what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,7 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What each of two ranks has left."""
     folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(RANK, folder, bound_s=BOUND_S)
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-
-
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    pairs = zip(one["weights"], other["weights"], strict=True)
-    return max(float((torch.tensor(a) - torch.tensor(b)).abs().max()) for a, b in pairs)
+    return two_ranks.heard(RANK, folder, bound_s=BOUND_S)
 
 
 @pytest.mark.slow
@@ -46,7 +39,7 @@ def test_the_weights_are_those_of_accelerates_own_sharding(ranks: Ranks, model: 
     """The llama's batches are split, some into parts without a label; the others have dropout on."""
     for rank in ranks:
         plain, planned = rank[model], rank[f"{model}-planned"]
-        assert difference(plain, planned) <= 1e-5
+        assert two_ranks.difference(plain, planned) <= 1e-5
         assert planned["rates"] == plain["rates"]
         assert planned["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 

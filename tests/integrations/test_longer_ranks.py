@@ -1,6 +1,5 @@
 """Two processes over gloo, of which one has longer rows than the other: one plan, for the longer ones."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ Came = list[dict[str, Any]]
 def came(tmp_path_factory: pytest.TempPathFactory) -> Came:
     """What each rank has come to."""
     folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(RANK, folder, bound_s=BOUND_S)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return two_ranks.heard(RANK, folder, bound_s=BOUND_S)
 
 
 def plan_of(came: Came, name: str) -> memplan.Plan:

@@ -1,6 +1,5 @@
 """A trainer on two ranks, of which one runs out of memory: both fall, neither waits, the weights are right."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ Ran = dict[str, dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
     """What came of every scenario, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(RANK, folder, bound_s=BOUND_S)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return two_ranks.heard(RANK, folder, bound_s=BOUND_S)
 
 
 def off(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -34,9 +34,7 @@ class Autocast(StrEnum):
     FP16 = "fp16"
 
     def dtype(self) -> "torch.dtype | None":
-        import torch
-
-        return {Autocast.NONE: None, Autocast.BF16: torch.bfloat16, Autocast.FP16: torch.float16}[self]
+        return None if self is Autocast.NONE else _dtype(self)
 
 
 class Casting(StrEnum):
@@ -47,9 +45,13 @@ class Casting(StrEnum):
     FP32 = "fp32"
 
     def dtype(self) -> "torch.dtype":
-        import torch
+        return _dtype(self)
 
-        return {Casting.BF16: torch.bfloat16, Casting.FP16: torch.float16, Casting.FP32: torch.float32}[self]
+
+def _dtype(word: str) -> "torch.dtype":
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[word]
 
 
 ModelArgument = Annotated[

@@ -199,19 +199,11 @@ class AttachedGuard:
         return None
 
 
-def guarded(
-    accelerator: Accelerator,
-    fit: Fit,
-    group: Group,
-    loss: Loss | None,
-    settings: Settings,
-    replanned: Callable[[Fit, Sequence[str]], None],
-) -> AttachedGuard | None:
-    """The guard of a run that can have one: of one process, which has the model to itself. Arguments as for that."""
+def may_be_guarded(accelerator: Accelerator) -> bool:
+    """Whether a run is of one process, which has the model to itself. Of others the log says that they are not."""
     why = "several processes train" if accelerator.num_processes > 1 else None
     if is_deepspeed(accelerator) or is_sharded(accelerator):
         why = "DeepSpeed and FSDP2 do in a step what cannot be taken back"
-    if why is None:
-        return AttachedGuard(accelerator, fit, group, loss, settings, replanned)
-    _log.info(_UNGUARDED, why)
-    return None
+    if why is not None:
+        _log.info(_UNGUARDED, why)
+    return why is None

@@ -1,7 +1,7 @@
 """memplan in an Accelerator: it plans in `prepare`, and drives the accumulation of what it has split."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled
-from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
-from memplan.integrations.attached_guard import AttachedGuard, guarded
+from memplan.integrations.attached_guard import AttachedGuard, may_be_guarded
 from memplan.integrations.counting import length_of, said_of
 from memplan.integrations.deepspeed import as_the_engine_runs, is_deepspeed, settle, shares_weights, write
 from memplan.integrations.driving import asking, drive
@@ -26,7 +25,7 @@ from memplan.integrations.fsdp import is_sharded, sharded
 from memplan.integrations.grouping import Group, grouped
 from memplan.integrations.loaders import cut, is_cut_by_workers, longest_batch, may_be_joined
 from memplan.integrations.parts import LastOutput, Split, full_precision_outputs
-from memplan.integrations.planning import place_of, plan_for
+from memplan.integrations.planning import plan_for, rooms_for
 from memplan.integrations.repeatable import weighted
 from memplan.integrations.replicas import for_replicas, ranks_in, refuse_copied
 from memplan.integrations.saved_run import SavedRun
@@ -40,14 +39,14 @@ from memplan.integrations.scripts import (
 from memplan.integrations.trained_loss import OutputLoss
 from memplan.integrations.watching import SecondStep
 from memplan.losses import Loss
-from memplan.means import SAMPLES, SUM, Count, Undecided, averages_routes, by_name, can_try, counter, mean_over
+from memplan.means import SAMPLES, Count, averages_routes, by_name, can_try, counter, divisible_by
 from memplan.plan_record import Plan
 from memplan.recipe import Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
 from memplan.strategy import Strategy
-from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
+from memplan.world import World, largest, of_first, on_all, on_any
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ class Attachment:
                 own_batches=own_batches,
                 can_split=count is not None,
                 can_join=may_be_joined(loader),
-                rooms=self._rooms(),
+                rooms=rooms_for(self._wishes.settings, accelerator.device, accelerator.num_processes),
                 strategy=strategy,
                 left_out=left_out,
             )
@@ -208,10 +207,9 @@ class Attachment:
             group.output_loss = OutputLoss(self.fit.model)
         if self.fit is not None and (is_sharded(accelerator) or group.by_engine):
             group.last_output = LastOutput(self.fit.model)  # whose blocks are gathered in every rank's backward
-        if self.fit is not None:
-            self._guard = guarded(
-                accelerator, self.fit, group, self._wishes.loss, self._wishes.settings, self._replanned
-            )
+        if self.fit is not None and may_be_guarded(accelerator):
+            wishes = self._wishes
+            self._guard = AttachedGuard(accelerator, self.fit, group, wishes.loss, wishes.settings, self._replanned)
         for optimizer in group.optimizers:
             drive(optimizer, group)
         accelerator.gradient_state = asking(accelerator.gradient_state, group)
@@ -341,20 +339,10 @@ class Attachment:
             return None
         if not self._can_try(model, sample):  # the plan says that it was not tried
             return by_name(model) if recipe.loss is None and not averages_routes(model) else None
-        with suppress(Undecided):
-            found = mean_over(model, recipe, sample)
-            return None if found == SUM else found
-        return None
+        return divisible_by(model, recipe, sample)
 
     def _can_try(self, model: nn.Module, sample: Sample) -> bool:
         return can_try(model, sample, self._accelerator.device)
-
-    def _rooms(self) -> Rooms:
-        """The memory that other ranks have, if it matters."""
-        if self._accelerator.num_processes == 1 or self._wishes.settings.plan is not None:
-            return ALONE
-        place = place_of(self._wishes.settings, self._accelerator.device)
-        return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
 
 
 _WRAPPED: Final[dict[str, Callable[..., Any]]] = {

@@ -12,7 +12,7 @@ With DistributedDataParallel the first rank plans for all, and each cuts what Li
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Final
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from memplan.blocks import is_batch_coupled
-from memplan.device import resolve_gpu, room_of
 from memplan.errors import UsageError
 from memplan.fitting import Fit, apply
 from memplan.integrations.loaders import (
@@ -37,16 +36,16 @@ from memplan.integrations.loaders import (
 )
 from memplan.integrations.part_log import PartLog
 from memplan.integrations.parts import Split, nothing_to_learn
-from memplan.integrations.planning import place_of, plan_for
+from memplan.integrations.planning import plan_for, rooms_for
 from memplan.integrations.scripts import refuse_other_batches
 from memplan.integrations.watching import SecondStep
-from memplan.means import SAMPLES, SUM, Undecided, counter, mean_over, rows_in
+from memplan.means import SAMPLES, counter, divisible_by, rows_in
 from memplan.plan_record import Plan
 from memplan.recipe import AFTER_FORWARD, Recipe
 from memplan.report.banner import announce, banner
 from memplan.samples import Sample
 from memplan.settings import Settings
-from memplan.world import ALONE, Rooms, World, largest, of_first, on_all, on_any, rooms_of_all
+from memplan.world import World, largest, of_first, on_all, on_any
 
 _WHOLE_WITHIN: Final = 1e-6  # batches
 _PRECISIONS: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -79,6 +78,7 @@ class MemplanCallback(Callback):
             return
         _refuse(trainer, pl_module)
         loader = on_all(partial(_dealt, trainer))
+        device = next(pl_module.parameters()).device
         own_rows, own_batches = on_all(partial(batch_size_of, loader)), trainer.accumulate_grad_batches
         refuse_other_batches(own_rows)
         recipe = Recipe(
@@ -101,12 +101,12 @@ class MemplanCallback(Callback):
                 recipe,
                 sample,
                 self.settings,
-                next(pl_module.parameters()).device,
+                device,
                 own_rows=own_rows,
                 own_batches=own_batches,
                 can_split=by is not None,
                 can_join=may_be_joined(loader),
-                rooms=self._rooms(trainer, pl_module),
+                rooms=rooms_for(self.settings, device, trainer.world_size),
             )
             plan = World(trainer.world_size).agreed(make, pl_module)
         if plan.micro_batch != own_rows:
@@ -162,19 +162,7 @@ class MemplanCallback(Callback):
 
     def _count_name(self, module: nn.Module, recipe: Recipe, sample: Sample) -> str | None:
         """What the loss is a mean over; None if its batch must not be split."""
-        if self.settings.normalise != "auto":
-            return self.settings.normalise
-        with suppress(Undecided):
-            found = mean_over(module, recipe, sample)
-            return None if found == SUM else found
-        return None
-
-    def _rooms(self, trainer: Trainer, module: nn.Module) -> Rooms:
-        """The memory that other ranks have, if it matters."""
-        if trainer.world_size == 1 or self.settings.plan is not None:
-            return ALONE
-        place = place_of(self.settings, next(module.parameters()).device)
-        return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
+        return divisible_by(module, recipe, sample) if self.settings.normalise == "auto" else self.settings.normalise
 
     def _install(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], split: Split, fit: Fit

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from memplan.device import resolve_gpu
+from memplan.device import resolve_gpu, room_of
 from memplan.division import Division
 from memplan.errors import DoesNotFit, PlanMismatch, UsageError
 from memplan.optimizer_step import PLAIN
@@ -20,7 +20,7 @@ from memplan.samples import Sample
 from memplan.session import Session
 from memplan.settings import Settings
 from memplan.strategy import Lever, Strategy, load_strategy
-from memplan.world import ALONE, Rooms, World
+from memplan.world import ALONE, Rooms, World, rooms_of_all
 
 _log = logging.getLogger("memplan")
 
@@ -104,6 +104,14 @@ def plan_for(
 def place_of(settings: Settings, device: torch.device) -> str:
     """What is planned for, in the words of `memplan.plan`."""
     return str(device) if settings.gpu == "auto" else settings.gpu
+
+
+def rooms_for(settings: Settings, device: torch.device, ranks: int) -> Rooms:
+    """The memory that other ranks have, if it matters. To be asked on every rank."""
+    if ranks == 1 or settings.plan is not None:
+        return ALONE
+    place = place_of(settings, device)
+    return rooms_of_all(lambda: room_of(*resolve_gpu(place)))
 
 
 def _for_engine(strategy: Strategy, recipe: Recipe) -> tuple[Strategy, tuple[str, ...]]:
